@@ -1,0 +1,286 @@
+"""Tabular policies: one row of logits per context, so that everything about them can be computed exactly.
+
+`Bandit` has one context, `Tree` one per prefix, `Markov` one per previous token. They differ only in how a prefix picks its
+row; sampling, enumeration and perturbation are shared.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlab.policies import families
+from gradlab.policies.perturb import perturbation
+
+#: Enumeration is refused when the logits of all responses, `n · t · v` doubles, would need more than this.
+ENUMERATION_BYTES = 2**30
+
+P = TypeVar("P", bound="Tabular")
+
+
+@dataclass(frozen=True, eq=False)
+class Tabular:
+    """Common ground of `Bandit`, `Tree` and `Markov`; build one of those.
+
+    `table` is `[rows, v]` float64; the policy's parameters are its entries, flattened row-major. `length` is the largest
+    number of tokens `T`; with `eos` a response ends early at that token.
+    """
+
+    table: Tensor
+    length: int
+    eos: int | None = None
+    family: ClassVar[families.Family] = families.CATEGORICAL
+    #: Whether a response may emit from the same row more than once.
+    revisits: ClassVar[bool] = False
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens `v`."""
+        return int(self.table.shape[-1])
+
+    @property
+    def parameters(self) -> Tensor:
+        """The logits as one vector `[p]`, row-major."""
+        return self.table.flatten()
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What two policies must share to be compared: kind, table shape, length and end token."""
+        return (type(self).__name__, tuple(self.table.shape), self.length, self.eos)
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        """Row of the table that emits each token of `tokens` `[n, t]`, as `[n, t]`."""
+        raise NotImplementedError
+
+    def with_parameters(self: P, parameters: Tensor) -> P:
+        """The same policy with other parameters `[p]` (row-major logits); a differentiable vector stays differentiable."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "table", parameters.reshape(self.table.shape))
+        return twin
+
+    def occupancy(self) -> Tensor:
+        """Expected number of times a response emits a token from each row, `[rows]`; differentiable in the table."""
+        raise NotImplementedError
+
+    def kl(self: P, reference: P) -> Tensor:
+        """`KL(self(y) ‖ reference(y))` of whole responses in nats, by the chain rule `Σ_rows occupancy · KL(row)`."""
+        return self.occupancy() @ self.family.reverse_kl(self.table, reference.table)
+
+    @property
+    def enumerable(self) -> bool:
+        """Whether all responses fit the memory bound of `enumerate`."""
+        return self.vocab**self.length * self.length * self.vocab * 8 <= ENUMERATION_BYTES
+
+    def enumerate(self) -> tuple[Tensor, Tensor]:
+        """All responses: tokens `[n, T]` in lexicographic order and mask `[n, T]`, true up to and including the end token.
+
+        Raises `ValueError` above `ENUMERATION_BYTES`.
+        """
+        v, length = self.vocab, self.length
+        if not self.enumerable:
+            raise ValueError(
+                f"{type(self).__name__} with {v} tokens and length {length} has up to {v}^{length} responses, whose logits "
+                f"exceed the {ENUMERATION_BYTES / 2**30:g} GiB allowed for enumeration; sample it (samples=…) or, if each "
+                "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
+            )
+        grid = torch.arange(v**length)
+        tokens = torch.stack([grid // v ** (length - 1 - t) % v for t in range(length)], -1)
+        mask = self.live(tokens)
+        if self.eos is not None:
+            # One representative per response: everything behind the end token is the end token again.
+            keep = (mask | (tokens == self.eos)).all(-1)
+            tokens, mask = tokens[keep], mask[keep]
+        return tokens, mask
+
+    def live(self, tokens: Tensor) -> Tensor:
+        """Mask `[n, t]` of the tokens up to and including the end token."""
+        if self.eos is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        ended = (tokens == self.eos).cumsum(-1)
+        return (ended == 0) | ((ended == 1) & (tokens == self.eos))
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
+        cdf = self.table.softmax(-1).cumsum(-1)
+        cdf[:, -1] = 1.0  # so that no uniform draw falls behind the last token by rounding
+        tokens = torch.full((n, self.length), 0 if self.eos is None else self.eos)
+        alive = torch.arange(n)
+        for t in range(self.length):
+            rows = self.contexts(tokens[alive, : t + 1])[:, t]
+            u = torch.from_numpy(rng.random(n))[alive]  # n draws a step whatever ended: streams stay aligned
+            drawn = torch.searchsorted(cdf[0], u, right=True) if len(cdf) == 1 else (u[:, None] >= cdf[rows]).sum(-1)
+            tokens[alive, t] = drawn
+            if self.eos is not None:
+                alive = alive[drawn != self.eos]
+        return tokens, self.live(tokens)
+
+    def moved(self: P, noise: Tensor) -> P:
+        """The policy with noise `[p]` added to its logits."""
+        return self.with_parameters(self.parameters + noise)
+
+    def perturbed(self: P, scale: float | None = None, seed: int = 0, *, kl: float | None = None) -> P:
+        """Add Gaussian noise of standard deviation `scale` to the logits, or scale it until `KL(self ‖ result) = kl` nats.
+
+        Exactly one of `scale` and `kl` is given. Raises `ValueError` otherwise, or when `kl` cannot be reached.
+        """
+        return perturbation(self, scale, kl, seed)
+
+
+def _table(logits: Any, dims: int, what: str) -> Tensor:
+    """Check logits: the right number of axes, at least two tokens, finite; return them as float64."""
+    try:
+        table = torch.as_tensor(np.asarray(logits, dtype=np.float64)).clone()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be an array of numbers, got {type(logits).__name__}: {error}") from None
+    if table.dim() != dims or table.shape[-1] < 2:
+        allowed = "[v]" if dims == 1 else "[rows, v]"
+        raise ValueError(f"{what} must have shape {allowed} with at least two tokens, got {list(table.shape)}")
+    if not bool(torch.isfinite(table).all()):
+        bad = torch.nonzero(~torch.isfinite(table))[0].tolist()
+        raise ValueError(
+            f"{what} must be finite, found {table[tuple(bad)].item()} at {bad}; a forbidden token has probability 0 and makes "
+            "log-ratios undefined: leave it out of the vocabulary, or give it a low finite logit"
+        )
+    return table
+
+
+def _check_shape(length: int, eos: int | None, vocab: int) -> None:
+    if not isinstance(length, int | np.integer) or length < 1:
+        raise ValueError(f"length must be a positive whole number, got {length!r}")
+    if eos is not None and not (isinstance(eos, int | np.integer) and 0 <= eos < vocab):
+        raise ValueError(f"eos must be a token id between 0 and {vocab - 1}, or None, got {eos!r}")
+
+
+def _random(shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return scale * np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Bandit(Tabular):
+    """One draw from `softmax(logits)`, `logits` `[v]`. Parameters: the logits.
+
+    Raises `ValueError` for anything but a finite vector of at least two logits.
+    """
+
+    def __init__(self, logits: Any) -> None:
+        _freeze(self, _table(logits, 1, "Bandit logits")[None], 1, None)
+
+    @classmethod
+    def random(cls, vocab: int = 4, seed: int = 0, scale: float = 1.0) -> Bandit:
+        """Gaussian logits of standard deviation `scale`."""
+        return cls(_random((vocab,), scale, seed))
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        return torch.zeros_like(tokens)
+
+    def occupancy(self) -> Tensor:
+        return torch.ones(1, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Tree(Tabular):
+    """A prefix-tabular policy: its own logits for every prefix of length `0 … T−1`.
+
+    `logits` is `[nodes, v]`, breadth-first with `v^t` rows at depth `t`, so the children of node `i` start at `i·v + 1`;
+    `T` follows from the number of rows. With `eos` set, rows behind an end token exist and are unused.
+    Raises `ValueError` when the number of rows is not `1 + v + … + v^(T−1)`.
+    """
+
+    def __init__(self, logits: Any, eos: int | None = None) -> None:
+        rows = _table(logits, 2, "Tree logits")
+        nodes, v = rows.shape
+        depth, total = 0, 0
+        while total < nodes:
+            total, depth = total + v**depth, depth + 1
+        if total != nodes:
+            raise ValueError(
+                f"Tree logits need 1 + v + … + v^(T−1) rows, one per prefix; with v = {v} that is "
+                f"{', '.join(str((v**t - 1) // (v - 1)) for t in range(1, depth + 1))}, …, got {nodes}"
+            )
+        _check_shape(depth, eos, v)
+        _freeze(self, rows, depth, eos)
+
+    @classmethod
+    def random(
+        cls, vocab: int = 4, length: int = 4, seed: int = 0, eos: int | None = None, scale: float = 1.0
+    ) -> Tree:
+        """Gaussian logits of standard deviation `scale` at every prefix."""
+        _check_shape(length, eos, vocab)
+        return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        rows = [torch.zeros_like(tokens[:, 0])]
+        for t in range(tokens.shape[1] - 1):
+            rows.append(rows[-1] * self.vocab + 1 + tokens[:, t])
+        return torch.stack(rows, -1)
+
+    def occupancy(self) -> Tensor:
+        p = self.table.softmax(-1)
+        if self.eos is not None:
+            p = p * (torch.arange(self.vocab) != self.eos)  # nothing is emitted behind the end token
+        depths, start = [torch.ones(1, dtype=torch.float64)], 0
+        for t in range(self.length - 1):
+            depths.append((depths[-1][:, None] * p[start : start + self.vocab**t]).flatten())
+            start += self.vocab**t
+        return torch.cat(depths)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Markov(Tabular):
+    """A first-order chain: `initial` logits `[v]` for the first token, `transition` logits `[v, v]` from each token.
+
+    Parameters: `initial`, then `transition` row-major. Exact results come from dynamic programming, linear in `length`.
+    Raises `ValueError` for mismatched shapes, non-finite logits or a length below one.
+    """
+
+    revisits: ClassVar[bool] = True
+
+    def __init__(self, initial: Any, transition: Any, length: int = 64, eos: int | None = None) -> None:
+        first, steps = _table(initial, 1, "Markov initial logits"), _table(transition, 2, "Markov transition logits")
+        v = len(first)
+        if steps.shape != (v, v):
+            raise ValueError(f"Markov transition logits must be [{v}, {v}] to match the initial ones, got {list(steps.shape)}")
+        _check_shape(length, eos, v)
+        _freeze(self, torch.cat([first[None], steps]), int(length), eos)
+
+    @classmethod
+    def random(
+        cls, vocab: int = 4, length: int = 64, seed: int = 0, eos: int | None = None, scale: float = 1.0
+    ) -> Markov:
+        """Gaussian initial and transition logits of standard deviation `scale`."""
+        logits = _random((vocab + 1, vocab), scale, seed)
+        return cls(logits[0], logits[1:], length=length, eos=eos)
+
+    @property
+    def initial(self) -> Tensor:
+        """Logits of the first token, `[v]`."""
+        return self.table[0]
+
+    @property
+    def transition(self) -> Tensor:
+        """Logits of the next token, `[v, v]`, one row per previous token."""
+        return self.table[1:]
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1] + 1], -1)
+
+    def occupancy(self) -> Tensor:
+        p = self.table.softmax(-1)
+        if self.eos is not None:
+            p = p * (torch.arange(self.vocab) != self.eos)
+        state, visits = p[0], torch.zeros(self.vocab, dtype=torch.float64)
+        for _ in range(self.length - 1):
+            visits = visits + state
+            state = state @ p[1:]
+        return torch.cat([torch.ones(1, dtype=torch.float64), visits])
+
+
+def _freeze(policy: Tabular, table: Tensor, length: int, eos: int | None) -> None:
+    """Set the fields of a frozen policy once its input has been checked."""
+    for name, item in (("table", table), ("length", int(length)), ("eos", eos)):
+        object.__setattr__(policy, name, item)

@@ -1,0 +1,209 @@
+"""A rollout: weighted responses together with what three policies say about them — one type, however it came about.
+
+Responses that are enumerated carry their probability under the sampler as weight, sampled ones `1/n`, counted ones the
+share of a multinomial draw; nothing downstream needs to know which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlab.policies import Gaussian
+from gradlab.policies.families import CATEGORICAL, Family
+from gradlab.policies.gaussian import crossings, quadrature
+from gradlab.scenario import Scenario
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Weighted responses and the parameters of the three policies' step distributions along them.
+
+    Shapes: tokens, mask and contexts `[n, t]`, weight `[n]` (sums to 1), tables `[r, v]`; `contexts` says which table row
+    emitted a token, so `logits[i, u] = table[contexts[i, u]]` is `[n, t, v]`. `length` is the longest possible response,
+    `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once.
+    A token behind the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a response without a
+    live token, or a table with NaN.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    weight: Tensor
+    contexts: Tensor
+    table: Tensor
+    reference_table: Tensor
+    behaviour_table: Tensor
+    length: int
+    family: Family = CATEGORICAL
+    sampled: bool = False
+    revisits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.mask.shape != self.tokens.shape or self.weight.shape != self.tokens.shape[:1]:
+            raise ValueError(
+                "a rollout needs tokens [n, t], mask [n, t] and weight [n], got "
+                f"{list(self.tokens.shape)}, {list(self.mask.shape)} and {list(self.weight.shape)}"
+            )
+        if not (self.table.shape == self.reference_table.shape == self.behaviour_table.shape):
+            raise ValueError(
+                "policy, reference and behaviour need logits of one shape, got "
+                f"{list(self.table.shape)}, {list(self.reference_table.shape)} and {list(self.behaviour_table.shape)}"
+            )
+        empty = torch.nonzero(~self.mask.any(-1))
+        if len(empty):
+            raise ValueError(
+                f"response {int(empty[0])} has no live token in its mask; every response holds at least one (its end token "
+                "counts): drop empty responses, and check that the mask covers the response rather than the prompt"
+            )
+        for name in ("table", "reference_table", "behaviour_table"):
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise ValueError(f"the {name} of a rollout holds NaN or infinite logits; check the model's output upstream")
+
+    # ---- constructors -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_logits(
+        cls,
+        tokens: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        logits: Tensor,
+        reference_logits: Tensor,
+        behaviour_logits: Tensor | None = None,
+        family: Family = CATEGORICAL,
+        length: int | None = None,
+        sampled: bool = True,
+    ) -> Rollout:
+        """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy."""
+        behaviour = logits.detach() if behaviour_logits is None else behaviour_logits
+        for name, item in (("logits", logits), ("reference_logits", reference_logits), ("behaviour_logits", behaviour)):
+            if item.dim() != 3 or item.shape[:2] != tokens.shape:
+                raise ValueError(f"{name} must be [n, t, v] with [n, t] = {list(tokens.shape)}, got {list(item.shape)}")
+        contexts = torch.arange(tokens.numel()).view(tokens.shape)
+        rows = [item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)]
+        return cls(tokens, mask, weight, contexts, *rows, length or tokens.shape[1], family, sampled)
+
+    @classmethod
+    def _of(cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, sampled: bool) -> Rollout:
+        policy = scenario.policy
+        tables = policy.table, scenario.reference.table, scenario.sampler.table
+        contexts = policy.contexts(tokens)
+        return cls(tokens, mask, weight, contexts, *tables, policy.length, policy.family, sampled, policy.revisits)
+
+    @classmethod
+    def enumerated(
+        cls, scenario: Scenario, log_ratios: Iterable[float] = (), log_weights: Iterable[float] = ()
+    ) -> Rollout:
+        """Every response of the scenario, weighted by its probability under the sampler.
+
+        A Gaussian is enumerated by quadrature nodes; `log_ratios` and `log_weights` are levels of `ℓ` and of `log ρ` where
+        the integrand has a kink. Raises `ValueError` when there are too many responses to enumerate.
+        """
+        if isinstance(scenario.policy, Gaussian):
+            return cls._by_quadrature(scenario, log_ratios, log_weights)
+        tokens, mask = scenario.policy.enumerate()
+        blank = cls._of(scenario, tokens, mask, torch.ones(len(tokens), dtype=torch.float64), sampled=False)
+        return replace(blank, weight=blank.behaviour_log_prob.sum(-1).exp())
+
+    @classmethod
+    def _by_quadrature(cls, scenario: Scenario, log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
+        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
+        assert isinstance(policy, Gaussian)
+        assert isinstance(reference, Gaussian)
+        assert isinstance(sampler, Gaussian)
+        kinks = [x for level in log_ratios for x in crossings(policy, reference, level)]
+        kinks += [x for level in log_weights for x in crossings(policy, sampler, level)]
+        nodes, widths = quadrature([sampler, policy, reference], kinks)
+        tokens = nodes[:, None]
+        blank = cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), widths, sampled=False)
+        return replace(blank, weight=widths * blank.behaviour_log_prob[:, 0].exp())
+
+    @classmethod
+    def drawn(cls, scenario: Scenario, samples: int, rng: np.random.Generator) -> Rollout:
+        """`samples` independent responses of the sampler, each of weight `1/samples`."""
+        if samples < 1:
+            raise ValueError(f"samples must be a positive number, got {samples}")
+        tokens, mask = scenario.sampler.sample(samples, rng)
+        weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
+        return cls._of(scenario, tokens, mask, weight, sampled=True)
+
+    def counted(self, samples: int, replicates: int, rng: np.random.Generator) -> Tensor:
+        """Weights `[replicates, n]` that `samples` draws from this enumerated rollout would get: multinomial counts / samples.
+
+        The same distribution as drawing one by one, at a cost that does not depend on `samples`.
+        """
+        probabilities = self.weight.numpy()
+        counts = rng.multinomial(samples, probabilities / math.fsum(probabilities), size=replicates)
+        return torch.from_numpy(counts / samples)
+
+    # ---- what estimators read -----------------------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> Tensor:
+        """The policy's logits along the responses, `[n, t, v]`."""
+        return self.table[self.contexts]
+
+    @property
+    def reference_logits(self) -> Tensor:
+        """The reference's logits along the responses, `[n, t, v]`."""
+        return self.reference_table[self.contexts]
+
+    @property
+    def behaviour_logits(self) -> Tensor:
+        """The sampler's logits along the responses, `[n, t, v]`."""
+        return self.behaviour_table[self.contexts]
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """`log π(y_t|s_t)`, `[n, t]`, 0 behind the end; differentiable when the table is."""
+        return self._live(self.family.log_prob(self.table, self.contexts, self.tokens))
+
+    @cached_property
+    def reference_log_prob(self) -> Tensor:
+        """`log ref(y_t|s_t)`, `[n, t]`, 0 behind the end."""
+        return self._live(self.family.log_prob(self.reference_table, self.contexts, self.tokens))
+
+    @cached_property
+    def behaviour_log_prob(self) -> Tensor:
+        """`log μ(y_t|s_t)`, `[n, t]`, 0 behind the end."""
+        return self._live(self.family.log_prob(self.behaviour_table, self.contexts, self.tokens))
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """`ℓ_t = log π − log ref`, `[n, t]`."""
+        return self.log_prob - self.reference_log_prob
+
+    @cached_property
+    def log_weight(self) -> Tensor:
+        """`log ρ_t = log π − log μ`, `[n, t]`."""
+        return self.log_prob - self.behaviour_log_prob
+
+    def divergence(self, kernel: str) -> Tensor:
+        """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 behind the end."""
+        of_rows = self.family.reverse_kl if kernel == "full" else self.family.mse
+        return self._live(of_rows(self.table, self.reference_table)[self.contexts])
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of live tokens of every response, `[n]`."""
+        return self.mask.sum(-1).to(self.weight.dtype)
+
+    def _live(self, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, 0.0)
+
+    def differentiable(self) -> Rollout:
+        """The same rollout with every step's logits a leaf of its own, so that samples do not mix.
+
+        The table becomes `[n·t, v]`, so one `autograd.grad(loss.sum(), rollout.table)` returns every sample's cotangent.
+        """
+        leaves = self.logits.detach().clone().requires_grad_(True)
+        return Rollout.from_logits(
+            self.tokens, self.mask, self.weight, leaves, self.reference_logits, self.behaviour_logits.detach(),
+            self.family, self.length, self.sampled,
+        )  # fmt: skip

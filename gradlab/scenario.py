@@ -1,0 +1,84 @@
+"""A scenario: the policy being trained, the reference it is kept near, and the policy that sampled the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradlab.policies import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """Frozen triple of policies. `behaviour=None` means on-policy: the data come from `policy` itself.
+
+    `name` labels the scenario in frames; without one a label is made from the family, its size and the KL.
+    Raises `ValueError` when the three policies differ in kind, vocabulary, length or end token, or when the reference or
+    the behaviour policy gives probability 0 (in float64) to a token of a context.
+    """
+
+    policy: Policy
+    reference: Policy
+    behaviour: Policy | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for role in ("policy", "reference", "behaviour"):
+            other = getattr(self, role)
+            if role == "behaviour" and other is None:
+                continue
+            if not isinstance(other, Policy):
+                raise ValueError(
+                    f"{role} must be a gradlab policy such as gl.Tree(logits), got {type(other).__name__}; "
+                    "plain logits have to be wrapped first"
+                )
+            if other.signature != self.policy.signature:
+                raise ValueError(
+                    f"{role} does not share the policy's support: policy is {self.policy.signature}, {role} is "
+                    f"{other.signature} (kind, table shape, length, eos must agree)"
+                )
+            _check_support(role, other)
+
+    @property
+    def sampler(self) -> Policy:
+        """The policy the data come from: `behaviour`, or `policy` itself."""
+        return self.policy if self.behaviour is None else self.behaviour
+
+    @property
+    def label(self) -> str:
+        """`name`, or a description such as `tree v=4 T=3 kl=0.25`."""
+        if self.name is not None:
+            return self.name
+        kind = type(self.policy).__name__.lower()
+        sizes = "" if kind == "gaussian" else f" v={self.policy.table.shape[1]} T={self.policy.length}"
+        eos = "" if self.policy.eos is None else f" eos={self.policy.eos}"
+        return f"{kind}{sizes}{eos} kl={self.kl():.4g}" + ("" if self.behaviour is None else " off-policy")
+
+    def kl(self) -> float:
+        """`KL(policy ‖ reference)` of whole responses in nats."""
+        return float(self.policy.kl(self.reference))  # type: ignore[arg-type]
+
+    def lag(self) -> float:
+        """`KL(behaviour ‖ policy)` of whole responses in nats; 0 on-policy."""
+        return 0.0 if self.behaviour is None else float(self.behaviour.kl(self.policy))  # type: ignore[arg-type]
+
+    def on_policy(self) -> Scenario:
+        """The same policy and reference, with data from the policy itself."""
+        return replace(self, behaviour=None)
+
+
+def _check_support(role: str, policy: Any) -> None:
+    if policy.family.name != "categorical":
+        return
+    probabilities: Tensor = policy.table.softmax(-1)
+    missing = torch.nonzero(probabilities == 0)
+    if len(missing):
+        context, token = missing[0].tolist()
+        raise ValueError(
+            f"{role} is missing support: it gives token {token} in context {context} a probability below the smallest "
+            "float64, so log-ratios and importance weights there are undefined; raise that logit (a gap of 700 nats is "
+            "already beyond any data) or leave the token out of the vocabulary"
+        )
