@@ -8,6 +8,7 @@ An `Estimator` is a recipe. Called on a rollout it gives the per-sample surrogat
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -49,7 +50,8 @@ class Estimator:
         `differentiate_weight`; `truncate=C` makes it `min(W, C)`, with zero gradient where that binds. In `reward` a
         differentiated weight is taken literally: it also multiplies `log π`, which is rarely what is meant.
     clip: PPO's `−min(W A, clip(W, 1−ε, 1+ε) A)` with `A = −sg(coefficient)` on `reward`; the ratio is differentiated.
-    normalise: `sum` · `mean` 1/L per response · `token_mean` 1/(mean L), a constant of the batch · `fixed` 1/T.
+    normalise: `sum` · `mean` 1/L per response · `token_mean` 1/E_μ[L], the limit of
+        one mean over all tokens of a large batch · `fixed` 1/T.
     clamp_log_ratio, clamp_value: bounds on `ℓ` before and on `k` after, as shipped code has them; with `straight_through`
         they bound the value only.
     baseline: on `reward`, subtract `kl` (`KL_t` of the step), `group_mean` or `leave_one_out` (mean over the `group`
@@ -95,16 +97,19 @@ class Estimator:
 
     @property
     def name(self) -> str:
-        """A compact name made of the fields that differ from their defaults, such as `k1-reward-to_go-sequence`."""
+        """A compact name made of the fields that differ from their defaults, such as `k1-reward-to_go-sequence-weight`."""
         parts = [self.kernel, self.placement]
         for item in fields(self)[2:]:
             value = getattr(self, item.name)
             if value != item.default:
-                parts.append(value if isinstance(value, str) and item.name in ("credit", "weight") else f"{item.name}={value}")
+                # Credits and weights share names, so a weight says that it is one.
+                parts.append({"credit": f"{value}", "weight": f"{value}-weight"}.get(item.name, f"{item.name}={value}"))
         return "-".join(parts)
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Return the per-sample surrogate loss `[n]`, differentiable in the rollout's policy logits."""
+        if rollout.table.requires_grad:
+            rollout = rollout.fresh()
         if self.placement == "reward":
             loss = _reward(self, rollout)
         elif self.placement == "loss+reward":
@@ -119,7 +124,7 @@ def scale(estimator: Estimator, rollout: Rollout) -> Tensor:
     if estimator.normalise == "mean":
         return 1 / rollout.lengths
     if estimator.normalise == "token_mean":
-        return rollout.weight.sum() / (rollout.weight @ rollout.lengths)
+        return torch.tensor(1 / rollout.mean_length, dtype=rollout.weight.dtype)
     return torch.tensor(1.0 if estimator.normalise == "sum" else 1 / rollout.length, dtype=rollout.weight.dtype)
 
 
@@ -132,7 +137,8 @@ def kernel_values(estimator: Estimator, rollout: Rollout) -> Tensor:
 
 def _kernel(estimator: Estimator, rollout: Rollout, kernel: str, log_ratio: float | None, value: float | None) -> Tensor:
     # Behind the end of a response ℓ = 0, where every kernel vanishes.
-    return kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value)
+    key = ("kernel", kernel, estimator.credit == "sequence", log_ratio, value)
+    return rollout.shared(key, lambda: kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value))
 
 
 def log_ratios(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -144,14 +150,18 @@ def log_ratios(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 def raw_weights(estimator: Estimator, rollout: Rollout) -> Tensor:
     """Importance weights before truncation, `[n, t]` (or `[n, 1]` for `none`, `sequence` and credit `sequence`)."""
-    steps = rollout.log_weight
-    if estimator.weight == "none":
-        return torch.ones_like(steps[:, :1])
-    if estimator.weight == "sequence":
-        return steps.sum(-1, keepdim=True).exp()
-    if estimator.weight == "token":
-        return steps.exp()
-    return ((steps.cumsum(-1) - steps) if estimator.on_vocabulary else steps.cumsum(-1)).exp()
+
+    def compute() -> Tensor:
+        steps = rollout.log_weight
+        if estimator.weight == "none":
+            return torch.ones_like(steps[:, :1])
+        if estimator.weight == "sequence":
+            return steps.sum(-1, keepdim=True).exp()
+        if estimator.weight == "token":
+            return steps.exp()
+        return ((steps.cumsum(-1) - steps) if estimator.on_vocabulary else steps.cumsum(-1)).exp()
+
+    return rollout.shared(("weight", estimator.weight, estimator.on_vocabulary), compute)
 
 
 def weights(estimator: Estimator, rollout: Rollout) -> Tensor:
@@ -233,7 +243,7 @@ def _check(e: Estimator) -> None:
         check_name("baseline", e.baseline, BASELINES)
     for what in ("truncate", "clip", "clamp_log_ratio", "clamp_value"):
         bound = getattr(e, what)
-        if bound is not None and not 0 < bound < float("inf"):
+        if bound is not None and not (isinstance(bound, Real) and 0 < float(bound) < float("inf")):
             raise ValueError(f"{what} must be a positive number or None, got {bound!r}")
     vocabulary, reward = e.kernel in VOCABULARY_KERNELS, e.placement == "reward"
     rules: list[tuple[bool, str]] = [
@@ -279,8 +289,8 @@ def _check(e: Estimator) -> None:
             "weight as well would count it twice: leave differentiate_weight off, or use placement='loss'",
         ),
         (
-            vocabulary and (e.clamp_log_ratio is not None or e.clamp_value is not None),
-            f"clamps act on the log-ratio of the sampled token; {e.kernel!r} sums over the vocabulary",
+            (vocabulary or e.kernel == "mse_sampled") and (e.clamp_log_ratio is not None or e.clamp_value is not None),
+            f"clamps tame a kernel that is unbounded in the log-ratio of the sampled token; {e.kernel!r} is not one",
         ),
         (
             e.gradient_kernel is not None and e.placement != "straight_through",
@@ -304,8 +314,9 @@ def _check(e: Estimator) -> None:
             "a group baseline is offered for detached, unclipped weights only",
         ),
         (
-            e.grouped != (e.group is not None) or (e.group is not None and e.group < 2),
-            f"group is the number of responses to one prompt, at least 2, and goes with a group baseline; got "
+            e.grouped != (e.group is not None)
+            or (e.group is not None and not (isinstance(e.group, Integral) and e.group >= 2)),
+            "group is the number of responses to one prompt, a whole number of at least 2, and goes with a group baseline; got "
             f"baseline={e.baseline!r}, group={e.group!r}",
         ),
     ]

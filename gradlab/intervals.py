@@ -40,7 +40,7 @@ def squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float =
 
     means `[..., B, p]`, B ≥ 8, iid and close to Gaussian; target `[p]`.
     Raises ValueError on other shapes, on NaN or infinite values, and on a level outside (0, 1).
-    Source: U-statistic of Chen & Qin (Annals of Statistics 38, 2010, §2); interval derived here.
+    Source: the U-statistic is that of Chen & Qin (Annals of Statistics 38, 2010); interval derived here.
     """
     means, target = _validated(means, target, level)
     return _squared_norm(means - target, level)
@@ -57,7 +57,8 @@ def cosine(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> 
     """Cosine of the angle between the mean gradient and a known target.
 
     `cos = c / √(c² + ∥w∥²)` with `c = ⟨m, t⟩/∥t∥` and `w = m − c·t/∥t∥` is monotone in `c` and in `∥w∥²`: a Student
-    interval for the one and a `squared_distance` interval for the other, each at half the error, bound it (Bonferroni).
+    interval for the one and a `squared_distance` interval for the other, each at half the error, bound it (Bonferroni;
+    simulated coverage at 0.95 is 0.975 for cosines of 0 and ±1, and up to 0.998 between).
     The estimate is `c` over the root of the U-statistic of `∥m∥²`, which takes the noise out of the norm.
 
     NaN in [−1, 1] where `m` is not distinguishable from 0 at this level; all NaN for a zero target.
@@ -83,7 +84,7 @@ def noise(means: npt.ArrayLike, traces: npt.ArrayLike | None, target: npt.ArrayL
     """Noise `tr Σ / ∥t∥²` of one sample: over N, the squared relative error of a mean of N. NaN for a zero target.
 
     Student interval for the mean of the batches' traces on the log scale (traces are positive and skewed to the right),
-    with half of the `B − 1` degrees of freedom. Rare huge gradients that no batch has met are beyond it.
+    with half of the `B − 1` degrees of freedom. Blind to rare huge gradients that no batch has met.
 
     traces `[..., B]`: per batch the unbiased estimate of `tr Σ`. None means batches of one sample, which have no trace;
     `∥m_b − mean∥² B/(B−1)` stands in. Errors as in `squared_distance`, and for negative traces.
@@ -108,7 +109,7 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
 
     `μ̂_k ± σ̂_k √( 2(kρ² + 1)/(k²ρ²) · log(√(kρ² + 1)/(1 − level)) )`, `ρ` minimising the width at `start`; studentised:
     the normal quantile in it is replaced by the Student quantile of the same tail. Before `start`: the whole line.
-    P(the mean is ever outside) ≤ 1 − level, asymptotically in `start`; skewed values need a later start.
+    P(the mean is ever outside) ≤ 1 − level, asymptotically in `start`: give very skewed values a later one.
 
     x `[..., n]` gives estimate, low and high `[..., n]`. ValueError on NaN, a bad level, or `start` < 2.
     Source: Waudby-Smith et al., arXiv 2103.06476, Theorem 2.2 (ρ: the exact minimiser, by Lambert's W).
@@ -205,11 +206,12 @@ def _gram_statistics(points: Array) -> _Gram:
     gram = gram / np.where(scale > 0, scale, 1)[..., None, None]
     signal, cross, pairs = gram[..., 0, 0], gram[..., 0, 1:], gram[..., 1:, 1:] * (1 - np.eye(free))
     first = (np.trace(gram, axis1=-2, axis2=-1) - signal) / free
-    second = np.maximum(np.square(pairs).sum((-1, -2)) / (free * (free - 1)), 1e-30)  # rounding, for noiseless runs
-    third = np.sum((pairs @ pairs) * pairs, axis=(-1, -2)) / (free * (free - 1) * (free - 2))
+    second = np.einsum("...ij,...ij", pairs, pairs) / (free * (free - 1))
+    second = np.maximum(second, 1e-30)  # rounding, where a run has no noise
+    third = np.einsum("...ij,...ij", pairs @ pairs, pairs) / (free * (free - 1) * (free - 2))
     third = np.clip(third, 1e-3 * second**1.5, second**1.5)
     once = np.square(cross).mean(-1)  # B dᵀSd + tr S²
-    twice = np.sum((cross[..., None, :] @ pairs)[..., 0, :] * cross, axis=-1) / (free * (free - 1))  # B dᵀS²d + tr S³
+    twice = np.einsum("...i,...ij,...j", cross, pairs, cross) / (free * (free - 1))  # B dᵀS²d + tr S³
     slope = np.clip((third + 2 * twice) / (second + 2 * once), 0, np.cbrt(third))
     return _Gram(batches, scale, signal - first, first, second, third, once - second, slope)
 
@@ -219,7 +221,7 @@ def _probability_below(gram: _Gram, excess: Array, distance: Array) -> Array:
 
     Variance `2 tr S² B/(B−1) + 4B dᵀSd`, third cumulant `8 tr S³ + 24B dᵀS²d`. As in a score test, `dᵀSd` is estimated
     under the hypothesis: it shares its noise with the statistic and errs by `slope` times as much, and what the
-    statistic lacks may hide in the noisiest direction, `tr S³/tr S²`; else an interval that lands low would be too short.
+    statistic lacks may hide in the noisiest direction, `tr S³/tr S²`. Else an interval that lands low is too short.
     The Student law has half of the `B − 1` degrees of freedom: at zero the variance is of fourth order in the data.
     """
     lack = distance - gram.excess

@@ -7,8 +7,8 @@ share of a multinomial draw; nothing downstream needs to know which.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,9 +27,10 @@ class Rollout:
 
     Shapes: tokens, mask and contexts `[n, t]`, weight `[n]` (sums to 1), tables `[r, v]`; `contexts` says which table row
     emitted a token, so `logits[i, u] = table[contexts[i, u]]` is `[n, t, v]`. `length` is the longest possible response,
-    `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once.
-    A token behind the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a response without a
-    live token, or a table with NaN.
+    `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once,
+    `expected_length` is `E_μ[L]` where it is known (otherwise the weighted mean of the responses at hand stands in).
+    A token behind the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a
+    response without a live token, or a table with NaN.
     """
 
     tokens: Tensor
@@ -43,6 +44,8 @@ class Rollout:
     family: Family = CATEGORICAL
     sampled: bool = False
     revisits: bool = False
+    expected_length: float | None = None
+    _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.mask.shape != self.tokens.shape or self.weight.shape != self.tokens.shape[:1]:
@@ -55,14 +58,16 @@ class Rollout:
                 "policy, reference and behaviour need logits of one shape, got "
                 f"{list(self.table.shape)}, {list(self.reference_table.shape)} and {list(self.behaviour_table.shape)}"
             )
-        empty = torch.nonzero(~self.mask.any(-1))
-        if len(empty):
+        answered = self.mask.any(-1)
+        if not bool(answered.all()):
+            empty = int(torch.nonzero(~answered)[0])
             raise ValueError(
-                f"response {int(empty[0])} has no live token in its mask; every response holds at least one (its end token "
+                f"response {empty} has no live token in its mask; every response holds at least one (its end token "
                 "counts): drop empty responses, and check that the mask covers the response rather than the prompt"
             )
         for name in ("table", "reference_table", "behaviour_table"):
-            if not bool(torch.isfinite(getattr(self, name)).all()):
+            # A sum is finite only if every term is, and is much cheaper to look at.
+            if not math.isfinite(float(getattr(self, name).detach().sum())):
                 raise ValueError(f"the {name} of a rollout holds NaN or infinite logits; check the model's output upstream")
 
     # ---- constructors -------------------------------------------------------------------------------------------------
@@ -79,6 +84,7 @@ class Rollout:
         family: Family = CATEGORICAL,
         length: int | None = None,
         sampled: bool = True,
+        expected_length: float | None = None,
     ) -> Rollout:
         """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy."""
         behaviour = logits.detach() if behaviour_logits is None else behaviour_logits
@@ -86,20 +92,27 @@ class Rollout:
             if item.dim() != 3 or item.shape[:2] != tokens.shape:
                 raise ValueError(f"{name} must be [n, t, v] with [n, t] = {list(tokens.shape)}, got {list(item.shape)}")
         contexts = torch.arange(tokens.numel()).view(tokens.shape)
-        rows = [item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)]
-        return cls(tokens, mask, weight, contexts, *rows, length or tokens.shape[1], family, sampled)
+        table, reference_table, behaviour_table = (
+            item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)
+        )
+        return cls(
+            tokens, mask, weight, contexts, table, reference_table, behaviour_table, length or tokens.shape[1], family, sampled,
+            expected_length=expected_length,
+        )  # fmt: skip
 
     @classmethod
     def _of(cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, sampled: bool) -> Rollout:
         policy = scenario.policy
-        tables = policy.table, scenario.reference.table, scenario.sampler.table
+        # Sampling is never differentiated, and neither is the reference: only the policy's own table may carry gradients.
+        tables = policy.table, scenario.reference.table.detach(), scenario.sampler.table.detach()
         contexts = policy.contexts(tokens)
-        return cls(tokens, mask, weight, contexts, *tables, policy.length, policy.family, sampled, policy.revisits)
+        expected_length = float(scenario.sampler.occupancy().detach().sum()) if sampled else None
+        return cls(
+            tokens, mask, weight, contexts, *tables, policy.length, policy.family, sampled, policy.revisits, expected_length
+        )  # fmt: skip
 
     @classmethod
-    def enumerated(
-        cls, scenario: Scenario, log_ratios: Iterable[float] = (), log_weights: Iterable[float] = ()
-    ) -> Rollout:
+    def enumerated(cls, scenario: Scenario, log_ratios: Iterable[float] = (), log_weights: Iterable[float] = ()) -> Rollout:
         """Every response of the scenario, weighted by its probability under the sampler.
 
         A Gaussian is enumerated by quadrature nodes; `log_ratios` and `log_weights` are levels of `ℓ` and of `log ρ` where
@@ -108,8 +121,10 @@ class Rollout:
         if isinstance(scenario.policy, Gaussian):
             return cls._by_quadrature(scenario, log_ratios, log_weights)
         tokens, mask = scenario.policy.enumerate()
-        blank = cls._of(scenario, tokens, mask, torch.ones(len(tokens), dtype=torch.float64), sampled=False)
-        return replace(blank, weight=blank.behaviour_log_prob.sum(-1).exp())
+        sampler = scenario.sampler
+        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
+        weight = torch.where(mask, log_prob, 0.0).sum(-1).exp()
+        return cls._of(scenario, tokens, mask, weight, sampled=False)
 
     @classmethod
     def _by_quadrature(cls, scenario: Scenario, log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
@@ -121,8 +136,9 @@ class Rollout:
         kinks += [x for level in log_weights for x in crossings(policy, sampler, level)]
         nodes, widths = quadrature([sampler, policy, reference], kinks)
         tokens = nodes[:, None]
-        blank = cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), widths, sampled=False)
-        return replace(blank, weight=widths * blank.behaviour_log_prob[:, 0].exp())
+        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
+        weight = widths * log_prob[:, 0].exp()
+        return cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), weight, sampled=False)
 
     @classmethod
     def drawn(cls, scenario: Scenario, samples: int, rng: np.random.Generator) -> Rollout:
@@ -187,15 +203,42 @@ class Rollout:
     def divergence(self, kernel: str) -> Tensor:
         """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 behind the end."""
         of_rows = self.family.reverse_kl if kernel == "full" else self.family.mse
-        return self._live(of_rows(self.table, self.reference_table)[self.contexts])
+        return self.shared(kernel, lambda: self._live(of_rows(self.table, self.reference_table)[self.contexts]))
+
+    @cached_property
+    def live(self) -> Tensor:
+        """The mask as numbers, `[n, t]`."""
+        return self.mask.to(self.weight.dtype)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether no response ends early, so that the mask does nothing."""
+        return bool(self.mask.all())
 
     @cached_property
     def lengths(self) -> Tensor:
         """Number of live tokens of every response, `[n]`."""
         return self.mask.sum(-1).to(self.weight.dtype)
 
+    @cached_property
+    def mean_length(self) -> float:
+        """`E_μ[L]`, the constant by which one mean over all tokens of a large batch divides."""
+        if self.expected_length is not None:
+            return self.expected_length
+        return float(self.weight @ self.lengths / self.weight.sum())
+
+    def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` gives, computed once for this rollout: estimators share kernels and weights."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def fresh(self) -> Rollout:
+        """The same rollout without anything computed yet, so that a backward pass does not free what another needs."""
+        return replace(self)
+
     def _live(self, values: Tensor) -> Tensor:
-        return torch.where(self.mask, values, 0.0)
+        return values if self.whole else torch.where(self.mask, values, 0.0)
 
     def differentiable(self) -> Rollout:
         """The same rollout with every step's logits a leaf of its own, so that samples do not mix.
@@ -205,5 +248,5 @@ class Rollout:
         leaves = self.logits.detach().clone().requires_grad_(True)
         return Rollout.from_logits(
             self.tokens, self.mask, self.weight, leaves, self.reference_logits, self.behaviour_logits.detach(),
-            self.family, self.length, self.sampled,
+            self.family, self.length, self.sampled, self.expected_length,
         )  # fmt: skip

@@ -30,7 +30,7 @@ def gaussian_gradient(e: Any, x: Any, policy: Pair, reference: Pair, sampler: Pa
 
     gap, v = m - m_ref, s**2 + s_ref**2
     overlap = mp.exp(-(gap**2) / (2 * v)) / mp.sqrt(2 * mp.pi * v)  # ∫ π ref
-    kl = mp.log(s_ref / s) + (s**2 + gap**2) / (2 * s_ref**2) - mp.mpf(1) / 2
+    kl = _kl(policy, reference)
     vocabulary = {  # D, ∇D
         "full": (kl, [gap / s_ref**2, s / s_ref**2 - 1 / s]),
         "mse": (
@@ -39,12 +39,12 @@ def gaussian_gradient(e: Any, x: Any, policy: Pair, reference: Pair, sampler: Pa
         ),
     }
 
-    def kernel_and_slope(name: str) -> tuple[mpf, mpf]:
+    def kernel_and_slope(name: str, clamped: bool = True) -> tuple[mpf, mpf]:
         """k(ℓ) and ∂k/∂log π with its clamps; for a vocabulary kernel D and 0."""
         if name in vocabulary:
             return vocabulary[name][0], mp.mpf(0)
         ell, slope_inside, ref = log_pi - log_ref, 1, mp.exp(log_ref)
-        if e.clamp_log_ratio is not None and abs(ell) > e.clamp_log_ratio:
+        if clamped and e.clamp_log_ratio is not None and abs(ell) > e.clamp_log_ratio:
             ell, slope_inside = mp.sign(ell) * e.clamp_log_ratio, 0
         k, slope = {
             "k1": (ell, 1),
@@ -54,7 +54,7 @@ def gaussian_gradient(e: Any, x: Any, policy: Pair, reference: Pair, sampler: Pa
             "k3_swapped": (mp.expm1(ell) - ell, mp.expm1(ell)),
             "mse_sampled": (ref * (mp.expm1(ell) - ell), ref * mp.expm1(ell)),
         }[name]
-        if e.clamp_value is not None and abs(k) > e.clamp_value:
+        if clamped and e.clamp_value is not None and abs(k) > e.clamp_value:
             return mp.sign(k) * e.clamp_value, mp.mpf(0)
         return k, slope * slope_inside
 
@@ -78,7 +78,7 @@ def gaussian_gradient(e: Any, x: Any, policy: Pair, reference: Pair, sampler: Pa
         c += w * slope + slope_w * k
         a += w if e.kernel in vocabulary else 0
     if e.placement == "straight_through":
-        c += w * kernel_and_slope(e.gradient_kernel or "k2")[1] + slope_w * k
+        c += w * kernel_and_slope(e.gradient_kernel or "k2", clamped=False)[1] + slope_w * k
     slope_d = vocabulary[e.kernel][1] if e.kernel in vocabulary else (0, 0)
     return [c * part + a * part_d for part, part_d in zip(score, slope_d, strict=True)]
 
@@ -105,6 +105,8 @@ def gaussian_moments(
             found.append(abs(log_pi - log_ref) - e.clamp_log_ratio)
         if e.clamp_value is not None:
             found += [abs(k) - e.clamp_value for k in _smooth_kernels(log_pi, log_ref)]
+        if e.baseline == "kl":
+            found.append(log_pi - log_ref - _kl(policy, reference))
         edges = [e.truncate] if e.truncate is not None else [1 - e.clip, 1 + e.clip] if e.clip is not None else []
         return found + [rho - edge for edge in edges]
 
@@ -125,6 +127,11 @@ def gaussian_moments(
         return np.array(mean, dtype=float), math.inf
     trace = expectation(lambda x: sum((g - m) ** 2 for g, m in zip(gradient(x), mean, strict=True)))
     return np.array(mean, dtype=float), float(trace)
+
+
+def _kl(policy: Pair, reference: Pair) -> mpf:
+    (m, s), (m_ref, s_ref) = map(mp.mpf, policy), map(mp.mpf, reference)
+    return mp.log(s_ref / s) + (s**2 + (m - m_ref) ** 2) / (2 * s_ref**2) - mp.mpf(1) / 2
 
 
 def _log_density(x: Any, mean: float, std: float) -> mpf:

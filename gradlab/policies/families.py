@@ -34,6 +34,9 @@ class Family(Protocol):
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
         """Return `½ Σ (p − ref)²` of every row, `[r]`."""
 
+    def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
+        """Return the gradient of a vocabulary kernel (`full`: reverse KL, `mse`) with respect to every row, `[r, v]`."""
+
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         """Return `Σ_{n,t} a[e,n,t] ∇ log p(token | context)` as tables `[e, r, v]`, for coefficients `[e, n, t]`."""
 
@@ -67,6 +70,12 @@ class Categorical:
 
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
         return 0.5 * (table.softmax(-1) - reference.softmax(-1)).square().sum(-1)
+
+    def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
+        # ∇ Σ_v f(p(v)) = p ∘ (f' − Σ p f'), with f' = ℓ + 1 for the KL and p − ref for mse; the 1 drops out.
+        p = table.softmax(-1)
+        pull = table.log_softmax(-1) - reference.log_softmax(-1) if kernel == "full" else p - reference.softmax(-1)
+        return p * (pull - (p * pull).sum(-1, keepdim=True))
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         # Σ a (onehot − p) = (Σ a onehot) − p Σ a: one scatter for all estimators, then a rank-one correction per row.
@@ -118,6 +127,15 @@ class Normal:
         both = (s.square() + std.square()).sqrt()
         cross = (-0.5 * ((m - mean) / both).square()).exp() / (both * math.sqrt(2 * math.pi))
         return 0.5 * ((1 / s + 1 / std) / (2 * math.sqrt(math.pi)) - 2 * cross)
+
+    def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
+        (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
+        if kernel == "full":
+            return torch.stack([(m - mean) / std.square(), s / std.square() - 1 / s], -1)
+        both = s.square() + std.square()
+        cross = (-0.5 * (m - mean).square() / both).exp() / (2 * math.pi * both).sqrt()
+        by_std = cross * s * (1 - (m - mean).square() / both) / both - 1 / (4 * math.sqrt(math.pi) * s.square())
+        return torch.stack([cross * (m - mean) / both, by_std], -1)
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         sums = coefficients.new_zeros(coefficients.shape[0], *table.shape)

@@ -46,12 +46,12 @@ class Gaussian:
     @property
     def mean(self) -> float:
         """Mean of the action."""
-        return float(self.table[0, 0])
+        return float(self.table[0, 0].detach())
 
     @property
     def std(self) -> float:
         """Standard deviation of the action."""
-        return float(self.table[0, 1])
+        return float(self.table[0, 1].detach())
 
     @property
     def parameters(self) -> Tensor:
@@ -87,7 +87,7 @@ class Gaussian:
         return Gaussian(self.mean + self.std * float(noise[0]), self.std * math.exp(float(noise[1])))
 
     def perturbed(self, scale: float | None = None, seed: int = 0, *, kl: float | None = None) -> Gaussian:
-        """Gaussian noise of size `scale` on the mean (in units of std) and on log std, or as much as gives `KL(self ‖ result) = kl`."""
+        """Gaussian noise of size `scale` on the mean (in units of std) and log std, or as much as `KL(self ‖ result) = kl` takes."""
         return perturbation(self, scale, kl, seed)
 
 
@@ -112,15 +112,10 @@ def quadrature(gaussians: Sequence[Gaussian], breakpoints: Sequence[float] = ())
 
 def crossings(numerator: Gaussian, denominator: Gaussian, level: float) -> list[float]:
     """Where `log numerator(x) − log denominator(x) = level`: up to two real points, the roots of a quadratic."""
-    a, b, c = (
-        sum(sign * term(g) for sign, g in ((1, numerator), (-1, denominator)))
-        for term in (
-            lambda g: -0.5 / g.std**2,
-            lambda g: g.mean / g.std**2,
-            lambda g: -0.5 * (g.mean / g.std) ** 2 - math.log(g.std),
-        )
-    )
-    c -= level
+    a = -0.5 / numerator.std**2 + 0.5 / denominator.std**2
+    b = numerator.mean / numerator.std**2 - denominator.mean / denominator.std**2
+    c = 0.5 * ((denominator.mean / denominator.std) ** 2 - (numerator.mean / numerator.std) ** 2)
+    c += math.log(denominator.std / numerator.std) - level
     if abs(a) < 1e-15 * max(1.0, abs(b)):
         return [] if b == 0 else [-c / b]
     root = b * b - 4 * a * c

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -88,21 +89,7 @@ class Tabular:
                 f"exceed the {ENUMERATION_BYTES / 2**30:g} GiB allowed for enumeration; sample it (samples=…) or, if each "
                 "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
             )
-        grid = torch.arange(v**length)
-        tokens = torch.stack([grid // v ** (length - 1 - t) % v for t in range(length)], -1)
-        mask = self.live(tokens)
-        if self.eos is not None:
-            # One representative per response: everything behind the end token is the end token again.
-            keep = (mask | (tokens == self.eos)).all(-1)
-            tokens, mask = tokens[keep], mask[keep]
-        return tokens, mask
-
-    def live(self, tokens: Tensor) -> Tensor:
-        """Mask `[n, t]` of the tokens up to and including the end token."""
-        if self.eos is None:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        ended = (tokens == self.eos).cumsum(-1)
-        return (ended == 0) | ((ended == 1) & (tokens == self.eos))
+        return _responses(v, length, self.eos)
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
@@ -117,7 +104,7 @@ class Tabular:
             tokens[alive, t] = drawn
             if self.eos is not None:
                 alive = alive[drawn != self.eos]
-        return tokens, self.live(tokens)
+        return tokens, _live(tokens, self.eos)
 
     def moved(self: P, noise: Tensor) -> P:
         """The policy with noise `[p]` added to its logits."""
@@ -131,10 +118,32 @@ class Tabular:
         return perturbation(self, scale, kl, seed)
 
 
+@lru_cache(maxsize=8)
+def _responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of every response, in lexicographic order."""
+    grid = torch.arange(vocab**length)
+    tokens = torch.stack([grid // vocab ** (length - 1 - t) % vocab for t in range(length)], -1)
+    mask = _live(tokens, eos)
+    if eos is None:
+        return tokens, mask
+    # One representative per response: everything behind the end token is the end token again.
+    keep = (mask | (tokens == eos)).all(-1)
+    return tokens[keep], mask[keep]
+
+
+def _live(tokens: Tensor, eos: int | None) -> Tensor:
+    """Mask `[n, t]` of the tokens up to and including the end token."""
+    if eos is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    ended = (tokens == eos).cumsum(-1)
+    return (ended == 0) | ((ended == 1) & (tokens == eos))
+
+
 def _table(logits: Any, dims: int, what: str) -> Tensor:
     """Check logits: the right number of axes, at least two tokens, finite; return them as float64."""
     try:
-        table = torch.as_tensor(np.asarray(logits, dtype=np.float64)).clone()
+        given = logits.detach().cpu() if isinstance(logits, Tensor) else torch.from_numpy(np.array(logits, dtype=np.float64))
+        table = given.to(torch.float64, copy=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} must be an array of numbers, got {type(logits).__name__}: {error}") from None
     if table.dim() != dims or table.shape[-1] < 2:
@@ -150,9 +159,9 @@ def _table(logits: Any, dims: int, what: str) -> Tensor:
 
 
 def _check_shape(length: int, eos: int | None, vocab: int) -> None:
-    if not isinstance(length, int | np.integer) or length < 1:
+    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
         raise ValueError(f"length must be a positive whole number, got {length!r}")
-    if eos is not None and not (isinstance(eos, int | np.integer) and 0 <= eos < vocab):
+    if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int | np.integer) or not 0 <= eos < vocab):
         raise ValueError(f"eos must be a token id between 0 and {vocab - 1}, or None, got {eos!r}")
 
 
@@ -206,9 +215,7 @@ class Tree(Tabular):
         _freeze(self, rows, depth, eos)
 
     @classmethod
-    def random(
-        cls, vocab: int = 4, length: int = 4, seed: int = 0, eos: int | None = None, scale: float = 1.0
-    ) -> Tree:
+    def random(cls, vocab: int = 4, length: int = 4, seed: int = 0, eos: int | None = None, scale: float = 1.0) -> Tree:
         """Gaussian logits of standard deviation `scale` at every prefix."""
         _check_shape(length, eos, vocab)
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
@@ -249,9 +256,7 @@ class Markov(Tabular):
         _freeze(self, torch.cat([first[None], steps]), int(length), eos)
 
     @classmethod
-    def random(
-        cls, vocab: int = 4, length: int = 64, seed: int = 0, eos: int | None = None, scale: float = 1.0
-    ) -> Markov:
+    def random(cls, vocab: int = 4, length: int = 64, seed: int = 0, eos: int | None = None, scale: float = 1.0) -> Markov:
         """Gaussian initial and transition logits of standard deviation `scale`."""
         logits = _random((vocab + 1, vocab), scale, seed)
         return cls(logits[0], logits[1:], length=length, eos=eos)

@@ -1,0 +1,39 @@
+"""gradlab: which objective does a KL regulariser's expected gradient descend, how far off, how noisily, and on which tokens?
+
+The way of the data: policy → scenario → rollout → estimator → moments → frame → verdict → figure.
+
+>>> import gradlab as gl
+>>> policy = gl.Tree.random(vocab=4, length=3, seed=0)
+>>> scenario = gl.Scenario(policy, reference=policy.perturbed(kl=0.3, seed=1))
+>>> frame = gl.measure(["k2-loss", "k3-loss", "k1-reward-to-go"], scenario)
+>>> [round(bias, 3) for bias in frame.bias]  # doctest: +SKIP
+"""
+
+from gradlab import exact, intervals, montecarlo
+from gradlab.catalogue import CATALOGUE, ESTIMATORS
+from gradlab.estimators import Estimator
+from gradlab.measure import measure
+from gradlab.moments import Moments
+from gradlab.policies import Bandit, Gaussian, Markov, Policy, Tree
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+from gradlab.targets import TARGETS
+
+__all__ = [
+    "CATALOGUE",
+    "ESTIMATORS",
+    "TARGETS",
+    "Bandit",
+    "Estimator",
+    "Gaussian",
+    "Markov",
+    "Moments",
+    "Policy",
+    "Rollout",
+    "Scenario",
+    "Tree",
+    "exact",
+    "intervals",
+    "measure",
+    "montecarlo",
+]

@@ -1,0 +1,266 @@
+"""The command line: reproduce figures and verdicts, read the ledger, measure a question of one's own, list what there is."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gradlab import claims, measure, report
+from gradlab.catalogue import CATALOGUE, ESTIMATORS
+from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.ledger import CLAIMS
+from gradlab.names import check_name
+from gradlab.policies import Bandit, Gaussian, Markov, Tree
+from gradlab.scenario import Scenario
+from gradlab.targets import TARGETS
+
+app = typer.Typer(
+    name="gradlab",
+    help="Which objective does a KL regulariser's gradient descend, how far off, how noisily, and on which tokens?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, data and captions.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core. Same bytes for any.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Entropy of every random draw.")]
+
+
+def analyses() -> dict[str, Path]:
+    """The analysis scripts by name: those of the source tree, or those packed with the installed package."""
+    here = Path(__file__).parent
+    for folder in (here / "_analyses", here.parent / "analyses"):
+        if found := {path.stem: path for path in sorted(folder.glob("[0-9]*.py"))}:
+            return found
+    raise ValueError("no analysis scripts found beside the package; reinstall gradlab-kl")
+
+
+@app.command()
+def reproduce(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller grids: everything in under a minute.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run one analysis, by name or number; may be repeated.")
+    ] = None,
+    jobs: Jobs = 1,
+    output: Output = Path("figures"),
+    seed: Seed = 0,
+) -> None:
+    """Regenerate figures, data, captions and verdicts.
+
+    Runs the numbered analyses one after the other. Each writes its results when it has them, so an interrupted run keeps
+    what is finished. Ends with the claims ledger as these results settle it, also written to `claims.csv`.
+
+    Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
+    """
+    scripts = analyses()
+    chosen = _choose(scripts, only)
+    report.writable(output)
+    options = ["--jobs", str(jobs), "--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
+    console = Console()
+    arguments, finished = sys.argv, list[str]()
+    try:
+        for i, name in enumerate(chosen, 1):
+            console.rule(f"{i}/{len(chosen)} {name}", align="left")
+            started = time.perf_counter()
+            sys.argv = [str(scripts[name]), *options]
+            runpy.run_path(str(scripts[name]), run_name="__main__")
+            finished.append(name)
+            console.print(f"{name} took {time.perf_counter() - started:.1f} s", style="dim")
+    except KeyboardInterrupt:
+        kept = ", ".join(finished) or "nothing"
+        print(f"interrupted in {chosen[len(finished)]}; finished and kept: {kept}", file=sys.stderr)
+        raise
+    finally:
+        sys.argv = arguments
+    settled = claims.verify(output)
+    with report.written(output / "claims.csv") as part:
+        settled.to_csv(part, index=False, lineterminator="\n")
+    console.rule("claims", align="left")
+    report.show_verdicts(settled)
+    print(f"pictures, data and captions are in {output}")
+
+
+@app.command(name="claims")
+def claims_command(
+    only: Annotated[list[str] | None, typer.Option("--only", help="A claim's id; may be repeated.")] = None,
+    output: Output = Path("figures"),
+    csv: Annotated[bool, typer.Option("--csv", help="Print the ledger as CSV, with rules and sources.")] = False,
+) -> None:
+    """Print the claims ledger, each claim settled anew from the data in the output folder.
+
+    HOLDS, FAILS or UNDECIDED within the scope, with the effect and the row that decides; OPEN where `gradlab reproduce` has
+    not yet made the data.
+    """
+    settled = claims.verify(output, only)
+    if csv:
+        print(settled.to_csv(index=False), end="")
+    else:
+        report.show_verdicts(settled)
+
+
+class Family(StrEnum):
+    """Kinds of policy offered on the command line."""
+
+    bandit = "bandit"
+    tree = "tree"
+    markov = "markov"
+    gaussian = "gaussian"
+
+
+@app.command(name="measure")
+def measure_command(
+    estimator: Annotated[
+        list[str] | None, typer.Option("--estimator", "-e", help="Catalogue name; may be repeated. Default: all of them.")
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Objective to compare with.")] = None,
+    family: Annotated[Family, typer.Option("--family", help="Kind of policy.")] = Family.tree,
+    vocab: Annotated[int, typer.Option("--vocab", min=2, help="Number of tokens.")] = 4,
+    length: Annotated[int, typer.Option("--length", min=1, help="Largest number of tokens of a response.")] = 3,
+    eos: Annotated[int | None, typer.Option("--eos", help="Token that ends a response.")] = None,
+    kl: Annotated[float, typer.Option("--kl", min=0, help="KL(policy ‖ reference) in nats.")] = 0.3,
+    lag: Annotated[float, typer.Option("--lag", min=0, help="KL(policy ‖ behaviour) in nats; 0 is on-policy.")] = 0.0,
+    scenarios: Annotated[int, typer.Option("--scenarios", min=1, help="How many random scenarios.")] = 1,
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses to draw; leave out for exact.")] = None,
+    jobs: Jobs = 1,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the frame to this CSV file.")] = None,
+) -> None:
+    """Measure bias, direction and noise of estimators on random policies.
+
+    Example: `gradlab measure -e k2-loss -e k3-loss --family bandit --vocab 50 --kl 1 -n 10000`
+    """
+    names = estimator or list(ESTIMATORS)
+    cases = [_scenario(family, vocab, length, eos, kl, lag, seed * 1_000_003 + i) for i in range(scenarios)]
+    frame = measure(names, cases, target=target or "reverse_kl", samples=samples, seed=seed, jobs=jobs)
+    if output is not None:
+        report.writable(output.parent)
+        with report.written(output) as part:
+            frame.to_csv(part, index=False, lineterminator="\n")
+    show(frame)
+
+
+class Listing(StrEnum):
+    """What `gradlab list` can list."""
+
+    estimators = "estimators"
+    targets = "targets"
+    kernels = "kernels"
+    claims = "claims"
+    analyses = "analyses"
+
+
+@app.command(name="list")
+def list_command(
+    what: Annotated[Listing, typer.Argument(help="Which names to list.")] = Listing.estimators,
+) -> None:
+    """List estimators, targets, kernels, claims or analyses, with what they are and where they come from."""
+    rows: dict[Listing, Callable[[], Sequence[tuple[str, ...]]]] = {
+        Listing.estimators: lambda: [
+            (e.name, e.estimator.name, _combination(e.on_policy), _combination(e.off_policy), e.source)
+            for e in CATALOGUE.values()
+        ],
+        Listing.targets: lambda: [(t.name, t.statement, t.source) for t in TARGETS.values()],
+        Listing.kernels: lambda: [(k.name, k.source) for k in KERNELS.values()] + list(VOCABULARY_KERNELS.items()),
+        Listing.claims: lambda: [(c.id, c.scope, c.statement, c.source) for c in CLAIMS],
+        Listing.analyses: lambda: [(name, _title(path)) for name, path in analyses().items()],
+    }
+    headings = {
+        Listing.estimators: ("name", "composition", "descends on-policy", "descends off-policy", "source"),
+        Listing.targets: ("name", "objective", "source"),
+        Listing.kernels: ("name", "source"),
+        Listing.claims: ("id", "scope", "statement", "source"),
+        Listing.analyses: ("name", "question"),
+    }
+    table = Table(header_style="bold")
+    for heading in headings[what]:
+        table.add_column(heading, overflow="fold")
+    for row in rows[what]():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show(frame: pd.DataFrame) -> None:
+    """Print the columns of a measured frame that a person looks at first."""
+    columns = ["scenario", "estimator", "target", "bias", "cosine", "noise", "crossover"]
+    table = Table(header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="left" if column in columns[:3] else "right")
+    for row in frame.to_dict("records"):
+        cells = [row["scenario"], row["estimator"], row["target"]]
+        for column in columns[3:]:
+            low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+            ends = "" if low is None or pd.isna(low) else f" [{low:.3g}, {high:.3g}]"
+            cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _scenario(family: Family, vocab: int, length: int, eos: int | None, kl: float, lag: float, seed: int) -> Scenario:
+    policy: Bandit | Tree | Markov | Gaussian
+    if family is Family.gaussian:
+        policy = Gaussian(0.0, 1.0)
+    elif family is Family.bandit:
+        policy = Bandit.random(vocab, seed)
+    elif family is Family.tree:
+        policy = Tree.random(vocab, length, seed, eos)
+    else:
+        policy = Markov.random(vocab, length, seed, eos)
+    behaviour = policy.perturbed(kl=lag, seed=seed + 2) if lag else None
+    return Scenario(policy, policy.perturbed(kl=kl, seed=seed + 1), behaviour)
+
+
+def _choose(scripts: dict[str, Path], only: list[str] | None) -> list[str]:
+    if not only:
+        return list(scripts)
+    chosen = []
+    for wanted in only:
+        matches = [name for name in scripts if name == wanted or name.split("_")[0] == wanted]
+        if not matches:
+            check_name("analysis", wanted, scripts)
+        chosen += matches
+    return [name for name in scripts if name in chosen]
+
+
+def _combination(parts: dict[str, float] | None) -> str:
+    if parts is None:
+        return "none of the targets"
+    return " + ".join(name if c == 1 else f"{c:g}·{name}" for name, c in parts.items()).replace("+ -1·", "− ")
+
+
+def _title(script: Path) -> str:
+    """First heading of a percent script."""
+    for line in script.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# # "):
+            return line[4:]
+    return ""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2, an interruption exit code 130."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"gradlab: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        # typer raises its own usage errors; anything else is ours and keeps its traceback.
+        if not hasattr(error, "exit_code"):
+            raise
+        if hasattr(error, "show"):
+            error.show()
+        sys.exit(int(error.exit_code))
+    sys.exit(code or 0)

@@ -1,0 +1,211 @@
+"""Exact results: true gradients, and moments of every estimator, without sampling.
+
+`Bandit` and `Tree` are enumerated, `Gaussian` is integrated by quadrature, `Markov` is solved by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import expm1, log, log1p
+from typing import overload
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from gradlab import markov, targets
+from gradlab.estimators import Estimator, kernel_values
+from gradlab.moments import Loss, Moments, gradients, moments_of
+from gradlab.policies import Gaussian, Markov
+from gradlab.policies.gaussian import REACH
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+
+
+#: `covariance` is refused when it would hold more numbers than this (half a GiB).
+COVARIANCE_DOUBLES = 2**26
+
+
+def gradient(target: str, scenario: Scenario) -> Tensor:
+    """True gradient of a target (`gl.TARGETS`) with respect to the policy's parameters, `[p]`, row-major.
+
+    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`; by dynamic programming on `Markov`.
+    Raises `ValueError` for an unknown target, with the nearest names.
+    """
+    targets.target(target)
+    return markov.gradient(target, scenario) if isinstance(scenario.policy, Markov) else targets.gradient(target, scenario)
+
+
+def objective(target: str, scenario: Scenario) -> float:
+    """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target."""
+    found = targets.target(target)
+    if isinstance(scenario.policy, Markov):
+        return markov.objective(target, scenario)
+    return float(found.objective(scenario.policy, scenario.reference, scenario.sampler))
+
+
+@overload
+def moments(estimator: Loss, scenario: Scenario) -> Moments: ...
+@overload
+def moments(estimator: Sequence[Loss], scenario: Scenario) -> list[Moments]: ...
+def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | list[Moments]:
+    """Exact mean gradient and covariance trace of one estimator, or of a list of them in one pass.
+
+    `E_μ[g]` and `E_μ‖g‖² − ‖E_μ g‖²`, with `g` the gradient of the per-sample surrogate and `μ` the sampler. An estimator is
+    an `Estimator` or any callable from a rollout to per-sample losses `[n]` (callables need a policy that can be enumerated).
+    On a `Gaussian` a covariance trace that diverges is `inf`. Raises `ValueError` when there are too many responses to
+    enumerate or, on `Markov`, when the estimator does not decompose over time.
+    """
+    losses: list[Loss] = list(estimator) if isinstance(estimator, Sequence) else [estimator]
+    with torch.no_grad():
+        if isinstance(scenario.policy, Markov):
+            found = [markov.moments(loss, scenario) for loss in losses]
+        elif isinstance(scenario.policy, Gaussian):
+            found = _by_quadrature(losses, scenario)
+        else:
+            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+    return found if isinstance(estimator, Sequence) else found[0]
+
+
+def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
+    """Exact covariance matrix of one sample's gradient, `[p, p]`: the variance of every parameter, and what they share.
+
+    `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
+    full, which limits it to small policies. On a `Gaussian` a variance that diverges is `inf`, a covariance `nan`.
+    Raises `ValueError` when there are too many responses or parameters, and for group baselines.
+    """
+    if isinstance(estimator, Estimator) and estimator.grouped:
+        raise ValueError(
+            f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
+            "trace of its covariance"
+        )
+    with torch.no_grad():
+        # Raises where there is no mean to centre at.
+        mean = None if isinstance(scenario.policy, Markov) else moments(estimator, scenario).mean
+        rollout = _rollout([estimator], scenario)
+        p, n = rollout.table.numel(), len(rollout.weight)
+        if p * max(p, n) > COVARIANCE_DOUBLES:
+            raise ValueError(
+                f"the covariance of {p} parameters over {n} responses needs {p * max(p, n):.2g} numbers, more than the "
+                f"{COVARIANCE_DOUBLES:.2g} allowed; take a smaller policy, or gl.exact.moments for the trace alone"
+            )
+        table = gradients([estimator], rollout).tables(0).flatten(1)
+        centred = table - (rollout.weight @ table if mean is None else mean)
+        scaled = centred * rollout.weight.sqrt()[:, None]
+        found = scaled.T @ scaled
+        if isinstance(scenario.policy, Gaussian):
+            for j in range(p):
+                for k in range(p):
+                    if _tail(table[:, j] * table[:, k], rollout):
+                        found[j, k] = float("inf") if j == k else float("nan")
+        return found
+
+
+@dataclass(frozen=True)
+class ValueMoments:
+    """Mean and variance of one sample's value of a kernel, in nats and nats²."""
+
+    mean: float
+    variance: float
+
+
+def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> ValueMoments:
+    """Exact moments of the *value* `Σ_t k(ℓ_t)` (credit `token`) or `k(S)` (`sequence`) under the sampler.
+
+    This is what KL estimators are usually compared by: Schulman, "Approximating KL divergence" (2020). On a `Gaussian` a
+    variance that diverges is `inf`. Raises `ValueError` for an unknown kernel or credit.
+    """
+    estimator = Estimator(kernel, credit=credit)  # type: ignore[arg-type]  # checked at run time
+    if isinstance(scenario.policy, Markov):
+        return ValueMoments(*markov.value_moments(kernel, scenario, credit))
+    rollout = _rollout([estimator], scenario)
+    values = kernel_values(estimator, rollout).sum(-1)
+    mean = rollout.weight @ values
+    squares = (values - mean).square()
+    diverges = isinstance(scenario.policy, Gaussian) and _tail(squares, rollout)
+    return ValueMoments(float(mean), float("inf") if diverges else float(rollout.weight @ squares))
+
+
+# ---- quadrature ---------------------------------------------------------------------------------------------------------
+
+
+def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+    rollout = _rollout(losses, scenario)
+    found = moments_of(losses, rollout, "quadrature")
+    for e, loss in enumerate(losses):
+        if isinstance(loss, Estimator) and loss.grouped:
+            continue
+        table = gradients([loss], rollout).tables(0)[:, 0]
+        if any(_tail(column, rollout) for column in table.unbind(-1)):
+            raise ValueError(
+                f"the expected gradient on {scenario.label} does not fit the reach of quadrature, {REACH:g} standard "
+                "deviations of the sampler: the reference is too much wider than the sampler, or the mean does not exist"
+            )
+        if _tail(table.square().sum(-1), rollout):
+            found[e] = replace(found[e], trace_cov=float("inf"))
+    return found
+
+
+def _tail(values: Tensor, rollout: Rollout) -> bool:
+    """Whether `E_μ[values]` has not settled where the quadrature ends, which for Gaussians means that it diverges.
+
+    Integrands are a polynomial times the exponential of a quadratic: from some point on they fall or they rise for good.
+    Raises `ValueError` when an integrand still falls at the end but has not become negligible.
+    """
+    terms = (rollout.weight * values).abs()
+    if not bool(torch.isfinite(terms).all()):
+        return True
+    panel = 16
+    edge, total = float(terms[:panel].sum() + terms[-panel:].sum()), float(terms.sum())
+    if edge <= 1e-12 * total:
+        return False
+    density = values.abs() * rollout.behaviour_log_prob[:, 0].exp()
+    if bool(density[0] > density[panel]) or bool(density[-1] > density[-1 - panel]):
+        return True
+    raise ValueError(
+        f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: the "
+        "variances are too close to where the moment stops existing for a result accurate to 1e-10"
+    )
+
+
+def _rollout(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
+    """All responses, with the quadrature of a Gaussian cut where any of the estimators has a kink."""
+    if not isinstance(scenario.policy, Gaussian):
+        return Rollout.enumerated(scenario)
+    levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator)]
+    ratios, weights = ({x for level in levels for x in level[side]} for side in (0, 1))
+    return Rollout.enumerated(scenario, sorted(ratios), sorted(weights))
+
+
+def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
+    """Levels of the log-ratio `ℓ` and of `log ρ` at which an estimator's coefficient has a kink or a jump.
+
+    `kl` is the step's KL, which a `kl` baseline compares the kernel with.
+    """
+    ratios = [0.0] if "abs" in (e.kernel, e.pulling_kernel) else []
+    if e.clamp_log_ratio is not None:
+        ratios += [-e.clamp_log_ratio, e.clamp_log_ratio]
+    if e.clamp_value is not None:
+        ratios += _level(e.kernel, e.clamp_value)
+    log_weights = [] if e.truncate is None else [log(e.truncate)]
+    if e.clip is not None:
+        ratios += _level(e.kernel, kl if e.baseline == "kl" else 0.0)
+        log_weights += [log1p(e.clip)] + ([log1p(-e.clip)] if e.clip < 1 else [])
+    return ratios, log_weights
+
+
+def _level(kernel: str, level: float) -> list[float]:
+    """Where `|k(ℓ)| = level`."""
+    if level == 0 or kernel in ("k1", "abs"):
+        return [-level, level]
+    if kernel == "k2":
+        return [-((2 * level) ** 0.5), (2 * level) ** 0.5]
+    if kernel not in ("k3", "k3_swapped"):
+        return []
+
+    def excess(x: float) -> float:
+        return float(expm1(-x) + x - level)
+
+    falling, rising = brentq(excess, -2 - 2 * level**0.5, 0, xtol=1e-14), brentq(excess, 0, level + 1, xtol=1e-14)
+    return [falling, rising] if kernel == "k3" else [-falling, -rising]

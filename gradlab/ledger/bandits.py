@@ -1,0 +1,3 @@
+from gradlab.ledger.form import Claim
+
+CLAIMS: tuple[Claim, ...] = ()

@@ -1,0 +1,516 @@
+"""Exact results on `Markov` chains by dynamic programming: nothing sampled, nothing enumerated, linear in the length.
+
+A surrogate *decomposes over time* when it is a linear recursion: scalar states `c` of the response so far (1, the weight
+`w = Π ρ`, sums of kernels …) that every token maps linearly, `c ← C(s_t, y_t) c`. Gradients follow by the product rule,
+
+    X ← C X + (C' c) ⊗ φ_t + (C° c) ⊗ δ_t,      φ_t = ∇log π(y_t|s_t) the score,   δ_t = ∇D(s_t) of a vocabulary kernel,
+
+with `C'`, `C°` the derivatives of `C` along them; what a surrogate detaches has derivative 0. On a chain `C` is a table over
+(row, token), so with the last token as state the second moments close, each averaged over the token drawn:
+
+    E[c cᵀ]  ← C E[c cᵀ] Cᵀ
+    E[c ⊗ X] ← C E[c ⊗ X] Cᵀ + C E[c cᵀ] C'ᵀ ⊗ φ
+    E[X Xᵀ]  ← C E[X Xᵀ] Cᵀ + C E[(X·φ) cᵀ] C'ᵀ + (…)ᵀ + ‖φ‖² C' E[c cᵀ] C'ᵀ     (traced over parameters; likewise δ).
+
+The recursion runs forward: a response is collected where it ends, with its own normaliser, and a forward moment is a sum
+over pasts without subtractions. `φ` and `δ` fill one table row, so only moving `E[c ⊗ X]` costs `v² p` a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from gradlab.coefficients import coefficients
+from gradlab.estimators import Estimator, kernel_values
+from gradlab.kernels import KERNELS
+from gradlab.moments import Loss, Moments, direction
+from gradlab.names import check_name
+from gradlab.policies import Markov
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+
+#: What `gradient` and `objective` know; frozen prefixes come from the sampler.
+TARGETS = (
+    *("reverse_kl", "forward_kl", "mse", "k2_value", "inverse_length", "zero"),
+    *("reverse_kl_frozen_prefix", "forward_kl_frozen_prefix", "chi2_frozen_prefix", "mse_frozen_prefix"),
+)
+METHOD = "dynamic programming"
+
+
+# ------------------------------------------------------------------------------------------------------ public functions
+
+
+def moments(estimator: Loss, scenario: Scenario) -> Moments:
+    """Exact mean gradient `[p]` and covariance trace of an estimator, on Markov chains of any length.
+
+    Covered is every `Estimator` — all kernels, placements, credits, weights (detached or differentiated), normalisers, clamps
+    and baselines, complete Rao–Blackwell and group baselines included — except
+    * `truncate` with weight `prefix` or `sequence` (with `token` it is local),
+    * `clip`, unless weight and credit are both `token`,
+    * credit `sequence` with kernel `abs` or a clamp.
+    Those are not linear in anything that a step can update. Raises `ValueError` for them, for any other callable, for
+    policies that are not `Markov`, and when the mean overflows.
+    """
+    _chains(scenario)
+    obstacle = _obstacle(estimator)
+    if obstacle is not None or not isinstance(estimator, Estimator):
+        raise ValueError(f"{obstacle}; {_INSTEAD}")
+    with torch.no_grad():
+        found = _solve(estimator, scenario)
+    if not bool(torch.isfinite(found.mean).all()):
+        raise ValueError(
+            f"the expected gradient of {estimator.name} is not finite: the policies are so far apart that it overflows"
+        )
+    return found
+
+
+def decomposes(loss: Loss) -> bool:
+    """Whether `moments` has a dynamic program for this loss."""
+    return _obstacle(loss) is None
+
+
+def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> tuple[float, float]:
+    """Mean and variance under the sampler of `Σ_t k(ℓ_t)` (credit `token`) or `k(S)` (`sequence`), on chains of any length.
+
+    Raises `ValueError` for an unknown name, and for a whole-response kernel that is no running sum (`abs`, vocabulary).
+    """
+    policy, _, sampler = _chains(scenario)
+    check_name("credit", credit, ("token", "sequence"))
+    estimator = Estimator(kernel, credit="sequence" if credit == "sequence" else "token")
+    obstacle = _obstacle(estimator)
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}; {_INSTEAD}")
+    with torch.no_grad():
+        at = _steps(scenario)
+        rows = _whole_kernel(kernel, at, "u") if credit == "sequence" else {"k": {"k": ONE, "1": _kernel(estimator, at)}}
+        cc = _scalar_moments({"1": {"1": ONE}, **rows}, ["1", "k"], _emission(sampler), policy)
+    return float(cc[0, 1]), max(float(cc[1, 1] - cc[0, 1].square()), 0.0)
+
+
+def objective(target: str, scenario: Scenario) -> float:
+    """The value of a target (see `TARGETS`) on Markov chains, in nats where it is a divergence."""
+    with torch.no_grad():
+        return float(_objective(target, *_chains(scenario)))
+
+
+def gradient(target: str, scenario: Scenario) -> Tensor:
+    """Gradient `[p]` of a target (see `TARGETS`) with respect to the policy's logits, initial row first.
+
+    `reverse_kl` is the policy gradient theorem in closed form; the others differentiate a recursion linear in the length.
+    """
+    policy, reference, sampler = _chains(scenario)
+    if target == "reverse_kl":
+        return _reverse_kl_gradient(policy, reference)
+    with torch.enable_grad():
+        leaf = policy.parameters.detach().requires_grad_(True)
+        (found,) = torch.autograd.grad(_objective(target, policy.with_parameters(leaf), reference, sampler), leaf)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ surrogates as linear recursions
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function of one step, `[r, v]` over (row, token), with its derivatives along the score `φ` and along `δ`."""
+
+    value: Tensor
+    score: Tensor = torch.zeros((), dtype=torch.float64)
+    direct: Tensor = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries it gives `C`, `C'` and `C°`."""
+        return self.value, self.score, self.direct
+
+    @property
+    def pulls(self) -> bool:
+        """Whether a gradient enters here."""
+        return bool(self.score.any() or self.direct.any())
+
+    def __add__(self, other: Step) -> Step:
+        return Step(*(a + b for a, b in zip(self.parts, other.parts, strict=True)))
+
+    def __mul__(self, other: Step) -> Step:
+        (a, *da), (b, *db) = self.parts, other.parts
+        return Step(a * b, *(a * y + x * b for x, y in zip(da, db, strict=True)))
+
+    def equals(self, other: Step) -> bool:
+        return all(bool((a == b).all()) for a, b in zip(self.parts, other.parts, strict=True))
+
+
+ONE, NOTHING = Step(torch.ones((), dtype=torch.float64)), Step(torch.zeros((), dtype=torch.float64))
+
+#: Each state's new value from the old ones: `rows[new][old]` is an entry of `C`, `C'` and `C°`.
+Rows = dict[str, dict[str, Step]]
+
+#: States that start at 1; all others start at 0.
+UNITS = ("1", "w", "u", "u of c")
+
+
+@dataclass(frozen=True)
+class Recursion:
+    """A surrogate, the sum of the states `surrogate`. With a group baseline it is the product of two: `factors`, the
+    response's coefficient and its weighted `log π`."""
+
+    rows: Rows
+    surrogate: tuple[str, ...]
+    factors: tuple[str, str] | None = None
+
+
+_INSTEAD = "estimate it from samples (samples=…), or enumerate a short chain as gl.Tree"
+
+
+def _obstacle(loss: Loss) -> str | None:
+    """Which part of a loss does not decompose over time, or `None`."""
+    if not isinstance(loss, Estimator):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        return f"only a gl.Estimator says how it decomposes over time; {name} is an arbitrary function of a rollout"
+    if loss.truncate is not None and loss.weight in ("prefix", "sequence"):
+        return f"truncate={loss.truncate:g} bounds a product of ratios (weight={loss.weight!r}): it does not decompose over time"
+    if loss.clip is not None and (loss.weight, loss.credit) != ("token", "token"):
+        return (
+            f"clip with weight={loss.weight!r} and credit={loss.credit!r} decides on several tokens at once: it does not "
+            "decompose over time (weight='token' with credit='token' does)"
+        )
+    if loss.credit == "sequence" and loss.kernel == "abs":
+        return "'abs' of a whole response's log-ratio does not decompose over time (k1, k2, k3, k3_swapped, mse_sampled do)"
+    if loss.credit == "sequence" and not (loss.clamp_log_ratio is None and loss.clamp_value is None):
+        return "a clamp with credit='sequence' bounds the finished sum: it does not decompose over time (on tokens it does)"
+    return None
+
+
+def _recursion(e: Estimator, at: Rollout) -> Recursion:
+    """The estimator's surrogate, from all single steps `at`."""
+    raw, bound = _grid(at.log_weight.exp(), at), torch.inf if e.truncate is None else e.truncate
+    slope = torch.where(raw <= bound, raw, 0.0) if e.differentiate_weight else NOTHING.value
+    ratio = Step(raw.clamp(max=bound), slope)
+    return _merged((_of_response if e.credit == "sequence" else _of_tokens)(e, at, ratio))
+
+
+def _of_tokens(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
+    """Credits `token`, `to_go`, `return`: `G` accumulates the surrogate, `P` the weighted `log π`, `K` the kernel.
+
+    `Σ_t Σ_u W_t log π_t k_u` splits into each step with itself, its `k` with the past `P` (`to_go`) and its `log π` with the
+    past `K` (`return`). A `prefix` weight is carried along by `K`, or by `P` where it stays with a vocabulary kernel.
+    """
+    stays = e.on_vocabulary and e.weight == "prefix"
+    w, carry = ("w" if e.weight in ("prefix", "sequence") else "1"), (ratio if e.weight == "prefix" else ONE)
+    weighs = e.weight in ("token", "prefix") and not stays  # the step's own ratio is part of its weight
+    local = replace(e, credit="token", normalise="sum", baseline=None if e.grouped else e.baseline, group=None)
+    bare = {"weight": "none", "differentiate_weight": False, "truncate": None}
+    local = replace(local, weight="token") if weighs else replace(local, **bare)
+    rows: Rows = {w: {w: carry}, "G": {"G": ONE, w: _term(local, at)}}
+    if e.credit != "token":
+        k, log_prob = _kernel(e, at), (ratio if weighs else ONE) * _log_prob(at)
+        of_score, of_kernel = (carry, ONE) if stays else (ONE, carry)
+        rows["P"] = {"P": of_score, w: of_score * log_prob}
+        rows["K"] = {"K": of_kernel, w: of_kernel * k}
+        rows["G"]["P"] = k
+        if e.credit == "return":
+            rows["G"]["K"] = log_prob
+        elif e.on_vocabulary:  # y_t cannot change D_t, so only the loss has a term of the step with itself
+            rows["G"][w] = _term(replace(local, placement="loss"), at) if e.placement == "loss+reward" else NOTHING
+    if e.weight == "sequence":
+        rows = _weighted(rows, ratio)
+    if not e.grouped:
+        return Recursion(rows, ("G",))
+    rows |= {"c": {"c": ONE, w if stays else "1": _kernel(e, at)}, "Λ": {"Λ": ONE, "1": _log_prob(at)}}
+    return Recursion(rows, ("G",), ("c", "Λ" if stays else "P"))
+
+
+def _of_response(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
+    """Credit `sequence`. With `Λ = log π(y)`, a loss `W k(S)` pulls like `sg(W k'(S)) Λ`, or like `W sg(k(S) + k'(S))` when
+    `W` is differentiated; a reward is `W sg(k(S)) Λ`. So the kernel's states stay detached, with and without a factor `Λ`."""
+    kernel, log_prob = _whole_kernel(e.kernel, at, "u"), _log_prob(at)
+    rows: Rows = {**kernel, "w": {"w": ONE}, "P": {"P": ONE, "w": log_prob}}
+    for name, row in kernel.items():
+        rows[f"{name}Λ"] = {f"{old}Λ": step for old, step in row.items()} | {old: step * log_prob for old, step in row.items()}
+    if e.weight == "sequence":
+        rows = _weighted(rows, ratio)
+    slope = "u" if e.kernel == "k1" else "d"
+    of_loss = ("k", slope) if e.differentiate_weight else (f"{slope}Λ",)
+    surrogate = (*(of_loss if e.placement != "reward" else ()), *(("kΛ",) if e.placement != "loss" else ()))
+    if not e.grouped:
+        return Recursion(rows, surrogate)
+    return Recursion(rows | _whole_kernel(e.kernel, at, "u of c", " of c"), surrogate, ("k of c", "P"))
+
+
+def _whole_kernel(kernel: str, at: Rollout, unit: str, tag: str = "") -> Rows:
+    """`k(S)` as state `k` and `k'(S)` as state `d`, detached. `k1` is additive; the others have addition theorems
+
+        k(S + ℓ) = k(S) + k'(S) k'(ℓ) + k(ℓ),    k'(S + ℓ) = g(ℓ) k'(S) + k'(ℓ),    g = 1 (k2), e^{−ℓ} (k3), e^{ℓ} (k3_swapped)
+
+    in which nothing is lost to rounding near `S = 0`; `mse_sampled` is `ref(y)` times `k3_swapped`.
+    """
+    name, k, d = ("k3_swapped" if kernel == "mse_sampled" else kernel), f"k{tag}", f"d{tag}"
+    x, log_ref = _grid(at.log_ratio, at), _grid(at.reference_log_prob, at)
+    rows: Rows = {k: {k: ONE, unit: Step(KERNELS[name].value(x, log_ref))}, unit: {unit: ONE}}
+    if name != "k1":
+        slope = Step(KERNELS[name].derivative(x, log_ref))
+        growth = {"k2": torch.zeros_like(x), "k3": -x, "k3_swapped": x}[name].exp()
+        rows[k][d], rows[d] = slope, {d: Step(growth), unit: slope}
+    return _weighted(rows, Step(log_ref.exp())) if kernel == "mse_sampled" else rows
+
+
+def _weighted(rows: Rows, factor: Step) -> Rows:
+    """All states times a running product."""
+    return {name: {old: step * factor for old, step in row.items()} for name, row in rows.items()}
+
+
+def _term(local: Estimator, at: Rollout) -> Step:
+    """A per-token surrogate at every single step."""
+    found = coefficients(local, at)
+    direct = NOTHING.direct if found.direct is None else _grid(found.direct, at)
+    return Step(_grid(local(at), at), _grid(found.score, at), direct)
+
+
+def _kernel(e: Estimator, at: Rollout) -> Step:
+    return Step(_grid(kernel_values(e, at), at))
+
+
+def _log_prob(at: Rollout) -> Step:
+    return Step(_grid(at.log_prob, at), ONE.value)
+
+
+def _grid(values: Tensor, at: Rollout) -> Tensor:
+    return values.reshape(at.table.shape)
+
+
+def _merged(found: Recursion) -> Recursion:
+    """Identify states that start and continue alike, such as 1 and a detached weight on-policy."""
+    rows = {"1": {"1": ONE}} | found.rows
+    kept = {name: name for name in rows}
+
+    def renamed(row: dict[str, Step], old: str, new: str) -> dict[str, Step]:
+        others = {name: step for name, step in row.items() if name != old}
+        return others | {new: row[old] + others.get(new, NOTHING)} if old in row else others
+
+    def alike(a: str, b: str) -> bool:
+        one, two = renamed(rows[a], b, a), renamed(rows[b], b, a)
+        return (a in UNITS) == (b in UNITS) and one.keys() == two.keys() and all(one[old].equals(two[old]) for old in one)
+
+    while pair := next((pair for pair in combinations(rows, 2) if alike(*pair)), None):
+        a, b = pair
+        rows = {name: renamed(row, b, a) for name, row in rows.items() if name != b}
+        kept = {name: a if state == b else state for name, state in kept.items()}
+    factors = None if found.factors is None else (kept[found.factors[0]], kept[found.factors[1]])
+    return Recursion(rows, tuple(kept[state] for state in found.surrogate), factors)
+
+
+# ------------------------------------------------------------------------------------------------------- the forward pass
+
+
+def _solve(e: Estimator, scenario: Scenario) -> Moments:
+    """Run the estimator's recursion and read its moments off the ends."""
+    at = _steps(scenario)
+    program = _recursion(e, at)
+    c, x = _needed(program)
+    cc, cx, xx = _forward(_Transition(e, scenario, at, program.rows, c, x), e, scenario)
+    g = _pick(x, *program.surrogate)
+    if program.factors is None:
+        mean = g @ cx[0]
+        return Moments(mean, max(float(g @ xx @ g - mean @ mean), 0.0), method=METHOD)
+    # A group baseline: Hoeffding's decomposition for a (centred coefficient) and s (score sum), see moments.group_moments.
+    assert e.group is not None
+    a, s = _pick(c, program.factors[0]), _pick(x, program.factors[1])
+    average = a @ cc[0]
+    a, g = a - average * _pick(c, "1"), g - average * s
+    centre, first, second, spread = s @ cx[0], g @ cx[0], a @ (g @ cx), a @ cc @ a
+    m22 = g @ xx @ g - 2 * second @ centre + spread * (centre @ centre)
+    zeta1 = (m22 - first @ first) / 4
+    zeta2 = (m22 + spread * (s @ xx @ s - centre @ centre)) / 2
+    variance = 2 / (e.group * (e.group - 1)) * (2 * (e.group - 2) * zeta1 + zeta2)
+    shrink = 1 - 1 / e.group if e.baseline == "group_mean" else 1.0
+    return Moments(shrink * first, max(float(shrink**2 * e.group * variance), 0.0), method=METHOD)
+
+
+def _needed(program: Recursion) -> tuple[list[str], list[str]]:
+    """The states whose values are read (1 first), and those whose gradients move."""
+    rows, outputs = program.rows, [*program.surrogate, *(program.factors or ())[1:]]
+    moving = {state for state in rows if any(step.pulls for old in _reach([state], rows) for step in rows[old].values())}
+    x = [state for state in _reach(outputs, rows) if state in moving or state in outputs]
+    pulled = [old for state in x for old, step in rows[state].items() if step.pulls]
+    return _reach(["1", *(program.factors or ())[:1], *pulled], rows), x
+
+
+def _forward(transition: _Transition, e: Estimator, scenario: Scenario) -> list[Tensor]:
+    """`E[c cᵀ]` `[k, k]`, `E[c ⊗ X]` `[k, m, p]`, `E[X Xᵀ]` `[m, m]` of whole responses, `X` with its normaliser."""
+    policy, _, sampler = _chains(scenario)
+    scales = {"sum": 1.0, "fixed": 1 / policy.length, "token_mean": 1 / float(sampler.occupancy().sum())}
+    state = transition.start
+    totals = [torch.zeros_like(moment[0]) for moment in state]
+    for t in range(1, policy.length + 1):
+        state = transition(state, slice(0, 1) if t == 1 else slice(1, None))
+        if t == policy.length or policy.eos is not None:
+            scale = scales.get(e.normalise, 1 / t)
+            for power, (total, moment) in enumerate(zip(totals, state, strict=True)):
+                total.add_(moment.sum(0) if t == policy.length else moment[policy.eos], alpha=scale**power)
+    return totals
+
+
+#: `E[c cᵀ]`, `E[c ⊗ X]` and `E[X Xᵀ]`.
+Second = tuple[Tensor, Tensor, Tensor]
+
+
+class _Transition:
+    """One step of the forward recursion: arrays over (row, token), with matrices between states in the last two axes."""
+
+    def __init__(self, e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str], x: list[str]) -> None:
+        (r, v), pi = at.table.shape, at.table.softmax(-1)
+        self.start = _start(c)[None], pi.new_zeros(1, len(c), len(x), r * v), pi.new_zeros(1, len(x), len(x))
+        self.mu = _emission(_chains(scenario)[2])[..., None, None]
+        self.c, self.x = (_matrices(rows, states, states, 0, pi) for states in (c, x))
+        #: What C' and C° inject, and the direction in the row it goes, `[r, y, v]`: φ = onehot(y) − π, and δ.
+        self.injected = [(_matrices(rows, x, c, 1, pi), torch.eye(v, dtype=pi.dtype) - pi[:, None])]
+        if e.on_vocabulary:
+            self.injected.append((_matrices(rows, x, c, 2, pi), direction(e.kernel, at)[:, None].expand(r, v, v)))
+        self.moves = [
+            (i, j, k, m, (self.mu[..., 0, 0] * self.c[..., i, k] * self.x[..., j, m]).T.contiguous())
+            for i, k in self.c.flatten(0, 1).any(0).nonzero().tolist()
+            for j, m in self.x.flatten(0, 1).any(0).nonzero().tolist()
+        ]
+
+    def __call__(self, state: Second, part: slice) -> Second:
+        """`E[c cᵀ]` `[r, k, k]`, `E[c ⊗ X]` `[r, k, m, p]` and `E[X Xᵀ]` `[r, m, m]` after a token drawn in the rows `part`."""
+        cc, cx, xx = state
+        mu, c, x, (r, v) = self.mu[part], self.c[part], self.x[part], self.mu.shape[:2]
+        injected = [(inject[part], along[part]) for inject, along in self.injected]
+        moved = cx.new_zeros(v, *cx.shape[1:])
+        for i, j, k, m, move in self.moves:
+            moved[:, i, j].addmm_(move[:, part], cx[:, k, m])
+        rows = moved.unflatten(-1, (r, v))[:, :, :, part]
+        own = cx.unflatten(-1, (r, v))[:, :, :, part].diagonal(dim1=0, dim2=3).permute(3, 2, 0, 1)  # [r, v, k, m]
+        before, square = c @ cc[:, None], x @ xx[:, None] @ x.mT
+        for inject, along in injected:
+            rows += (mu * (before @ inject.mT)).permute(1, 2, 3, 0)[..., None] * along.transpose(0, 1)[:, None, None]
+            cross = x @ (along @ own.flatten(2)).unflatten(-1, own.shape[2:]).mT @ inject.mT
+            square = square + cross + cross.mT
+            for other, beside in injected:
+                square = square + (along * beside).sum(-1)[..., None, None] * (inject @ cc[:, None] @ other.mT)
+        return (mu * (before @ c.mT)).sum(0), moved, (mu * square).sum(0)
+
+
+def _scalar_moments(rows: Rows, states: list[str], mu: Tensor, policy: Markov) -> Tensor:
+    """`E[c cᵀ]` of whole responses for `c = (*states, …)` under the emissions `mu` `[r, v]`; differentiable."""
+    c = _reach(states, rows)
+    table, cc, ended = _matrices(rows, c, c, 0, mu), _start(c)[None], torch.zeros(len(c), len(c), dtype=mu.dtype)
+    for t in range(1, policy.length + 1):
+        part = slice(0, 1) if t == 1 else slice(1, None)
+        cc = (mu[part, :, None, None] * (table[part] @ cc[:, None] @ table[part].mT)).sum(0)
+        if policy.eos is not None and t < policy.length:
+            ended = ended + cc[policy.eos]
+    return ended + cc.sum(0)
+
+
+def _reach(states: Iterable[str], rows: Rows) -> list[str]:
+    """The states and all that they are updated from."""
+    found = list(dict.fromkeys(states))
+    for state in found:  # grows while it is read
+        found += [old for old, step in rows[state].items() if old not in found and any(part.any() for part in step.parts)]
+    return found
+
+
+def _matrices(rows: Rows, new: list[str], old: list[str], part: int, like: Tensor) -> Tensor:
+    """`C`, `C'` or `C°` (part 0, 1, 2) between the given states, `[r, v, new, old]`."""
+    entries = [torch.stack([rows[a].get(b, NOTHING).parts[part].expand_as(like) for b in old], -1) for a in new]
+    return torch.stack(entries, -2)
+
+
+def _start(states: list[str]) -> Tensor:
+    """`c cᵀ` before the first token."""
+    c = torch.tensor([float(state in UNITS) for state in states], dtype=torch.float64)
+    return torch.outer(c, c)
+
+
+def _pick(states: list[str], *chosen: str) -> Tensor:
+    """The combination of states that adds up the chosen ones."""
+    return torch.tensor([float(chosen.count(state)) for state in states], dtype=torch.float64)
+
+
+def _emission(policy: Markov) -> Tensor:
+    """Probabilities `[r, v]` of the next token, 0 behind the end of a response."""
+    return policy.table.softmax(-1) * _open(policy)
+
+
+def _open(policy: Markov) -> Tensor:
+    """1 for rows that emit, 0 for the row behind the end token, `[r, 1]`."""
+    rows = torch.arange(len(policy.table))
+    return (rows != (-1 if policy.eos is None else 1 + policy.eos)).to(policy.table.dtype)[:, None]
+
+
+def _steps(scenario: Scenario) -> Rollout:
+    """Every (row, token) as a response of one token, row-major."""
+    policy, reference, sampler = _chains(scenario)
+    r, v = policy.table.shape
+    tokens, contexts = torch.arange(v).repeat(r)[:, None], torch.arange(r).repeat_interleave(v)[:, None]
+    weight, mask = torch.full((r * v,), 1 / (r * v), dtype=torch.float64), torch.ones_like(tokens, dtype=torch.bool)
+    return Rollout(tokens, mask, weight, contexts, policy.table, reference.table, sampler.table, policy.length)
+
+
+def _chains(scenario: Scenario) -> tuple[Markov, Markov, Markov]:
+    """Policy, reference and sampler. Raises `ValueError` if they are not `Markov`."""
+    policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
+    if not (isinstance(policy, Markov) and isinstance(reference, Markov) and isinstance(sampler, Markov)):
+        kind = type(policy).__name__
+        raise ValueError(f"dynamic programming needs gl.Markov policies, got {kind}; a {kind} is solved by enumeration")
+    return policy, reference, sampler
+
+
+# -------------------------------------------------------------------------------------------------------------- the targets
+
+
+def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) -> Tensor:
+    """A target's value, differentiable in the policy's table; reference and sampler are constants."""
+    check_name("target", target, TARGETS)
+    divergence, frozen, _ = target.partition("_frozen_prefix")
+    if frozen:
+        return sampler.occupancy().detach() @ getattr(policy.family, divergence)(policy.table, reference.table)
+    if target == "reverse_kl":
+        return policy.kl(reference)
+    if target == "forward_kl":
+        return reference.occupancy() @ policy.family.forward_kl(policy.table, reference.table)
+    if target == "inverse_length":
+        return _inverse_length(policy)
+    if target == "k2_value":
+        rows = _whole_kernel("k2", _steps(Scenario(policy, reference)), "1")
+        return _scalar_moments(rows, ["1", "k"], _emission(policy), policy)[0, 1]
+    if target == "mse":  # d = π(y) − ref(y) so far, squared and summed over responses: no difference of large sums
+        pi, ref = policy.table.softmax(-1), reference.table.softmax(-1)
+        rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(pi - ref)}}
+        return 0.5 * _scalar_moments(rows, ["d"], _open(policy).expand_as(pi), policy)[0, 0]
+    return 0 * policy.table.sum()
+
+
+def _inverse_length(policy: Markov) -> Tensor:
+    """`E[1/L]`, from the probability of ending at every step."""
+    if policy.eos is None:
+        return 1 / policy.length + 0 * policy.table.sum()
+    p, total = _emission(policy), 0 * policy.table.sum()
+    state = p[0]
+    for t in range(1, policy.length):
+        total = total + state[policy.eos] / t
+        state = state @ p[1:]
+    return total + state.sum() / policy.length
+
+
+def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
+    """Row `s` of `∇KL(π‖ref)` is `Σ_t d_t(s) π(y|s) (ℓ(s, y) + V_{t+1}(y) − V_t(s))`, with `d_t` the chance of emitting token
+    `t` from row `s` and `V_t` the KL still to come; the sum over `t` is one matrix product."""
+    pi, p = policy.table.softmax(-1), _emission(policy)
+    log_ratio = policy.table.log_softmax(-1) - reference.table.log_softmax(-1)
+    kl, move = (p * log_ratio).sum(-1), p[1:]
+    visits, to_come = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length + 1, policy.vocab)
+    visits[0] = p[0]
+    for t in range(1, policy.length):  # visits[t − 1] is d_{t+1}, to_come[t − 1] is V_{t+1}, both over the last token
+        visits[t] = visits[t - 1] @ move
+        to_come[-2 - t] = torch.addmv(kl[1:], move, to_come[-1 - t])
+    visits, first, to_come = visits[:-1], to_come[0], to_come[1:-1]
+    later = visits.sum(0)[:, None] * log_ratio[1:] + visits.T @ to_come
+    taken = p * torch.cat([(log_ratio[0] + first)[None], later])
+    return (taken - pi * taken.sum(-1, keepdim=True)).flatten()

@@ -1,0 +1,231 @@
+"""measure: scenarios × estimators × targets → one tidy frame of bias, direction and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gradlab import exact, intervals, montecarlo, targets
+from gradlab.catalogue import ESTIMATORS, name_of
+from gradlab.moments import Loss, Moments
+from gradlab.names import check_name
+from gradlab.provenance import versions
+from gradlab.scenario import Scenario
+
+#: Batch sizes at which the root mean squared error is tabulated.
+BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
+#: A gradient smaller than this share of its own scale is rounding, not a direction.
+ROUNDING = 1e-12
+
+COLUMNS: dict[str, str] = {
+    "scenario": "label of the scenario",
+    "family": "kind of policy",
+    "vocab": "number of tokens v (missing for a Gaussian)",
+    "length": "largest number of tokens T",
+    "off_policy": "whether the data come from another policy",
+    "estimator": "catalogue name, composed name, or the name of the function",
+    "target": "objective the mean gradient is compared with",
+    "via": "exact or sampled",
+    "method": "enumeration, quadrature, dynamic programming; counted or drawn samples",
+    "samples": "number of responses (missing when exact)",
+    "kl": "KL(policy ‖ reference) of whole responses, nats",
+    "lag": "KL(behaviour ‖ policy) of whole responses, nats; 0 on-policy",
+    "gradient_norm": "‖E g‖, nats per unit of parameter (sampled: root of an unbiased U-statistic, floored at 0)",
+    "target_norm": "‖∇‖ of the target, nats per unit of parameter",
+    "bias": "‖E g − ∇‖ / ‖∇‖ (sampled: root of an unbiased U-statistic, floored at 0); missing for a zero target",
+    "bias_low": "lower end of the interval of bias (sampled only)",
+    "bias_high": "upper end of the interval of bias (sampled only)",
+    "cosine": "cosine between E g and ∇; missing when either is zero or not told from zero",
+    "cosine_low": "lower end of the interval of cosine (sampled only)",
+    "cosine_high": "upper end of the interval of cosine (sampled only)",
+    "noise": "tr Cov(g) / ‖∇‖² of a single response",
+    "noise_low": "lower end of the interval of noise (sampled only)",
+    "noise_high": "upper end of the interval of noise (sampled only)",
+    "trace_cov": "tr Cov(g) of a single response, squared units of the gradient",
+    **{f"rmse_at_{n}": f"√(bias² + noise/{n}), relative root mean squared error of a batch of {n}" for n in BATCH_SIZES},
+    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased",
+}
+
+
+def measure(
+    estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
+    scenarios: Scenario | Sequence[Scenario],
+    target: str | Sequence[str] = "reverse_kl",
+    samples: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    level: float = 0.95,
+    anytime: bool = False,
+) -> pd.DataFrame:
+    """Compare the expected gradient of every estimator with a target, in every scenario.
+
+    estimators: `Estimator`s, catalogue names, or callables from a rollout to per-sample losses `[n]`; a mapping names them.
+    samples: `None` for exact moments, or the number of responses to draw. seed: entropy of every draw.
+    jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used). The
+    result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that stay valid when
+    the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed beforehand.
+
+    Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
+    Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
+    """
+    losses = _named(estimators)
+    scenarios = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
+    names = [target] if isinstance(target, str) else list(target)
+    for name in names:
+        targets.target(name)
+    if not losses or not scenarios or not names:
+        raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
+    for scenario in scenarios:
+        if not isinstance(scenario, Scenario):
+            raise ValueError(f"scenarios must be gl.Scenario(policy, reference, behaviour), got {type(scenario).__name__}")
+    if samples is not None:
+        montecarlo.check_samples(samples)
+    tasks = (
+        joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, level, anytime)
+        for index, scenario in enumerate(tqdm(scenarios, desc="measure", unit="scenario", disable=None, delay=2))
+    )
+    # jobs=1 leaves the choice to a surrounding joblib.parallel_config, whose default is one process.
+    rows = joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(tasks)
+    frame = pd.DataFrame([row for part in rows for row in part], columns=list(COLUMNS))
+    frame["samples"] = frame["samples"].astype("Int64")
+    frame["vocab"] = frame["vocab"].astype("Int64")
+    frame.attrs.update(seed=seed, level=level, **versions())
+    return frame
+
+
+def _named(estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
+    if isinstance(estimators, Mapping):
+        return dict(estimators)
+    items = list(estimators) if isinstance(estimators, Sequence) and not isinstance(estimators, str) else [estimators]
+    named: dict[str, Loss] = {}
+    for item in items:
+        if isinstance(item, str):
+            check_name("estimator", item, ESTIMATORS)
+            item = ESTIMATORS[item]
+        if not callable(item):
+            raise ValueError(f"an estimator is a gl.Estimator, a catalogue name or a function of a rollout, got {item!r}")
+        if named.setdefault(name_of(item), item) != item:
+            raise ValueError(f"two different losses are called {name_of(item)!r}; name them with a mapping, {{name: loss, …}}")
+    return named
+
+
+def _rows(
+    losses: dict[str, Loss],
+    scenario: Scenario,
+    names: list[str],
+    samples: int | None,
+    seed: int,
+    index: int,
+    level: float,
+    anytime: bool,
+) -> list[dict[str, Any]]:
+    """All rows of one scenario; runs in a worker, on one thread so that sums have one order."""
+    with one_thread():
+        if samples is None:
+            found = exact.moments(list(losses.values()), scenario)
+        else:
+            found = montecarlo.moments(list(losses.values()), scenario, samples, seed, stream=(index,))
+        gradients = {name: exact.gradient(name, scenario) for name in names}
+        kind = type(scenario.policy).__name__.lower()
+        common = {
+            "scenario": scenario.label,
+            "family": kind,
+            "vocab": None if kind == "gaussian" else int(scenario.policy.table.shape[1]),
+            "length": scenario.policy.length,
+            "off_policy": scenario.behaviour is not None,
+            "kl": scenario.kl(),
+            "lag": scenario.lag(),
+        }
+        rows = []
+        for (label, _), moments in zip(losses.items(), found, strict=True):
+            for name, gradient in gradients.items():
+                compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
+                rows.append({**common, "estimator": label, "target": name, **_errors(compared)})
+    return rows
+
+
+def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
+    size, norm = float(gradient.norm()), float(moments.mean.norm())
+    scale = (moments.trace_cov + norm**2) ** 0.5
+    zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING * max(scale, 1.0)
+    nan = float("nan")
+    return {
+        "via": "exact",
+        "method": moments.method,
+        "samples": None,
+        "gradient_norm": norm,
+        "target_norm": size,
+        "bias": nan if zero_target else float((moments.mean - gradient).norm()) / size,
+        "cosine": nan if zero_mean or zero_target else float(moments.mean @ gradient) / (norm * size),
+        "noise": nan if zero_target else moments.trace_cov / size**2,
+        "trace_cov": moments.trace_cov,
+    }
+
+
+def _sampled(moments: Moments, gradient: Tensor, level: float, anytime: bool) -> dict[str, Any]:
+    size, n = float(gradient.norm()), moments.samples
+    assert n is not None
+    assert moments.batch_means is not None
+    variance = moments.trace_cov / n
+    # ‖mean − t‖² − tr Σ̂/n is the U-statistic over pairs of different samples: unbiased for the squared distance.
+    distance = float((moments.mean - gradient).square().sum()) - variance
+    norm = float(moments.mean.square().sum()) - variance
+    row: dict[str, Any] = {
+        "via": "sampled",
+        "method": moments.method,
+        "samples": n,
+        "gradient_norm": float(np.sqrt(max(norm, 0.0))),
+        "target_norm": size,
+        "trace_cov": moments.trace_cov,
+    }
+    zero_target = size <= ROUNDING
+    row["bias"] = float("nan") if zero_target else float(np.sqrt(max(distance, 0.0))) / size
+    row["noise"] = float("nan") if zero_target else moments.trace_cov / size**2
+    if zero_target:
+        return row
+    if len(moments.batch_means) < intervals.MINIMUM_BATCHES:
+        # Too few to say anything: the widest intervals there are.
+        ends = {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0), "noise": (0.0, np.inf)}
+        return (
+            row
+            | {f"{key}_low": low for key, (low, _) in ends.items()}
+            | {f"{key}_high": high for key, (_, high) in ends.items()}
+        )
+    means, truth = moments.batch_means.numpy(), gradient.numpy()
+    bias = intervals.bias(means, truth, level)
+    if anytime:
+        squared = intervals.anytime_squared_distance(means, truth, level)
+        bias = intervals.Interval(bias.estimate, np.sqrt(squared.low[-1]) / size, np.sqrt(squared.high[-1]) / size)
+    cosine = intervals.cosine(means, truth, level)
+    traces = None if moments.batch_traces is None else moments.batch_traces.numpy()
+    noise = intervals.noise(means, traces, truth, level)
+    row["cosine"] = float(cosine.estimate)
+    for key, interval in (("bias", bias), ("cosine", cosine), ("noise", noise)):
+        row[f"{key}_low"], row[f"{key}_high"] = float(interval.low), float(interval.high)
+    return row
+
+
+def _errors(row: dict[str, Any]) -> dict[str, Any]:
+    bias, noise = row["bias"], row["noise"]
+    rmse = {f"rmse_at_{n}": float(np.sqrt(bias**2 + noise / n)) for n in BATCH_SIZES}
+    crossover = float("inf") if bias <= 1e2 * ROUNDING else noise / bias**2 if np.isfinite(bias) else float("nan")
+    return row | rmse | {"crossover": crossover}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: small tensors are faster so, and sums come out the same wherever they run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

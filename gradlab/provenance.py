@@ -1,0 +1,17 @@
+"""Where a result came from: versions that travel with frames and captions."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions() -> dict[str, str]:
+    """Versions of gradlab and of the libraries its numbers depend on."""
+    return {"gradlab": _version("gradlab-kl"), **{name: _version(name) for name in ("torch", "numpy", "scipy")}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,126 @@
+"""What an analysis leaves behind: pictures, the data plotted, captions — written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from gradlab import claims
+from gradlab.provenance import versions
+
+T = TypeVar("T")
+
+#: Nothing that differs between two runs of one command may enter a file.
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
+}
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` and rename it when the block ends well, so that no file is ever half-written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> Path:
+    """Create an output folder if need be. Raises `ValueError` when it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the output folder {folder}: {error.strerror or error}; choose another with --output"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One run of one analysis: where it writes, how large it is, how many processes it may use, and its entropy."""
+
+    name: str
+    output: Path = Path("figures")
+    quick: bool = False
+    jobs: int = 1
+    seed: int = 0
+
+    def pick(self, full: T, quick: T) -> T:
+        """Return the size for this run: `quick` under `--quick`, else `full`."""
+        return quick if self.quick else full
+
+    @property
+    def command(self) -> str:
+        """The command that makes these results again."""
+        seed = f" --seed {self.seed}" if self.seed else ""
+        return f"gradlab reproduce --only {self.name}{' --quick' if self.quick else ''}{seed}"
+
+    def save_frame(self, name: str, frame: pd.DataFrame) -> Path:
+        """Write a frame as CSV with all digits."""
+        path = writable(self.output) / f"{name}.csv"
+        with written(path) as part:
+            frame.to_csv(part, index=False, lineterminator="\n")
+        return path
+
+    def save_figure(self, name: str, figure: Figure, frame: pd.DataFrame, caption: str) -> Path:
+        """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
+        folder = writable(self.output)
+        for suffix, metadata in _METADATA.items():
+            with written(folder / f"{name}.{suffix}") as part:
+                figure.savefig(part, format=suffix, metadata=metadata)
+        self.save_frame(name, frame)
+        stamp = ", ".join(f"{package} {number}" for package, number in versions().items())
+        with written(folder / f"{name}.md") as part:
+            part.write_text(f"{caption}\n\nMade by `{self.command}`, seed {self.seed}, with {stamp}.\n", encoding="utf-8")
+        return folder / f"{name}.png"
+
+    def verdicts(self, *frames: str) -> pd.DataFrame:
+        """Settle the claims that these saved frames decide, print them as a table and return them."""
+        settled = claims.verify(self.output)
+        settled = settled[settled["frame"].isin(frames)].reset_index(drop=True)
+        show_verdicts(settled)
+        return settled
+
+
+def study(script: str) -> Study:
+    """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`)."""
+    parser = argparse.ArgumentParser(description=f"Run the analysis {Path(script).stem}.")
+    parser.add_argument("--quick", action="store_true", help="a smaller version that finishes in seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="worker processes")
+    parser.add_argument("--seed", type=int, default=0, help="entropy of every draw")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder for pictures and data")
+    given, _ = parser.parse_known_args(sys.argv[1:])  # a notebook's own arguments are not ours
+    return Study(Path(script).stem, given.output, given.quick, given.jobs, given.seed)
+
+
+_COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "dim"}
+
+
+def show_verdicts(settled: pd.DataFrame) -> None:
+    """Print verdicts as a table."""
+    table = Table(title=None, header_style="bold", expand=False)
+    for heading in ("claim", "scope", "verdict", "effect", "decided by"):
+        table.add_column(heading, overflow="fold")
+    for row in settled.to_dict("records"):
+        interval = "" if row["low"] == row["high"] or pd.isna(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
+        effect = "" if pd.isna(row["effect"]) else f"{row['effect']:.4g}{interval}"
+        verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
+        table.add_row(row["id"], row["scope"], verdict, effect, row["evidence"])
+    Console().print(table)

@@ -1,0 +1,130 @@
+"""Targets: the objectives an expected gradient can turn out to descend, as differentiable functions of the policy.
+
+A target reads three policies: the one being trained, the reference and the sampler of the prefixes. `frozen_prefix` targets
+hold the distribution of prefixes fixed at the sampler's, which is what a per-token loss does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradlab.names import check_name
+from gradlab.policies import Policy
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+
+Objective = Callable[[Policy, Policy, Policy], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A named objective: `objective(policy, reference, sampler)` is a scalar in nats, differentiable in the policy's table."""
+
+    name: str
+    statement: str
+    source: str
+    objective: Objective
+
+
+def _reverse_kl(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
+    # Chain rule: every visit to a row costs that row's KL, and the visits are differentiated too.
+    return policy.occupancy() @ policy.family.reverse_kl(policy.table, reference.table)
+
+
+def _forward_kl(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
+    return reference.occupancy() @ policy.family.forward_kl(policy.table, reference.table)
+
+
+def _frozen(divergence: str) -> Objective:
+    def objective(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
+        rows: Tensor = getattr(policy.family, divergence)(policy.table, reference.table)
+        return sampler.occupancy().detach() @ rows
+
+    return objective
+
+
+def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
+    """`E_π[f(y)]`, as a weighted sum over all responses in which the policy's probability is differentiated."""
+
+    def objective(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
+        rollout = Rollout.enumerated(Scenario(policy, reference))
+        log_prob = rollout.log_prob.sum(-1)
+        return (rollout.weight * (log_prob - log_prob.detach()).exp()) @ function(rollout)
+
+    return objective
+
+
+def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
+    if policy.length == 1:
+        return policy.family.mse(policy.table, reference.table).sum()
+    rollout = Rollout.enumerated(Scenario(policy, reference))
+    return 0.5 * (rollout.log_prob.sum(-1).exp() - rollout.reference_log_prob.sum(-1).exp()).square().sum()
+
+
+_TANG = "Tang & Munos, arXiv 2506.09477"
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("reverse_kl", "KL(π(y) ‖ ref(y)) of whole responses", "arXiv 2510.01555, Eq. 12", _reverse_kl),
+        Target(
+            "reverse_kl_frozen_prefix",
+            "E_{s~sg(μ)} Σ_t KL(π(·|s_t) ‖ ref(·|s_t)), prefixes not differentiated",
+            _TANG,
+            _frozen("reverse_kl"),
+        ),
+        Target("forward_kl", "KL(ref(y) ‖ π(y)) of whole responses", _TANG, _forward_kl),
+        Target(
+            "forward_kl_frozen_prefix",
+            "E_{s~sg(μ)} Σ_t KL(ref(·|s_t) ‖ π(·|s_t)), prefixes not differentiated",
+            _TANG,
+            _frozen("forward_kl"),
+        ),
+        Target(
+            "chi2_frozen_prefix",
+            "E_{s~sg(μ)} Σ_t ½ χ²(π(·|s_t) ‖ ref(·|s_t)), prefixes not differentiated",
+            "derived: E_π[(e^ℓ − 1) score] = ∇½χ²(π‖ref)",
+            _frozen("chi2"),
+        ),
+        Target("mse", "½ Σ_y (π(y) − ref(y))² over whole responses", "arXiv 2510.01555, bounded alternatives", _mse),
+        Target(
+            "mse_frozen_prefix",
+            "E_{s~sg(μ)} Σ_t ½ Σ_v (π(v|s_t) − ref(v|s_t))², prefixes not differentiated",
+            "arXiv 2510.01555, bounded alternatives",
+            _frozen("mse"),
+        ),
+        Target(
+            "k2_value",
+            "E_π[½ S²], the value of k2 on whole responses",
+            "derived: gradient of the value of k2",
+            _over_responses(lambda rollout: 0.5 * rollout.log_ratio.sum(-1).square()),
+        ),
+        Target(
+            "inverse_length",
+            "E_π[1/L], in which the reference does not occur",
+            "derived: k1 as loss with a 1/L normaliser",
+            _over_responses(lambda rollout: 1 / rollout.lengths),
+        ),
+        Target("zero", "nothing", "k1 as loss: arXiv 2510.01555 §5", lambda policy, *_: 0.0 * policy.table.sum()),
+    )
+}
+
+
+def target(name: str) -> Target:
+    """Look a target up. Raises `ValueError` for an unknown name, with the nearest ones."""
+    check_name("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def gradient(name: str, scenario: Scenario) -> Tensor:
+    """Gradient of a target with respect to the policy's parameters, `[p]`, by autograd through its definition."""
+    with torch.enable_grad():
+        parameters = scenario.policy.parameters.detach().clone().requires_grad_(True)
+        policy = scenario.policy.with_parameters(parameters)
+        value = target(name).objective(policy, scenario.reference, scenario.sampler)
+        (grad,) = torch.autograd.grad(value, parameters)
+    return grad
