@@ -23,6 +23,8 @@ from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
 
+#: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
+BORDER = 5e-4
 #: `covariance` is refused when it would hold more numbers than this (half a GiB).
 COVARIANCE_DOUBLES = 2**26
 
@@ -148,25 +150,41 @@ def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
 
 
 def _tail(values: Tensor, rollout: Rollout) -> bool:
-    """Whether `E_μ[values]` has not settled where the quadrature ends, which for Gaussians means that it diverges.
+    """Whether `E_μ[values]` diverges.
 
-    Integrands are a polynomial times the exponential of a quadratic: from some point on they fall or they rise for good.
-    Raises `ValueError` when an integrand still falls at the end but has not become negligible.
+    Integrands are polynomials times the exponential of a quadratic, so where one has not settled at the end of the
+    quadrature the sign of the quadratic decides. Raises `ValueError` when that is a fall, which ends beyond the reach, or
+    when it is too close to 0 to call.
     """
     terms = (rollout.weight * values).abs()
-    if not bool(torch.isfinite(terms).all()):
-        return True
     panel = 16
-    edge, total = float(terms[:panel].sum() + terms[-panel:].sum()), float(terms.sum())
-    if edge <= 1e-12 * total:
+    if float(terms[:panel].sum() + terms[-panel:].sum()) <= 1e-12 * float(terms.sum()) < float("inf"):
         return False
-    density = values.abs() * rollout.behaviour_log_prob[:, 0].exp()
-    if bool(density[0] > density[panel]) or bool(density[-1] > density[-1 - panel]):
+    std = float(rollout.behaviour_table[0, 1])
+    z = (rollout.tokens[:, 0] - rollout.behaviour_table[0, 0]) / std
+    log_density = values.abs().log() + rollout.behaviour_log_prob[:, 0]
+    if any(_rises_for_good(z[side], log_density[side]) for side in (z < 0, z > 0)):
         return True
     raise ValueError(
-        f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: the "
-        "variances are too close to where the moment stops existing for a result accurate to 1e-10"
+        f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: either "
+        "the reference is too much wider than the sampler, or the variances are too close to where the moment stops existing"
     )
+
+
+def _rises_for_good(z: Tensor, log_density: Tensor) -> bool:
+    """Whether `a > 0` in `log density = a z² + b z + c log|z| + d`, fitted to four outer points, by more than the fit errs.
+
+    The error is judged by a second fit further in, where the lower orders of the polynomial weigh more.
+    """
+    outer = torch.where(torch.isfinite(log_density), z.abs(), 0.0)
+    found = []
+    for shares in ((1.0, 0.92, 0.84, 0.76), (0.88, 0.8, 0.72, 0.64)):
+        at = torch.stack([(outer - share * outer.max()).abs().argmin() for share in shares])
+        x, y = z[at], log_density[at]
+        if len(at.unique()) < 4 or not bool(torch.isfinite(y).all()):
+            return False
+        found.append(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0])
+    return bool(found[0] > BORDER + 2 * (found[0] - found[1]).abs())
 
 
 def _rollout(losses: Sequence[Loss], scenario: Scenario) -> Rollout:

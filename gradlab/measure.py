@@ -76,7 +76,7 @@ def measure(
     Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
     Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
     """
-    losses = _named(estimators)
+    losses = by_name(estimators)
     scenarios = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
     names = [target] if isinstance(target, str) else list(target)
     for name in names:
@@ -101,7 +101,8 @@ def measure(
     return frame
 
 
-def _named(estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
+def by_name(estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
+    """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name."""
     if isinstance(estimators, Mapping):
         return dict(estimators)
     items = list(estimators) if isinstance(estimators, Sequence) and not isinstance(estimators, str) else [estimators]

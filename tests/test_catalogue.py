@@ -18,7 +18,7 @@ DECLARED = {
 
 @pytest.fixture(scope="module")
 def measured():
-    """Scenario, exact mean gradient of every entry and oracle gradient of every target, by (shape, seed, off_policy)."""
+    """Exact mean gradient of every entry and the oracle's gradient of every target, by (shape, seed, off_policy)."""
     found = {}
     for shape, seed in SCENARIOS:
         for off_policy in (False, True):
@@ -45,8 +45,7 @@ def test_declared_combinations(name, off_policy, measured):
 def test_none_is_no_targets_gradient_at_any_scale(name, off_policy, measured):
     checked = 0
     for (shape, seed, sampler), (means, targets) in measured.items():
-        # At one position many estimators coincide; a response of one token and one of several differ only with an end token.
-        if sampler != off_policy or shape == "bandit" or (gl.ESTIMATORS[name].normalise == "mean" and "eos" not in shape):
+        if sampler != off_policy or shape == "bandit":  # at one position more estimators coincide
             continue
         mean = means[name]
         for target, gradient in targets.items():
@@ -55,17 +54,7 @@ def test_none_is_no_targets_gradient_at_any_scale(name, off_policy, measured):
             distance = np.linalg.norm(mean - nearest)
             assert distance > 1e-3 * np.linalg.norm(mean) > 1e-5, f"{name} on {shape} {seed} is {target}"
         checked += 1
-    assert checked >= 3
-
-
-@pytest.mark.parametrize("name", gl.CATALOGUE)
-def test_sampled_moments_agree(name):
-    """The same entry drawn response by response: within six standard errors of the exact mean."""
-    world = worlds.scenario("eos first", off_policy=True)
-    exact = gl.exact.moments(gl.ESTIMATORS[name], world)
-    drawn = gl.montecarlo.moments(gl.ESTIMATORS[name], world, samples=20_000, seed=1)
-    error = (exact.trace_cov / 20_000) ** 0.5
-    assert float((drawn.mean - exact.mean).norm()) < 6 * error < 0.1 * (exact.trace_cov**0.5)
+    assert checked == 6
 
 
 def test_order_and_size():

@@ -110,7 +110,8 @@ class Normal:
 
     def reverse_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
-        return (std / s).log() + (s.square() + (m - mean).square()) / (2 * std.square()) - 0.5
+        log_variances = 2 * (s / std).log()
+        return 0.5 * (torch.expm1(log_variances) - log_variances + ((m - mean) / std).square())
 
     def forward_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         return self.reverse_kl(reference, table)

@@ -70,7 +70,11 @@ class Tabular:
 
     def kl(self: P, reference: P) -> Tensor:
         """`KL(self(y) ‖ reference(y))` of whole responses in nats, by the chain rule `Σ_rows occupancy · KL(row)`."""
-        return self.occupancy() @ self.family.reverse_kl(self.table, reference.table)
+        log_p, log_ref = self.table.log_softmax(-1), reference.table.log_softmax(-1)
+        p, log_ratio = log_p.exp(), log_p - log_ref
+        # Between neighbours Σ p ℓ is what is left of terms that cancel; adding ref − p, which sums to 0, cancels them first.
+        rest = torch.where(log_ratio.abs() < 1, p * torch.expm1(-log_ratio.clamp(-1, 1)), log_ref.exp() - p)
+        return self.occupancy() @ (p * log_ratio + rest).sum(-1)
 
     @property
     def enumerable(self) -> bool:
@@ -89,7 +93,8 @@ class Tabular:
                 f"exceed the {ENUMERATION_BYTES / 2**30:g} GiB allowed for enumeration; sample it (samples=…) or, if each "
                 "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
             )
-        return _responses(v, length, self.eos)
+        tokens, mask = _responses(v, length, self.eos)
+        return tokens.clone(), mask.clone()
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
@@ -218,6 +223,8 @@ class Tree(Tabular):
     def random(cls, vocab: int = 4, length: int = 4, seed: int = 0, eos: int | None = None, scale: float = 1.0) -> Tree:
         """Gaussian logits of standard deviation `scale` at every prefix."""
         _check_shape(length, eos, vocab)
+        if vocab < 2:
+            raise ValueError(f"vocab must be at least two tokens, got {vocab!r}")
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
 
     def contexts(self, tokens: Tensor) -> Tensor:
