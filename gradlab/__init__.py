@@ -9,9 +9,11 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 >>> [round(bias, 3) for bias in frame.bias]  # doctest: +SKIP
 """
 
-from gradlab import exact, intervals, montecarlo
+from gradlab import claims, exact, intervals, montecarlo, plots, report
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
+from gradlab.components import components, values
 from gradlab.estimators import Estimator
+from gradlab.field import field, simplex
 from gradlab.measure import measure
 from gradlab.moments import Moments
 from gradlab.policies import Bandit, Gaussian, Markov, Policy, Tree
@@ -32,8 +34,15 @@ __all__ = [
     "Rollout",
     "Scenario",
     "Tree",
+    "claims",
+    "components",
     "exact",
+    "field",
     "intervals",
     "measure",
     "montecarlo",
+    "plots",
+    "report",
+    "simplex",
+    "values",
 ]

@@ -21,6 +21,7 @@ from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.ledger import CLAIMS
 from gradlab.names import check_name
 from gradlab.policies import Bandit, Gaussian, Markov, Tree
+from gradlab.resume import Record
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
 
@@ -56,11 +57,13 @@ def reproduce(
     jobs: Jobs = 1,
     output: Output = Path("figures"),
     seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Run analyses even if nothing they depend on has changed.")] = False,
 ) -> None:
     """Regenerate figures, data, captions and verdicts.
 
     Runs the numbered analyses one after the other. Each writes its results when it has them, so an interrupted run keeps
-    what is finished. Ends with the claims ledger as these results settle it, also written to `claims.csv`.
+    what is finished, and the next run skips what is unchanged. Ends with the claims ledger as these results settle it, also
+    written to `claims.csv`.
 
     Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
     """
@@ -73,9 +76,15 @@ def reproduce(
     try:
         for i, name in enumerate(chosen, 1):
             console.rule(f"{i}/{len(chosen)} {name}", align="left")
+            record = Record(scripts[name], output, {"quick": quick, "seed": seed})
+            if not force and record.unchanged():
+                finished.append(name)
+                console.print(f"{name} is unchanged; --force makes it again", style="dim")
+                continue
             started = time.perf_counter()
             sys.argv = [str(scripts[name]), *options]
             runpy.run_path(str(scripts[name]), run_name="__main__")
+            record.save()
             finished.append(name)
             console.print(f"{name} took {time.perf_counter() - started:.1f} s", style="dim")
     except KeyboardInterrupt:

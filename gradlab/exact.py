@@ -163,7 +163,7 @@ def _tail(values: Tensor, rollout: Rollout) -> bool:
     std = float(rollout.behaviour_table[0, 1])
     z = (rollout.tokens[:, 0] - rollout.behaviour_table[0, 0]) / std
     log_density = values.abs().log() + rollout.behaviour_log_prob[:, 0]
-    if any(_rises_for_good(z[side], log_density[side]) for side in (z < 0, z > 0)):
+    if _rises_for_good([_quadratic(z[side], log_density[side]) for side in (z < 0, z > 0)]):
         return True
     raise ValueError(
         f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: either "
@@ -171,8 +171,8 @@ def _tail(values: Tensor, rollout: Rollout) -> bool:
     )
 
 
-def _rises_for_good(z: Tensor, log_density: Tensor) -> bool:
-    """Whether `a > 0` in `log density = a z² + b z + c log|z| + d`, fitted to four outer points, by more than the fit errs.
+def _quadratic(z: Tensor, log_density: Tensor) -> tuple[float, float]:
+    """`a` of `log density = a z² + b z + c log|z| + d`, fitted to four points of one tail, and how much it may be wrong.
 
     The error is judged by a second fit further in, where the lower orders of the polynomial weigh more.
     """
@@ -182,9 +182,15 @@ def _rises_for_good(z: Tensor, log_density: Tensor) -> bool:
         at = torch.stack([(outer - share * outer.max()).abs().argmin() for share in shares])
         x, y = z[at], log_density[at]
         if len(at.unique()) < 4 or not bool(torch.isfinite(y).all()):
-            return False
-        found.append(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0])
-    return bool(found[0] > BORDER + 2 * (found[0] - found[1]).abs())
+            return float("-inf"), float("inf")
+        found.append(float(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0]))
+    return found[0], 2 * abs(found[0] - found[1])
+
+
+def _rises_for_good(tails: list[tuple[float, float]]) -> bool:
+    """Whether the quadratic, the same in both tails, is positive for certain in the tail where it is known better."""
+    quadratic, error = min(tails, key=lambda tail: tail[1])
+    return quadratic > BORDER + error
 
 
 def _rollout(losses: Sequence[Loss], scenario: Scenario) -> Rollout:

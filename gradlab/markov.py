@@ -21,25 +21,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from gradlab import targets
 from gradlab.coefficients import coefficients
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.kernels import KERNELS
-from gradlab.moments import Loss, Moments, direction
+from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
 from gradlab.policies import Markov
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
-#: What `gradient` and `objective` know; frozen prefixes come from the sampler.
-TARGETS = (
-    *("reverse_kl", "forward_kl", "mse", "k2_value", "inverse_length", "zero"),
-    *("reverse_kl_frozen_prefix", "forward_kl_frozen_prefix", "chi2_frozen_prefix", "mse_frozen_prefix"),
-)
 METHOD = "dynamic programming"
+INSTEAD = "estimate it from samples (samples=…), or enumerate a short chain as gl.Tree"
 
 
 # ------------------------------------------------------------------------------------------------------ public functions
@@ -54,18 +52,16 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
     * `clip`, unless weight and credit are both `token`,
     * credit `sequence` with kernel `abs` or a clamp.
     Those are not linear in anything that a step can update. Raises `ValueError` for them, for any other callable, for
-    policies that are not `Markov`, and when the mean overflows.
+    policies that are not `Markov`, and when a moment overflows.
     """
     _chains(scenario)
     obstacle = _obstacle(estimator)
     if obstacle is not None or not isinstance(estimator, Estimator):
-        raise ValueError(f"{obstacle}; {_INSTEAD}")
+        raise ValueError(f"{obstacle}; {INSTEAD}")
     with torch.no_grad():
         found = _solve(estimator, scenario)
-    if not bool(torch.isfinite(found.mean).all()):
-        raise ValueError(
-            f"the expected gradient of {estimator.name} is not finite: the policies are so far apart that it overflows"
-        )
+    if not (isfinite(found.trace_cov) and bool(torch.isfinite(found.mean).all())):
+        raise ValueError(f"the moments of {estimator.name} are not finite: the policies are so far apart that they overflow")
     return found
 
 
@@ -84,7 +80,7 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> tup
     estimator = Estimator(kernel, credit="sequence" if credit == "sequence" else "token")
     obstacle = _obstacle(estimator)
     if obstacle is not None:
-        raise ValueError(f"{obstacle}; {_INSTEAD}")
+        raise ValueError(f"{obstacle}; {INSTEAD}")
     with torch.no_grad():
         at = _steps(scenario)
         rows = _whole_kernel(kernel, at, "u") if credit == "sequence" else {"k": {"k": ONE, "1": _kernel(estimator, at)}}
@@ -93,13 +89,13 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> tup
 
 
 def objective(target: str, scenario: Scenario) -> float:
-    """The value of a target (see `TARGETS`) on Markov chains, in nats where it is a divergence."""
+    """The value of a target (`gl.TARGETS`) on Markov chains, in nats where it is a divergence."""
     with torch.no_grad():
         return float(_objective(target, *_chains(scenario)))
 
 
 def gradient(target: str, scenario: Scenario) -> Tensor:
-    """Gradient `[p]` of a target (see `TARGETS`) with respect to the policy's logits, initial row first.
+    """Gradient `[p]` of a target (`gl.TARGETS`) with respect to the policy's logits, initial row first.
 
     `reverse_kl` is the policy gradient theorem in closed form; the others differentiate a recursion linear in the length.
     """
@@ -115,13 +111,16 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
 # ------------------------------------------------------------------------------------------ surrogates as linear recursions
 
 
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Step:
     """A function of one step, `[r, v]` over (row, token), with its derivatives along the score `φ` and along `δ`."""
 
     value: Tensor
-    score: Tensor = torch.zeros((), dtype=torch.float64)
-    direct: Tensor = torch.zeros((), dtype=torch.float64)
+    score: Tensor = ZERO
+    direct: Tensor = ZERO
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +143,7 @@ class Step:
         return all(bool((a == b).all()) for a, b in zip(self.parts, other.parts, strict=True))
 
 
-ONE, NOTHING = Step(torch.ones((), dtype=torch.float64)), Step(torch.zeros((), dtype=torch.float64))
+ONE, NOTHING = Step(ZERO + 1), Step(ZERO)
 
 #: Each state's new value from the old ones: `rows[new][old]` is an entry of `C`, `C'` and `C°`.
 Rows = dict[str, dict[str, Step]]
@@ -155,15 +154,13 @@ UNITS = ("1", "w", "u", "u of c")
 
 @dataclass(frozen=True)
 class Recursion:
-    """A surrogate, the sum of the states `surrogate`. With a group baseline it is the product of two: `factors`, the
-    response's coefficient and its weighted `log π`."""
+    """A surrogate: the sum of the states `surrogate`. With a group baseline it is the product of the response's
+    `coefficient` and its weighted `log π`, the states named so."""
 
     rows: Rows
     surrogate: tuple[str, ...]
-    factors: tuple[str, str] | None = None
-
-
-_INSTEAD = "estimate it from samples (samples=…), or enumerate a short chain as gl.Tree"
+    coefficient: str = "1"
+    score_sum: str | None = None
 
 
 def _obstacle(loss: Loss) -> str | None:
@@ -172,7 +169,7 @@ def _obstacle(loss: Loss) -> str | None:
         name = getattr(loss, "__name__", type(loss).__name__)
         return f"only a gl.Estimator says how it decomposes over time; {name} is an arbitrary function of a rollout"
     if loss.truncate is not None and loss.weight in ("prefix", "sequence"):
-        return f"truncate={loss.truncate:g} bounds a product of ratios (weight={loss.weight!r}): it does not decompose over time"
+        return f"truncate={loss.truncate:g} bounds a {loss.weight!r} weight, which does not decompose over time"
     if loss.clip is not None and (loss.weight, loss.credit) != ("token", "token"):
         return (
             f"clip with weight={loss.weight!r} and credit={loss.credit!r} decides on several tokens at once: it does not "
@@ -188,7 +185,7 @@ def _obstacle(loss: Loss) -> str | None:
 def _recursion(e: Estimator, at: Rollout) -> Recursion:
     """The estimator's surrogate, from all single steps `at`."""
     raw, bound = _grid(at.log_weight.exp(), at), torch.inf if e.truncate is None else e.truncate
-    slope = torch.where(raw <= bound, raw, 0.0) if e.differentiate_weight else NOTHING.value
+    slope = torch.where(raw <= bound, raw, 0.0) if e.differentiate_weight else ZERO
     ratio = Step(raw.clamp(max=bound), slope)
     return _merged((_of_response if e.credit == "sequence" else _of_tokens)(e, at, ratio))
 
@@ -203,8 +200,10 @@ def _of_tokens(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
     w, carry = ("w" if e.weight in ("prefix", "sequence") else "1"), (ratio if e.weight == "prefix" else ONE)
     weighs = e.weight in ("token", "prefix") and not stays  # the step's own ratio is part of its weight
     local = replace(e, credit="token", normalise="sum", baseline=None if e.grouped else e.baseline, group=None)
-    bare = {"weight": "none", "differentiate_weight": False, "truncate": None}
-    local = replace(local, weight="token") if weighs else replace(local, **bare)
+    if weighs:
+        local = replace(local, weight="token")
+    else:
+        local = replace(local, weight="none", differentiate_weight=False, truncate=None)
     rows: Rows = {w: {w: carry}, "G": {"G": ONE, w: _term(local, at)}}
     if e.credit != "token":
         k, log_prob = _kernel(e, at), (ratio if weighs else ONE) * _log_prob(at)
@@ -221,7 +220,7 @@ def _of_tokens(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
     if not e.grouped:
         return Recursion(rows, ("G",))
     rows |= {"c": {"c": ONE, w if stays else "1": _kernel(e, at)}, "Λ": {"Λ": ONE, "1": _log_prob(at)}}
-    return Recursion(rows, ("G",), ("c", "Λ" if stays else "P"))
+    return Recursion(rows, ("G",), "c", "Λ" if stays else "P")
 
 
 def _of_response(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
@@ -238,7 +237,7 @@ def _of_response(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
     surrogate = (*(of_loss if e.placement != "reward" else ()), *(("kΛ",) if e.placement != "loss" else ()))
     if not e.grouped:
         return Recursion(rows, surrogate)
-    return Recursion(rows | _whole_kernel(e.kernel, at, "u of c", " of c"), surrogate, ("k of c", "P"))
+    return Recursion(rows | _whole_kernel(e.kernel, at, "u of c", " of c"), surrogate, "k of c", "P")
 
 
 def _whole_kernel(kernel: str, at: Rollout, unit: str, tag: str = "") -> Rows:
@@ -266,7 +265,7 @@ def _weighted(rows: Rows, factor: Step) -> Rows:
 def _term(local: Estimator, at: Rollout) -> Step:
     """A per-token surrogate at every single step."""
     found = coefficients(local, at)
-    direct = NOTHING.direct if found.direct is None else _grid(found.direct, at)
+    direct = ZERO if found.direct is None else _grid(found.direct, at)
     return Step(_grid(local(at), at), _grid(found.score, at), direct)
 
 
@@ -299,8 +298,8 @@ def _merged(found: Recursion) -> Recursion:
         a, b = pair
         rows = {name: renamed(row, b, a) for name, row in rows.items() if name != b}
         kept = {name: a if state == b else state for name, state in kept.items()}
-    factors = None if found.factors is None else (kept[found.factors[0]], kept[found.factors[1]])
-    return Recursion(rows, tuple(kept[state] for state in found.surrogate), factors)
+    score_sum = None if found.score_sum is None else kept[found.score_sum]
+    return Recursion(rows, tuple(kept[state] for state in found.surrogate), kept[found.coefficient], score_sum)
 
 
 # ------------------------------------------------------------------------------------------------------- the forward pass
@@ -313,30 +312,30 @@ def _solve(e: Estimator, scenario: Scenario) -> Moments:
     c, x = _needed(program)
     cc, cx, xx = _forward(_Transition(e, scenario, at, program.rows, c, x), e, scenario)
     g = _pick(x, *program.surrogate)
-    if program.factors is None:
+    if program.score_sum is None:
         mean = g @ cx[0]
         return Moments(mean, max(float(g @ xx @ g - mean @ mean), 0.0), method=METHOD)
-    # A group baseline: Hoeffding's decomposition for a (centred coefficient) and s (score sum), see moments.group_moments.
+    # Hoeffding's decomposition as in moments.group_moments, for a centred coefficient a, score sum s and g = a s.
     assert e.group is not None
-    a, s = _pick(c, program.factors[0]), _pick(x, program.factors[1])
+    a, s = _pick(c, program.coefficient), _pick(x, program.score_sum)
     average = a @ cc[0]
     a, g = a - average * _pick(c, "1"), g - average * s
-    centre, first, second, spread = s @ cx[0], g @ cx[0], a @ (g @ cx), a @ cc @ a
+    centre, mean, second, spread = s @ cx[0], g @ cx[0], a @ (g @ cx), a @ cc @ a
     m22 = g @ xx @ g - 2 * second @ centre + spread * (centre @ centre)
-    zeta1 = (m22 - first @ first) / 4
+    zeta1 = (m22 - mean @ mean) / 4
     zeta2 = (m22 + spread * (s @ xx @ s - centre @ centre)) / 2
     variance = 2 / (e.group * (e.group - 1)) * (2 * (e.group - 2) * zeta1 + zeta2)
     shrink = 1 - 1 / e.group if e.baseline == "group_mean" else 1.0
-    return Moments(shrink * first, max(float(shrink**2 * e.group * variance), 0.0), method=METHOD)
+    return Moments(shrink * mean, max(float(shrink**2 * e.group * variance), 0.0), method=METHOD)
 
 
 def _needed(program: Recursion) -> tuple[list[str], list[str]]:
-    """The states whose values are read (1 first), and those whose gradients move."""
-    rows, outputs = program.rows, [*program.surrogate, *(program.factors or ())[1:]]
+    """The states whose values are read, 1 first, and those whose gradients move."""
+    rows, outputs = program.rows, [*program.surrogate, *([program.score_sum] if program.score_sum else [])]
     moving = {state for state in rows if any(step.pulls for old in _reach([state], rows) for step in rows[old].values())}
     x = [state for state in _reach(outputs, rows) if state in moving or state in outputs]
     pulled = [old for state in x for old, step in rows[state].items() if step.pulls]
-    return _reach(["1", *(program.factors or ())[:1], *pulled], rows), x
+    return _reach(["1", program.coefficient, *pulled], rows), x
 
 
 def _forward(transition: _Transition, e: Estimator, scenario: Scenario) -> list[Tensor]:
@@ -354,12 +353,12 @@ def _forward(transition: _Transition, e: Estimator, scenario: Scenario) -> list[
     return totals
 
 
-#: `E[c cᵀ]`, `E[c ⊗ X]` and `E[X Xᵀ]`.
-Second = tuple[Tensor, Tensor, Tensor]
+#: `E[c cᵀ]` `[row, k, k]`, `E[c ⊗ X]` `[row, k, m, p]` and `E[X Xᵀ]` `[row, m, m]` of responses about to emit from a row.
+Joint = tuple[Tensor, Tensor, Tensor]
 
 
 class _Transition:
-    """One step of the forward recursion: arrays over (row, token), with matrices between states in the last two axes."""
+    """One step of the forward recursion. Its arrays run over (row, token) `[r, v]`, matrices between states come last."""
 
     def __init__(self, e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str], x: list[str]) -> None:
         (r, v), pi = at.table.shape, at.table.softmax(-1)
@@ -369,30 +368,36 @@ class _Transition:
         #: What C' and C° inject, and the direction in the row it goes, `[r, y, v]`: φ = onehot(y) − π, and δ.
         self.injected = [(_matrices(rows, x, c, 1, pi), torch.eye(v, dtype=pi.dtype) - pi[:, None])]
         if e.on_vocabulary:
-            self.injected.append((_matrices(rows, x, c, 2, pi), direction(e.kernel, at)[:, None].expand(r, v, v)))
+            slope = at.family.slope(e.kernel, at.table, at.reference_table)
+            self.injected.append((_matrices(rows, x, c, 2, pi), slope[:, None].expand(r, v, v)))
+        self.products = [
+            (inject, other, (along * beside).sum(-1)[..., None, None])
+            for inject, along in self.injected
+            for other, beside in self.injected
+        ]
         self.moves = [
             (i, j, k, m, (self.mu[..., 0, 0] * self.c[..., i, k] * self.x[..., j, m]).T.contiguous())
             for i, k in self.c.flatten(0, 1).any(0).nonzero().tolist()
             for j, m in self.x.flatten(0, 1).any(0).nonzero().tolist()
         ]
 
-    def __call__(self, state: Second, part: slice) -> Second:
-        """`E[c cᵀ]` `[r, k, k]`, `E[c ⊗ X]` `[r, k, m, p]` and `E[X Xᵀ]` `[r, m, m]` after a token drawn in the rows `part`."""
+    def __call__(self, state: Joint, part: slice) -> Joint:
+        """Draw a token from each of the rows `part`, which `state` covers; the last token is the next row."""
         cc, cx, xx = state
         mu, c, x, (r, v) = self.mu[part], self.c[part], self.x[part], self.mu.shape[:2]
-        injected = [(inject[part], along[part]) for inject, along in self.injected]
         moved = cx.new_zeros(v, *cx.shape[1:])
         for i, j, k, m, move in self.moves:
             moved[:, i, j].addmm_(move[:, part], cx[:, k, m])
-        rows = moved.unflatten(-1, (r, v))[:, :, :, part]
-        own = cx.unflatten(-1, (r, v))[:, :, :, part].diagonal(dim1=0, dim2=3).permute(3, 2, 0, 1)  # [r, v, k, m]
+        rows = moved.view(*moved.shape[:3], r, v)[:, :, :, part]
+        own = cx.view(*cx.shape[:3], r, v)[:, :, :, part].diagonal(dim1=0, dim2=3).permute(3, 2, 0, 1)  # [r, v, k, m]
         before, square = c @ cc[:, None], x @ xx[:, None] @ x.mT
-        for inject, along in injected:
-            rows += (mu * (before @ inject.mT)).permute(1, 2, 3, 0)[..., None] * along.transpose(0, 1)[:, None, None]
-            cross = x @ (along @ own.flatten(2)).unflatten(-1, own.shape[2:]).mT @ inject.mT
+        for inject, along in self.injected:
+            flow = mu * (before @ inject[part].mT)  # [r, v, k, m]
+            rows += flow.permute(1, 2, 3, 0)[..., None] * along[part].transpose(0, 1)[:, None, None]
+            cross = x @ (along[part] @ own.flatten(2)).view(own.shape).mT @ inject[part].mT
             square = square + cross + cross.mT
-            for other, beside in injected:
-                square = square + (along * beside).sum(-1)[..., None, None] * (inject @ cc[:, None] @ other.mT)
+        for inject, other, product in self.products:
+            square = square + product[part] * (inject[part] @ cc[:, None] @ other[part].mT)
         return (mu * (before @ c.mT)).sum(0), moved, (mu * square).sum(0)
 
 
@@ -466,15 +471,7 @@ def _chains(scenario: Scenario) -> tuple[Markov, Markov, Markov]:
 
 
 def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) -> Tensor:
-    """A target's value, differentiable in the policy's table; reference and sampler are constants."""
-    check_name("target", target, TARGETS)
-    divergence, frozen, _ = target.partition("_frozen_prefix")
-    if frozen:
-        return sampler.occupancy().detach() @ getattr(policy.family, divergence)(policy.table, reference.table)
-    if target == "reverse_kl":
-        return policy.kl(reference)
-    if target == "forward_kl":
-        return reference.occupancy() @ policy.family.forward_kl(policy.table, reference.table)
+    """A target's value, differentiable in the policy's table: where its definition enumerates responses, a recursion."""
     if target == "inverse_length":
         return _inverse_length(policy)
     if target == "k2_value":
@@ -484,7 +481,7 @@ def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) 
         pi, ref = policy.table.softmax(-1), reference.table.softmax(-1)
         rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(pi - ref)}}
         return 0.5 * _scalar_moments(rows, ["d"], _open(policy).expand_as(pi), policy)[0, 0]
-    return 0 * policy.table.sum()
+    return targets.target(target).objective(policy, reference, sampler)
 
 
 def _inverse_length(policy: Markov) -> Tensor:
@@ -505,12 +502,11 @@ def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
     pi, p = policy.table.softmax(-1), _emission(policy)
     log_ratio = policy.table.log_softmax(-1) - reference.table.log_softmax(-1)
     kl, move = (p * log_ratio).sum(-1), p[1:]
-    visits, to_come = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length + 1, policy.vocab)
+    visits, to_come = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length, policy.vocab)
     visits[0] = p[0]
-    for t in range(1, policy.length):  # visits[t − 1] is d_{t+1}, to_come[t − 1] is V_{t+1}, both over the last token
+    for t in range(1, policy.length):  # visits[t − 2] is d_t and to_come[t − 2] is V_t, both over the token before
         visits[t] = visits[t - 1] @ move
-        to_come[-2 - t] = torch.addmv(kl[1:], move, to_come[-1 - t])
-    visits, first, to_come = visits[:-1], to_come[0], to_come[1:-1]
-    later = visits.sum(0)[:, None] * log_ratio[1:] + visits.T @ to_come
-    taken = p * torch.cat([(log_ratio[0] + first)[None], later])
+        to_come[-1 - t] = torch.addmv(kl[1:], move, to_come[-t])
+    later = visits[:-1].sum(0)[:, None] * log_ratio[1:] + visits[:-1].T @ to_come[1:]
+    taken = p * torch.cat([(log_ratio[0] + to_come[0])[None], later])
     return (taken - pi * taken.sum(-1, keepdim=True)).flatten()

@@ -114,6 +114,7 @@ def gradients(losses: Sequence[Loss], rollout: Rollout) -> Gradients:
 def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
     """Gradient of a callable's per-sample losses with respect to each response's own logits, `[n, t, v]`, by autograd.
 
+    What leaks from behind the end of a response stays in: a callable that forgets the mask descends that, too.
     Raises `ValueError` when the callable does not return one differentiable loss per response.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -126,7 +127,7 @@ def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
         if not values.requires_grad:
             raise ValueError(f"loss {name} does not depend on the policy's logits: was it computed under no_grad or detached?")
         (grad,) = torch.autograd.grad(values.sum(), leaf.table)
-    return grad.view(*leaf.tokens.shape, -1) * leaf.mask[..., None]
+    return grad.view(*leaf.tokens.shape, -1)
 
 
 def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str) -> list[Moments]:

@@ -6,18 +6,20 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from gradlab import claims
+from gradlab.plots import style
 from gradlab.provenance import versions
 
 T = TypeVar("T")
@@ -83,20 +85,43 @@ class Study:
         """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
         folder = writable(self.output)
         for suffix, metadata in _METADATA.items():
-            with written(folder / f"{name}.{suffix}") as part:
+            with written(folder / f"{name}.{suffix}") as part, style():
                 figure.savefig(part, format=suffix, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once: the same picture in every format
         self.save_frame(name, frame)
         stamp = ", ".join(f"{package} {number}" for package, number in versions().items())
         with written(folder / f"{name}.md") as part:
             part.write_text(f"{caption}\n\nMade by `{self.command}`, seed {self.seed}, with {stamp}.\n", encoding="utf-8")
         return folder / f"{name}.png"
 
-    def verdicts(self, *frames: str) -> pd.DataFrame:
-        """Settle the claims that these saved frames decide, print them as a table and return them."""
-        settled = claims.verify(self.output)
-        settled = settled[settled["frame"].isin(frames)].reset_index(drop=True)
+    def verdicts(self, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+        """Settle the claims that these frames decide, print them as a table and return them."""
+        settled = claims.verify(frames)
+        settled = settled[settled["frame"].isin(list(frames))].reset_index(drop=True)
         show_verdicts(settled)
         return settled
+
+
+def sentence(settled: pd.DataFrame, frame: str | None = None) -> str:
+    """Verdicts in words, for a caption: `value-k2 HOLDS (Gaussian; bandit). …`; only those that `frame` decides, if given."""
+    if frame is not None:
+        settled = settled[settled["frame"] == frame]
+    parts = []
+    for name, rows in settled.groupby("id", sort=False):
+        found = [f"{v} ({'; '.join(part['scope'])})" for v, part in rows.groupby("verdict", sort=False)]
+        parts.append(f"{name} {', '.join(found)}.")
+    return " ".join(parts)
+
+
+def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
+    """The one value of a column in the rows with these values, for a caption. Raises `ValueError` unless there is exactly one."""
+    rows = frame
+    for key, value in where.items():
+        rows = rows[rows[key] == value]
+    found = rows[column].drop_duplicates()
+    if len(found) != 1:
+        raise ValueError(f"{column} has {len(found)} values where {where}, expected one")
+    return found.iloc[0]
 
 
 def study(script: str) -> Study:
@@ -107,6 +132,7 @@ def study(script: str) -> Study:
     parser.add_argument("--seed", type=int, default=0, help="entropy of every draw")
     parser.add_argument("--output", type=Path, default=Path("figures"), help="folder for pictures and data")
     given, _ = parser.parse_known_args(sys.argv[1:])  # a notebook's own arguments are not ours
+    torch.set_num_threads(1)  # small tensors run faster so, and sums come out the same on every machine
     return Study(Path(script).stem, given.output, given.quick, given.jobs, given.seed)
 
 

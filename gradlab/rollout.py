@@ -86,11 +86,24 @@ class Rollout:
         sampled: bool = True,
         expected_length: float | None = None,
     ) -> Rollout:
-        """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy."""
+        """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy.
+
+        The mask may be 0/1 numbers, and padding any token id, such as −100. Raises `ValueError` for shapes that do not fit
+        together and for a live token outside the vocabulary.
+        """
         behaviour = logits.detach() if behaviour_logits is None else behaviour_logits
         for name, item in (("logits", logits), ("reference_logits", reference_logits), ("behaviour_logits", behaviour)):
             if item.dim() != 3 or item.shape[:2] != tokens.shape:
                 raise ValueError(f"{name} must be [n, t, v] with [n, t] = {list(tokens.shape)}, got {list(item.shape)}")
+        mask = mask.bool()
+        if family is CATEGORICAL and mask.shape == tokens.shape:
+            outside = (tokens < 0) | (tokens >= logits.shape[-1])
+            if bool((outside & mask).any()):
+                raise ValueError(
+                    f"a live token has id {int(tokens[outside & mask][0])}, outside the vocabulary of {logits.shape[-1]} that the "
+                    "logits cover; mask out padding, and shift tokens and logits so that logits[:, t] emits tokens[:, t]"
+                )
+            tokens = torch.where(outside, 0, tokens)
         contexts = torch.arange(tokens.numel()).view(tokens.shape)
         table, reference_table, behaviour_table = (
             item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)

@@ -1,0 +1,27 @@
+"""Figures: pure functions from a frame to a `matplotlib.figure.Figure`; they compute nothing and touch no global state.
+
+Colour = estimator (hue by kernel, lightness by placement), marker = credit and weight, line style = via, truth = black line.
+"""
+
+from gradlab.plots.bandits import field, objectives, tokens
+from gradlab.plots.coefficients import coefficients
+from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style, style_of, styled
+from gradlab.plots.values import crossover, gradients, schulman
+
+__all__ = [
+    "COLUMN",
+    "HUES",
+    "PAGE",
+    "VIA",
+    "Style",
+    "coefficients",
+    "crossover",
+    "field",
+    "gradients",
+    "objectives",
+    "schulman",
+    "style",
+    "style_of",
+    "styled",
+    "tokens",
+]

@@ -1,0 +1,126 @@
+"""The look of every figure: the style sheet, one colour and marker per estimator, one line style per way of measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib as mpl
+from matplotlib import colors
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gradlab.catalogue import ESTIMATORS
+from gradlab.estimators import Estimator
+
+#: Widths in inches of a column and of a page.
+COLUMN, PAGE = 3.3, 6.9
+STYLESHEET = Path(__file__).parent.parent / "gradlab.mplstyle"
+
+#: Hue = kernel: the Okabe–Ito palette, safe for colour-blind readers; its yellow is darkened for white paper.
+HUES: dict[str, str] = {
+    "k1": "#0072B2",
+    "k2": "#009E73",
+    "k3": "#D55E00",
+    "full": "#CC79A7",
+    "k3_swapped": "#E69F00",
+    "mse": "#56B4E9",
+    "mse_sampled": "#56B4E9",
+    "abs": "#9C8F00",
+}
+#: Lightness = placement: 0 is the hue itself, negative is mixed with black, positive with white.
+LIGHTNESS = {"loss": 0.0, "straight_through": 0.25, "reward": -0.45, "loss+reward": 0.5}
+#: Anything that is not an estimator of the package.
+NEUTRAL = "#666666"
+#: Truth is a reference line.
+TRUTH: dict[str, Any] = {"color": "black", "linewidth": 0.9, "zorder": 1.5}
+#: Line style = how a number was measured.
+VIA = {"exact": "-", "sampled": "--", "closed form": ":"}
+
+F = TypeVar("F", bound=Callable[..., Figure])
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour and marker of an estimator; no two estimators of the catalogue share both."""
+
+    colour: str
+    marker: str
+
+
+def style_of(name: str) -> Style:
+    """Colour and marker of a catalogue name, a kernel, or a composed name such as `k2-reward-to_go`; grey for others."""
+    if name in ESTIMATORS:
+        estimator = ESTIMATORS[name]
+        return Style(_shade(HUES[estimator.kernel], LIGHTNESS[estimator.placement]), _marker(estimator))
+    kernel, _, placement = name.partition("-")
+    if kernel not in HUES:
+        return Style(NEUTRAL, "o")
+    placed = max((p for p in LIGHTNESS if placement.startswith(p)), key=len, default="loss")
+    return Style(_shade(HUES[kernel], LIGHTNESS[placed]), "o")
+
+
+def _marker(e: Estimator) -> str:
+    """Marker = what distinguishes estimators of one kernel and placement: baseline, clip, normaliser, weight, credit."""
+    if e.baseline is not None:
+        return {"kl": "*", "group_mean": "X", "leave_one_out": "P"}[e.baseline]
+    if e.clip is not None:
+        return "8"
+    if e.normalise != "sum":
+        return "p"
+    if e.weight != "none":
+        return {"token": "<>", "prefix": "dH", "sequence": "hh"}[e.weight][e.differentiate_weight]
+    return {"token": "s" if e.placement == "reward" else "o", "to_go": "^", "return": "v", "sequence": "D"}[e.credit]
+
+
+def _shade(colour: str, amount: float) -> str:
+    """Mix with white (positive) or black (negative)."""
+    end = 1.0 if amount > 0 else 0.0
+    return colors.to_hex([(1 - abs(amount)) * part + abs(amount) * end for part in colors.to_rgb(colour)])
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style sheet, for as long as the block lasts; a figure is made and saved under it."""
+    with mpl.rc_context(fname=STYLESHEET):
+        yield
+
+
+def styled(function: F) -> F:
+    """Make a function draw its figure under the style sheet."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Figure:
+        with style():
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def panels(axes: Iterable[Axes]) -> None:
+    """Letter the panels of a figure, in front of their titles."""
+    for letter, ax in zip("abcdefgh", axes, strict=False):
+        ax.set_title(f"{letter}  {ax.get_title(loc='left')}")
+
+
+def handle(name: str, **kwargs: Any) -> Line2D:
+    """Legend entry of an estimator."""
+    look = style_of(name)
+    return Line2D([], [], **{"color": look.colour, "marker": look.marker, "label": name, **kwargs})
+
+
+def dots(ax: Axes, x: Any, y: Any, name: str, via: str = "exact", error: Any = None, **kwargs: Any) -> None:
+    """Points of an estimator: filled where exact, open with (horizontal) error bars `error` `[2, n]` where sampled."""
+    look = style_of(name)
+    exact = via != "sampled"
+    fill = look.colour if exact else "white"
+    common = {"color": look.colour, "marker": look.marker, "markerfacecolor": fill, "markeredgewidth": 0.8, "linestyle": "none"}
+    if exact:
+        ax.plot(x, y, **{**common, **kwargs})
+    else:
+        ax.errorbar(x, y, elinewidth=0.8, **{**common, **kwargs}, **(error or {}))

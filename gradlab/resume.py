@@ -1,0 +1,62 @@
+"""Skipping what is unchanged: an analysis whose code, options and results are as they were need not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradlab.provenance import versions
+from gradlab.report import writable, written
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one analysis was made from, and what it left in the output folder.
+
+    The record lives in `<output>/.reproduced/`, apart from the results, so that results that were copied or checked out are
+    made again once. Results are the files whose names start with the analysis's number.
+    """
+
+    script: Path
+    output: Path
+    options: Mapping[str, object]
+
+    @property
+    def path(self) -> Path:
+        """File of the record."""
+        return self.output / ".reproduced" / f"{self.script.stem}.json"
+
+    def fingerprint(self) -> str:
+        """Hash of everything a result depends on: the script, gradlab's own source, the options, the library versions."""
+        digest = hashlib.sha256(json.dumps([dict(self.options), versions()], sort_keys=True).encode())
+        package = Path(__file__).parent
+        for source in [self.script, *sorted(p for p in package.rglob("*") if p.suffix in (".py", ".mplstyle"))]:
+            digest.update(source.name.encode())
+            digest.update(source.read_bytes())
+        return digest.hexdigest()
+
+    def results(self) -> dict[str, str]:
+        """Hash of every result in the output folder."""
+        number = self.script.stem.split("_")[0]
+        files = sorted(p for p in self.output.glob(f"{number}_*") if p.is_file())
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+    def unchanged(self) -> bool:
+        """Whether the recorded run had the same fingerprint and its results are all still there as it left them."""
+        try:
+            recorded = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        results = self.results()
+        same = all(results.get(name) == digest for name, digest in recorded["results"].items())
+        return bool(recorded["results"]) and same and recorded["fingerprint"] == self.fingerprint()
+
+    def save(self) -> None:
+        """Record a finished run."""
+        writable(self.path.parent)
+        with written(self.path) as part:
+            content = {"fingerprint": self.fingerprint(), "results": self.results()}
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
