@@ -26,9 +26,8 @@ KERNELS = ("k1", "k2", "k3")
 # One draw from `N(0,1)` against `N(m,1)`, where everything has a closed form, and three policies where it has not.
 
 # %%
-bandit = gl.Scenario(
-    gl.Bandit(np.log([0.4, 0.3, 0.2, 0.1])), gl.Bandit(np.log([0.1, 0.2, 0.3, 0.4])), name="bandit (.4 .3 .2 .1) ‖ (.1 .2 .3 .4)"
-)
+p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
+bandit = gl.Scenario(gl.Bandit(np.log(p)), gl.Bandit(np.log(q)), name="bandit (.4 .3 .2 .1) ‖ (.1 .2 .3 .4)")
 tree = gl.Tree.random(vocab=4, length=3, seed=study.seed)
 scenarios = [
     *(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(m, 1), name=f"N(0, 1) ‖ N({m:g}, 1)") for m in (0.1, 1)),
@@ -73,7 +72,7 @@ def deviations(scenario: gl.Scenario, kernels: tuple[str, ...] = ("k1", "k3")) -
     return [gl.exact.value_moments(kernel, scenario).variance ** 0.5 for kernel in kernels]
 
 
-def walk(panel: str, group: str, scenario: str, reference: gl.Policy, direction: torch.Tensor, scales: np.ndarray) -> pd.DataFrame:
+def walk(where: tuple[str, str, str], reference: gl.Policy, direction: torch.Tensor, scales: np.ndarray) -> pd.DataFrame:
     """Standard deviation of each kernel's value over the KL along one direction, and the KL at which k3 overtakes k1."""
     kls, found = [], []
     for scale in scales:
@@ -91,7 +90,7 @@ def walk(panel: str, group: str, scenario: str, reference: gl.Policy, direction:
             return float(np.log(k3 / k1)) if np.isfinite(k3) else 1e3
 
         crossover = scenario_at(reference, direction, float(np.exp(brentq(excess, *ends, xtol=1e-13)))).kl()
-    common = {"panel": panel, "group": group, "scenario": scenario, "crossover": crossover}
+    common = dict(zip(("panel", "group", "scenario"), where, strict=True)) | {"crossover": crossover}
     parts = [
         pd.DataFrame({**common, "kernel": kernel, "kl": kls, "std": std[:, k] / kls, "versus_k1": std[:, k] / std[:, 0]})
         for k, kernel in enumerate(KERNELS)
@@ -100,34 +99,32 @@ def walk(panel: str, group: str, scenario: str, reference: gl.Policy, direction:
 
 
 points = study.pick(full=48, quick=20)
-start = gl.Gaussian(0, 1)
-parts = [
-    walk("equal variances", "equal variances", "N(m, 1) ‖ N(0, 1)", start, torch.tensor([1.0, 0.0], dtype=torch.float64), np.geomspace(0.03, 3, points))
-]
-for angle, group in ((-90, "narrower"), (-30, "narrower, shifted"), (0, "shifted"), (90, "wider")):
+start, right = gl.Gaussian(0, 1), torch.tensor([1.0, 0.0], dtype=torch.float64)
+parts = [walk(("equal variances", "shifted", "N(m, 1) ‖ N(0, 1)"), start, right, np.geomspace(0.03, 3, points))]
+for angle, group in ((-90, "narrower"), (-30, "both"), (0, "shifted"), (90, "wider")):
     direction = torch.tensor([np.cos(np.radians(angle)), np.sin(np.radians(angle))], dtype=torch.float64)
     scales = np.geomspace(0.03, 1.6 if angle > 0 else 3.0, points)
     if angle < 0:
         # Quadrature refuses the last few percent before the second moment of k3 ceases to exist.
         limit = np.log(2) / 2 / abs(float(direction[1]))
         scales = np.append(scales[scales < 0.7 * limit], limit * np.array([0.7, 0.75, 0.8, 0.85, 1.1, 1.5]))
-    parts.append(walk("Gaussian policies", group, f"Gaussian moved at {angle}°", start, direction, scales))
-for seed in range(study.pick(full=20, quick=6)):
+    parts.append(walk(("Gaussian policies", group, f"Gaussian moved at {angle}°"), start, direction, scales))
+for seed in range(20):
     for group, reference in (("bandit", gl.Bandit.random(10, seed)), ("tree", gl.Tree.random(3, 3, seed))):
         noise = reference.perturbed(scale=1.0, seed=seed).parameters - reference.parameters
-        scales = np.geomspace(0.05, 6, points)
-        parts.append(walk("random categoricals", group, f"{group} {seed}", reference, noise, scales))
-for p in (0.2, 0.05, 0.01):
-    reference = gl.Bandit(np.log([p, *[(1 - p) / 9] * 9]))
+        parts.append(walk(("random categoricals", group, f"{group} {seed}"), reference, noise, np.geomspace(0.05, 6, points)))
+for share in (0.2, 0.05, 0.01):
+    reference = gl.Bandit(np.log([share, *[(1 - share) / 9] * 9]))
     away = -torch.eye(10, dtype=torch.float64)[0]
-    parts.append(walk("one token dropped", f"ref {p:g}", f"bandit, token of probability {p:g}", reference, away, np.geomspace(0.2, 8, points)))
+    where = ("one token dropped", f"{share:g}", f"bandit, token of probability {share:g}")
+    parts.append(walk(where, reference, away, np.geomspace(0.2, 8, points)))
 crossover = pd.concat(parts, ignore_index=True)
 
 # %% [markdown]
 # ## From the value to the gradient
 #
-# The same kernels, differentiated: `π = N(0, 1)` with parameters (mean, std). With equal variances the mean's gradient comes
-# out right for k3 as loss, which is why this toy never raised suspicion; its std's gradient, and both with unequal variances, do not.
+# The same kernels, differentiated: `π = N(0, 1)` with parameters (mean, std). With equal variances k3 as loss gets the mean's
+# gradient right, which is why this toy never raised suspicion; the std's it gets wrong, and with unequal variances both.
 
 # %%
 NAMES = ["k1-reward", "k2-loss", "k3-loss", "k3-both", "k1-loss", "abs-loss"]
@@ -151,8 +148,7 @@ gradients = pd.concat(
     ],
     ignore_index=True,
 ).drop(columns="kernel")
-gradients["std_of_mean"] = gradients["std"] / published**0.5  # what a mean of 50,000 samples is off by, over the truth
-gradients
+gradients["std_of_mean"] = gradients["std"] / published**0.5  # standard error of a mean of 50,000 samples over the truth
 
 # %% [markdown]
 # ## Verdicts
@@ -168,20 +164,20 @@ cell = gl.report.cell
 
 
 def schulman_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+    def at(column: str, scenario: str, kernel: str) -> float:
+        return float(cell(frame, column, scenario=scenario, kernel=kernel, via="exact"))
+
     near, far = "N(0, 1) ‖ N(0.1, 1)", "N(0, 1) ‖ N(1, 1)"
-
-    def std(scenario: str, kernel: str) -> str:
-        return f"{cell(frame, 'std', scenario=scenario, kernel=kernel, via='exact'):.3f}"
-
+    kls = [at("kl", scenario, "k1") for scenario in (near, far)]
+    stds = [", ".join(f"{at('std', scenario, kernel):.3f}" for kernel in KERNELS) for scenario in (near, far)]
+    biases = [f"{at('bias', scenario, 'k2'):.4f}" for scenario in (near, far)]
     return (
-        "**Value of three KL estimators.** Bias and standard deviation of one draw's k1, k2 and k3, over the true KL: exact, from "
-        f"{cell(frame, 'samples', via='sampled'):,} draws (seed {study.seed}, 95 % intervals) and, for Gaussians of equal variance, in "
-        f"closed form. At KL {cell(frame, 'kl', scenario=near):.3g} nats the relative standard deviations of k1, k2, k3 are "
-        f"{', '.join(std(near, kernel) for kernel in KERNELS)}; at {cell(frame, 'kl', scenario=far):.3g} nats they are "
-        f"{', '.join(std(far, kernel) for kernel in KERNELS)}. The relative bias of k2 there is "
-        f"{cell(frame, 'bias', scenario=near, kernel='k2', via='exact'):.4f} and "
-        f"{cell(frame, 'bias', scenario=far, kernel='k2', via='exact'):.4f}. Where the tail of k3 is heavy a sample of this size "
-        f"still understates its noise. Verdicts: {gl.report.sentence(verdicts, '01_schulman')}"
+        "**Value of three KL estimators.** Bias and standard deviation of one draw's k1, k2 and k3, over the true KL: exact, "
+        f"from {cell(frame, 'samples', via='sampled'):,} draws (seed {study.seed}, 95 % intervals) and, for Gaussians of equal "
+        f"variance, in closed form. At KL {kls[0]:.3g} nats the relative standard deviations of k1, k2, k3 are {stds[0]}; at "
+        f"{kls[1]:.3g} nats they are {stds[1]}. The relative bias of k2 there is {biases[0]} and {biases[1]}. Where the tail of "
+        "k3 is heavy a sample of this size can still understate its noise, and its interval with it. "
+        f"Verdicts: {gl.report.sentence(verdicts, '01_schulman')}"
     )
 
 
@@ -193,18 +189,18 @@ def crossover_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     def where(panel: str) -> str:
         found = frame[(frame["panel"] == panel) & (frame["kernel"] == "k3")].drop_duplicates("scenario")["crossover"]
         met = found[np.isfinite(found)]
-        reach = f" between {met.min():.2g} and {met.max():.2g} nats" if len(met) else ""
-        return f"in {len(met)} of {len(found)} cases{reach}"
+        reach = f", between {met.min():.2g} and {met.max():.2g} nats" if len(met) else ""
+        return f"k3 overtakes k1 in {len(met)} of {len(found)} cases{reach}"
 
     shift = cell(frame, "crossover", panel="equal variances")
     return (
-        "**k3 is the quieter estimate only near the reference.** (a) Standard deviation of one value over the KL, policy N(m, 1) "
-        f"against reference N(0, 1), exact: k3 overtakes k1 at {shift:.5f} nats. (b–d) Standard deviation of k3 over that of k1 "
+        "**k3 is the quieter estimate only near the reference.** (a) Standard deviation of one value over the KL, policy "
+        f"N(m, 1) against reference N(0, 1): k3 overtakes k1 at {shift:.5f} nats. (b–d) Standard deviation of k3 over that of k1 "
         "(blue line) as the policy leaves a fixed reference; dots mark the crossover, lines end where the variance of k3 becomes "
-        f"infinite or the walk stops. (b) Gaussian policies that shift, narrow or widen: k3 overtakes k1 {where('Gaussian policies')}. "
-        "(c) Random softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) moved along random logits: "
-        f"{where('random categoricals')}. (d) Ten tokens, one of the given reference probability dropped: {where('one token dropped')}. "
-        f"All exact. Verdicts: {gl.report.sentence(verdicts, '01_crossover')}"
+        "infinite or the walk stops. (b) Gaussian policies that shift, narrow, do both, or widen: "
+        f"{where('Gaussian policies')}. (c) Random softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) moved "
+        f"along random logits: {where('random categoricals')}. (d) Ten tokens, one of the given reference probability dropped: "
+        f"{where('one token dropped')}. All exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '01_crossover')}"
     )
 
 
@@ -213,18 +209,20 @@ study.save_figure("01_crossover", gl.plots.crossover(crossover), crossover, cros
 
 # %%
 def gradients_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    def of_k3(column: str, parameter: str) -> str:
-        return f"{cell(frame, column, scenario=toys[1].label, estimator='k3-loss', parameter=parameter, via='exact'):.4g}"
+    equal, unequal = (toy.label for toy in toys)
 
-    truth = [cell(frame, "truth", scenario=toys[1].label, parameter=parameter) for parameter in ("mean", "std")]
+    def k3(column: str, parameter: str) -> float:
+        return float(cell(frame, column, scenario=unequal, estimator="k3-loss", parameter=parameter, via="exact"))
+
+    truth = ", ".join(f"{k3('truth', parameter):.6f}" for parameter in ("mean", "std"))
+    bias, error = ([f"{k3(column, parameter):.4g}" for parameter in ("mean", "std")] for column in ("bias", "std_of_mean"))
     return (
-        "**An unbiased value, a wrong gradient.** Expected value and expected gradient (mean, std) of each estimator over the truth "
-        f"(black line; dotted: nothing), exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % "
-        f"intervals, seed {study.seed}). Policy N(0, 1); reference N(1, 1) above (KL {cell(frame, 'kl', scenario=toys[0].label):.3g} "
-        f"nats), N(1, std 1.1) below (KL {cell(frame, 'kl', scenario=toys[1].label):.3g} nats, true gradient ({truth[0]:.6f}, "
-        f"{truth[1]:.6f})). There k3 as loss has value bias {float(of_k3('bias', 'value')):.0e} and gradient bias "
-        f"{of_k3('bias', 'mean')} (mean), {of_k3('bias', 'std')} (std) relative to the truth, at a relative standard error of "
-        f"{of_k3('std_of_mean', 'mean')} and {of_k3('std_of_mean', 'std')}. Verdicts: {gl.report.sentence(verdicts, '01_gradients')}"
+        "**An unbiased value, a wrong gradient.** Expected value and expected gradient (mean, std) of each estimator, exact "
+        f"(filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the "
+        f"truth. Policy N(0, 1); reference N(1, 1) above (KL {cell(frame, 'kl', scenario=equal):.3g} nats), N(1, std 1.1) below "
+        f"(KL {cell(frame, 'kl', scenario=unequal):.3g} nats, true gradient ({truth})). There k3 as loss has value bias "
+        f"{round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) relative to the truth, at a "
+        f"relative standard error of {error[0]} and {error[1]}. Verdicts: {gl.report.sentence(verdicts, '01_gradients')}"
     )
 
 

@@ -19,9 +19,8 @@ study = gl.report.study(__file__)
 
 # %%
 NAMES = ["k1-reward", "k2-loss", "k3-loss", "k1-loss"]
-example = gl.Scenario(
-    gl.Bandit(np.log([0.4, 0.3, 0.2, 0.1])), gl.Bandit(np.log([0.1, 0.2, 0.3, 0.4])), name="bandit (.4 .3 .2 .1) ‖ (.1 .2 .3 .4)"
-)
+p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
+example = gl.Scenario(gl.Bandit(np.log(p)), gl.Bandit(np.log(q)), name="bandit (.4 .3 .2 .1) ‖ (.1 .2 .3 .4)")
 samples = 1_000
 tokens = pd.concat(
     [gl.components(NAMES, example), gl.components(NAMES, example, samples=samples, seed=study.seed)], ignore_index=True
@@ -36,7 +35,7 @@ tokens = pd.concat(
 # %%
 rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(4,)))
 bandits = [example]
-for index in range(study.pick(full=60, quick=12)):
+for index in range(study.pick(full=30, quick=12)):
     policy = gl.Bandit.random(int(rng.integers(3, 20)), seed=int(rng.integers(2**31)))
     kl = float(np.exp(rng.uniform(np.log(0.01), np.log(2))))
     bandits.append(gl.Scenario(policy, policy.perturbed(kl=kl, seed=index), name=f"random bandit {index}"))
@@ -56,31 +55,35 @@ objectives = pd.concat([exact, sampled], ignore_index=True)
 # %%
 FIELDS = ["k1-reward", "k2-loss", "k3-loss"]
 STEP = 0.1
-REFERENCES = {"(0.70 0.01 0.29)": (0.70, 0.01, 0.29), "(0.50 0.20 0.30)": (0.50, 0.20, 0.30)}
-INSTANCE = (0.01, 0.20, 0.79)
+#: Reference → a policy from which a step with k3 as loss goes the wrong way.
+INSTANCES = {(0.70, 0.01, 0.29): (0.01, 0.20, 0.79), (0.50, 0.20, 0.30): (0.68, 0.3198, 0.0002)}
 columns = [f"policy_{v}" for v in range(3)]
-fine, coarse = gl.simplex(study.pick(full=40, quick=24)), gl.simplex(9, edge=0.5)
-side = np.linspace(-8, 8, study.pick(full=49, quick=25))
-plane = np.stack([*(axis.ravel() for axis in np.meshgrid(side, side)), np.zeros(len(side) ** 2)], -1)
-plane = np.exp(plane) / np.exp(plane).sum(-1, keepdims=True)
 
 
-def measured(reference: str) -> pd.DataFrame:
-    """Fields on every grid for one reference."""
-    q = REFERENCES[reference]
-    # Squares crowd the points towards the edges.
-    crowded = fine[columns].to_numpy() ** 2
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+side = np.linspace(-8, 8, study.pick(full=49, quick=33))
+plane = softmax(np.stack([*(axis.ravel() for axis in np.meshgrid(side, side)), np.zeros(len(side) ** 2)], -1))
+crowded = softmax(2 * np.log(gl.simplex(study.pick(full=28, quick=20))[columns].to_numpy()))  # squares: denser near the edges
+spaced = gl.simplex(9, edge=0.5)[columns].to_numpy()
+
+
+def over_grids(reference: tuple[float, ...]) -> pd.DataFrame:
+    """What a step does at every point of every grid, for one reference; where a step leads is kept for the arrows only."""
     grids = [
-        gl.field(FIELDS, crowded / crowded.sum(-1, keepdims=True), q, STEP).assign(grid="simplex"),
-        gl.field(FIELDS, coarse[columns], q, STEP).assign(grid="arrows"),
-        gl.field(FIELDS[-1:], plane, q, STEP).assign(grid="logits"),
+        gl.field(FIELDS, crowded, reference, STEP).assign(grid="simplex"),
+        gl.field(FIELDS, spaced, reference, STEP).assign(grid="arrows"),
+        gl.field(FIELDS[-1:], plane, reference, STEP).assign(grid="logits"),
+        gl.field(FIELDS, [INSTANCES[reference]], reference, STEP).assign(grid="instance"),
     ]
-    if reference == next(iter(REFERENCES)):
-        grids.append(gl.field(FIELDS, [INSTANCE], q, STEP).assign(grid="instance"))
-    return pd.concat(grids).assign(reference=reference, step=STEP)
+    frame = pd.concat(grids).assign(reference=f"({' '.join(f'{p:.2f}' for p in reference)})", step=STEP).drop(columns="point")
+    frame.loc[frame["grid"] != "arrows", [f"after_{v}" for v in range(3)]] = np.nan
+    return frame
 
 
-field = pd.concat([measured(reference) for reference in REFERENCES], ignore_index=True)
+field = pd.concat([over_grids(reference) for reference in INSTANCES], ignore_index=True)
 
 # %% [markdown]
 # ## Verdicts
@@ -103,13 +106,14 @@ def tokens_caption(frame: pd.DataFrame, objectives: pd.DataFrame, verdicts: pd.D
     scenario = frame["scenario"].iloc[0]
     k3 = frame[(frame["estimator"] == "k3-loss") & (frame["via"] == "exact")]
     cosine = cell(objectives, "cosine", scenario=scenario, estimator="k3-loss", target="reverse_kl", via="exact")
-    flipped = ", ".join(k3.loc[k3["ratio"] < 0, "parameter"]) or "none"
+    flipped = ", ".join(k3["parameter"][k3["ratio"] < 0]) or "none"
     return (
         f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. Exact (filled) and from "
-        f"{cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the true gradient of the "
-        f"reverse KL, {vector('k1-reward', 'truth')}. k1 in reward and k2 as loss expect {vector('k2-loss', 'expected')}, k3 as loss "
-        f"{vector('k3-loss', 'expected')} (cosine with the truth {cosine:.3f}; sign flipped: {flipped}), k1 as loss "
-        f"{vector('k1-loss', 'expected')}. Verdicts: {gl.report.sentence(verdicts, '03_tokens')}"
+        f"{cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the true gradient of "
+        f"the reverse KL, {vector('k1-reward', 'truth')}. k1 in reward and k2 as loss expect {vector('k1-reward', 'expected')} and "
+        f"{vector('k2-loss', 'expected')}, k3 as loss {vector('k3-loss', 'expected')} (cosine with the truth {cosine:.3f}; sign "
+        f"flipped: {flipped}), k1 as loss {vector('k1-loss', 'expected')}. "
+        f"Verdicts: {gl.report.sentence(verdicts, '03_tokens')}"
     )
 
 
@@ -119,12 +123,12 @@ study.save_figure("03_tokens", gl.plots.tokens(tokens), tokens, tokens_caption(t
 # %%
 def objectives_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     part = frame[frame["via"] == "exact"]
-    kls = part["kl"]
+    nothing = part["gradient_norm"][part["estimator"] == "k1-loss"].max()
     return (
-        f"**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over {part['scenario'].nunique()} "
-        f"bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL {kls.min():.2g}–{kls.max():.2g} nats, seed {study.seed}), "
-        f"exact; filled: 0, the loss descends that objective. chi2 is ½χ²(π‖ref). k1 as loss descends none (its expected gradient has "
-        f"norm {part.loc[part['estimator'] == 'k1-loss', 'gradient_norm'].max():.0e}). "
+        f"**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
+        f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL {part['kl'].min():.2g}–"
+        f"{part['kl'].max():.2g} nats, seed {study.seed}), exact; filled: 0, the loss descends that objective. chi2 is "
+        f"½χ²(π‖ref), mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm {round(float(nothing), 12):g}. "
         f"Verdicts: {gl.report.sentence(verdicts, '03_objectives')}"
     )
 
@@ -134,18 +138,21 @@ study.save_figure("03_objectives", gl.plots.objectives(objectives), objectives, 
 
 # %%
 def field_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    at = frame[frame["grid"] == "instance"].set_index("estimator").loc["k3-loss"]
-    share = frame[frame["grid"] == "logits"].groupby("reference", sort=False)["rise"].agg(lambda rise: (rise > 0).mean())
-    shares = ", ".join(f"{value:.0%} for ref {reference}" for reference, value in share.items())
-    others = frame[frame["estimator"] != "k3-loss"]["rise"].max()
+    at = frame[(frame["grid"] == "instance") & (frame["estimator"] == "k3-loss")]
+    shares = (frame[frame["grid"] == "logits"].set_index("reference")["rise"] > 0).groupby(level=0, sort=False).mean()
+    area = ", ".join(f"{share:.2%} for ref {reference}" for reference, share in shares.items())
+    others = frame["rise"][frame["estimator"] != "k3-loss"].max()
+    points = "; ".join(
+        f"({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}) from {row.kl:.4f} to {row.kl + row.rise:.4f} nats at a cosine of "
+        f"{row.cosine:.3f} with the true gradient"
+        for row in at.itertuples()
+    )
     return (
         "**Descent over all policies on three tokens A, B, C.** Arrows: direction in which one exact step on the logits moves the "
-        f"policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises KL(π‖ref); right, the "
-        f"same over the logits, where the shaded share of |log π(·)/π(C)| ≤ 8 is {shares}. k1 in reward and k2 as loss agree and "
-        f"{'never raise it' if others < 0 else 'raise it somewhere too'}. Circle: π = "
-        f"({at['policy_0']:g}, {at['policy_1']:g}, {at['policy_2']:g}), where the step takes the KL from {at['kl']:.4f} to "
-        f"{at['kl'] + at['rise']:.4f} nats (cosine with the true gradient {at['cosine']:.3f}). All exact. "
-        f"Verdicts: {gl.report.sentence(verdicts, '03_field')}"
+        f"policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises KL(π‖ref), a strip "
+        "along the edges; right, the same over the logits, where the shaded share of |log π(·)/π(C)| ≤ 8 is "
+        f"{area}. k1 in reward and k2 as loss agree and {'never raise it' if others < 0 else 'raise it somewhere too'}. Circles: "
+        f"the step takes the KL of {points}. All exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '03_field')}"
     )
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gradlab import claims, measure, report
+from gradlab import claims, gallery, measure, report
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.ledger import CLAIMS
@@ -63,7 +63,7 @@ def reproduce(
 
     Runs the numbered analyses one after the other. Each writes its results when it has them, so an interrupted run keeps
     what is finished, and the next run skips what is unchanged. Ends with the claims ledger as these results settle it, also
-    written to `claims.csv`.
+    written to `claims.csv`, and with `index.html`, one page that shows everything.
 
     Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
     """
@@ -96,9 +96,10 @@ def reproduce(
     settled = claims.verify(output)
     with report.written(output / "claims.csv") as part:
         settled.to_csv(part, index=False, lineterminator="\n")
+    page = gallery.write(output, settled, {name: _title(path) for name, path in scripts.items()})
     console.rule("claims", align="left")
     report.show_verdicts(settled)
-    print(f"pictures, data and captions are in {output}")
+    print(f"pictures, data and captions are in {output}; {page} shows them all")
 
 
 @app.command(name="claims")
@@ -197,7 +198,7 @@ def list_command(
         table.add_column(heading, overflow="fold")
     for row in rows[what]():
         table.add_row(*row)
-    Console().print(table)
+    report.wide_console().print(table)
 
 
 def show(frame: pd.DataFrame) -> None:
@@ -213,7 +214,7 @@ def show(frame: pd.DataFrame) -> None:
             ends = "" if low is None or pd.isna(low) else f" [{low:.3g}, {high:.3g}]"
             cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
         table.add_row(*cells)
-    Console().print(table)
+    report.wide_console().print(table)
 
 
 def _scenario(family: Family, vocab: int, length: int, eos: int | None, kl: float, lag: float, seed: int) -> Scenario:

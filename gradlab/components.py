@@ -151,9 +151,7 @@ def _sampled(means: Array, variances: Array | None, truth: Array, samples: int, 
         # The noise of a single parameter is its variance; without variances the spread of the batch means stands in.
         noise = intervals.noise(means[..., None], variances, [1.0], level)
         scale = samples / batches if variances is None else 1.0
-        std, std_low, std_high = (
-            _over(np.sqrt(scale * end), np.abs(truth)) for end in (noise.estimate, noise.low, noise.high)
-        )
+        std, std_low, std_high = (_over(np.sqrt(scale * end), np.abs(truth)) for end in (noise.estimate, noise.low, noise.high))
     ends = np.sort(np.stack([_over(low, truth), _over(high, truth)]), axis=0)
     ratio = _over(centre, truth)
     return {
@@ -165,9 +163,7 @@ def _sampled(means: Array, variances: Array | None, truth: Array, samples: int, 
     }
 
 
-def _value_batches(
-    estimators: list[Estimator], scenario: Scenario, samples: int, seed: int, index: int
-) -> tuple[Array, Array]:
+def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int, seed: int, index: int) -> tuple[Array, Array]:
     """Means and variances of the kernels' values in independent batches, each `[e, B]`."""
     montecarlo.check_samples(samples)
     parts = [len(part) for part in np.array_split(np.empty(samples), max(1, min(montecarlo.BATCHES, samples // 16)))]

@@ -83,5 +83,7 @@ def _probabilities(what: str, given: npt.ArrayLike, dims: int) -> torch.Tensor:
     array = np.array(given, dtype=np.float64)
     if array.ndim != dims or array.shape[-1] < 2 or not (array > 0).all() or not np.allclose(array.sum(-1), 1, atol=1e-9):
         shape = "[m, v]" if dims == 2 else "[v]"
-        raise ValueError(f"{what} must be positive probabilities {shape} that sum to 1, got shape {list(array.shape)}: {given!r:.80}")
+        raise ValueError(
+            f"{what} must be positive probabilities {shape} that sum to 1, got shape {list(array.shape)}: {given!r:.80}"
+        )
     return torch.from_numpy(array)

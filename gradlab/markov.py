@@ -140,6 +140,7 @@ class Step:
         return Step(a * b, *(a * y + x * b for x, y in zip(da, db, strict=True)))
 
     def equals(self, other: Step) -> bool:
+        """Whether value and derivatives agree everywhere."""
         return all(bool((a == b).all()) for a, b in zip(self.parts, other.parts, strict=True))
 
 
@@ -154,8 +155,8 @@ UNITS = ("1", "w", "u", "u of c")
 
 @dataclass(frozen=True)
 class Recursion:
-    """A surrogate: the sum of the states `surrogate`. With a group baseline it is the product of the response's
-    `coefficient` and its weighted `log π`, the states named so."""
+    """A surrogate: the sum of the states `surrogate`. With a group baseline, before which it is a product, also the states of
+    its factors: the response's `coefficient`, and `score_sum` for `Σ_t W_t log π_t`."""
 
     rows: Rows
     surrogate: tuple[str, ...]
@@ -270,10 +271,12 @@ def _term(local: Estimator, at: Rollout) -> Step:
 
 
 def _kernel(e: Estimator, at: Rollout) -> Step:
+    """The kernel of every single step, detached."""
     return Step(_grid(kernel_values(e, at), at))
 
 
 def _log_prob(at: Rollout) -> Step:
+    """`log π`, whose derivative is the score itself."""
     return Step(_grid(at.log_prob, at), ONE.value)
 
 

@@ -104,18 +104,23 @@ def measure(
 def by_name(estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
     """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name."""
     if isinstance(estimators, Mapping):
-        return dict(estimators)
+        return {str(name): _loss(item) for name, item in estimators.items()}
     items = list(estimators) if isinstance(estimators, Sequence) and not isinstance(estimators, str) else [estimators]
     named: dict[str, Loss] = {}
     for item in items:
-        if isinstance(item, str):
-            check_name("estimator", item, ESTIMATORS)
-            item = ESTIMATORS[item]
-        if not callable(item):
-            raise ValueError(f"an estimator is a gl.Estimator, a catalogue name or a function of a rollout, got {item!r}")
+        item = _loss(item)
         if named.setdefault(name_of(item), item) != item:
             raise ValueError(f"two different losses are called {name_of(item)!r}; name them with a mapping, {{name: loss, …}}")
     return named
+
+
+def _loss(item: Loss | str) -> Loss:
+    if isinstance(item, str):
+        check_name("estimator", item, ESTIMATORS)
+        return ESTIMATORS[item]
+    if not callable(item):
+        raise ValueError(f"an estimator is a gl.Estimator, a catalogue name or a function of a rollout, got {item!r}")
+    return item
 
 
 def _rows(

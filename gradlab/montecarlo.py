@@ -25,7 +25,7 @@ BATCHES = 64
 #: Draws are counted where the policy has at most this many responses.
 COUNTED_RESPONSES = 2**15
 #: Doubles held at a time for one chunk of drawn responses.
-CHUNK = 2**21
+CHUNK = 2**19
 
 
 @overload
@@ -90,7 +90,8 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     if samples % unit:
         raise ValueError(f"samples must be a multiple of the group size {unit} of the estimators, got {samples}")
     units = samples // unit
-    batches = max(8, min(BATCHES, units // 16)) if units >= 8 else units
+    # Batches of one where two each would be too few; at least 8 of nearly equal size otherwise.
+    batches = max(8, min(BATCHES, units // 16)) if units >= 16 else units
     shares = [unit * len(part) for part in np.array_split(np.empty(units), batches)]
     counted = _countable(scenario) and unit == 1
     with torch.no_grad():
@@ -128,7 +129,8 @@ def _drawn(
     """Sums over the units of one batch, a chunk at a time."""
     policy = scenario.policy
     r, v = policy.table.shape
-    per_response = r * v if policy.revisits or unit > 1 else policy.length * v
+    # Single steps take length · v doubles a response, whole gradients (where steps share rows, and in groups) take r · v.
+    per_response = max(policy.length * v, r * v if policy.revisits or unit > 1 else 0)
     chunk = max(1, CHUNK // (per_response * unit)) * unit
     sums = torch.zeros(len(losses), r * v, dtype=torch.float64)
     squares = torch.zeros(len(losses), dtype=torch.float64)

@@ -136,6 +136,11 @@ def study(script: str) -> Study:
     return Study(Path(script).stem, given.output, given.quick, given.jobs, given.seed)
 
 
+def wide_console() -> Console:
+    """A console as wide as the terminal; in a pipe or a file wide enough for tables to stay readable."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
 _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "dim"}
 
 
@@ -149,4 +154,4 @@ def show_verdicts(settled: pd.DataFrame) -> None:
         effect = "" if pd.isna(row["effect"]) else f"{row['effect']:.4g}{interval}"
         verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
         table.add_row(row["id"], row["scope"], verdict, effect, row["evidence"])
-    Console().print(table)
+    wide_console().print(table)

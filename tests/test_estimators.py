@@ -31,6 +31,9 @@ FIELDS = {
     "baseline": [None, "kl", "group_mean", "leave_one_out"],
 }
 RARE = {"truncate", "clip", "normalise", "clamp_log_ratio", "clamp_value", "gradient_kernel", "baseline"}
+#: Fields that a group baseline goes with.
+GROUPED = {"placement": ["reward"], "credit": ["return", "sequence"], "baseline": ["group_mean", "leave_one_out"]}
+GROUPED |= {name: FIELDS[name][:1] for name in ("differentiate_weight", "clip", "gradient_kernel")}
 
 
 def grid(seed: int, size: int, **fixed: list) -> list[gl.Estimator]:
@@ -94,7 +97,7 @@ def by_hand(e: gl.Estimator, rollout: gl.Rollout) -> torch.Tensor:
 def test_coefficients_are_autograd_of_the_surrogate(shape, off_policy):
     rollout = gl.Rollout.drawn(worlds.scenario(shape, off_policy), 24, np.random.default_rng(0))
     seed = [*worlds.SHAPES, "gaussian"].index(shape) + 10 * off_policy
-    estimators = [*gl.ESTIMATORS.values(), *grid(seed, 250)]
+    estimators = [*gl.ESTIMATORS.values(), *grid(seed, 150)]
     if shape == "gaussian":  # the gradient of its MSE is not written out here
         estimators = [e for e in estimators if e.kernel != "mse"]
     moving = 0
@@ -109,8 +112,48 @@ def test_coefficients_are_autograd_of_the_surrogate(shape, off_policy):
 
 def test_coefficients_on_a_weighted_rollout():
     rollout = gl.Rollout.enumerated(worlds.scenario("eos", off_policy=True))
-    for e in grid(99, 250, baseline=[None, "kl"]):
+    for e in grid(99, 150, baseline=[None, "kl"]):
         worlds.assert_same(by_hand(e, rollout), cotangent(e, rollout), tolerance=1e-12, what=e.name)
+
+
+# ------------------------------------------------------------------------------- values and groups against the oracle
+
+
+def oracle_losses(e: gl.Estimator, rollout: gl.Rollout, world: gl.Scenario) -> tuple[list[float], torch.Tensor]:
+    """Surrogate of every drawn response, and the gradient of their sum, with group baselines by plain loops."""
+    logits, reference, behaviour, _ = worlds.arrays(world)
+    theta, mu = torch.tensor(logits, requires_grad=True), logits if behaviour is None else behaviour
+    drawn = [tuple(y[live].tolist()) for y, live in zip(rollout.tokens, rollout.mask, strict=True)]
+    at = [oracles.steps(*(oracles.rows_along(rows, y) for rows in (theta, reference, mu)), y) for y in drawn]
+    rewards = [float(oracles.coefficients(e, steps)[0].detach()) if e.grouped else 0.0 for steps in at]
+    everything = oracles.responses(theta.shape[1], world.policy.length, world.policy.eos)
+    mean_length = sum(len(y) * float(oracles.log_probability(mu, y).exp()) for y in everything)
+    losses = []
+    for i, steps in enumerate(at):
+        baseline = 0.0
+        if e.grouped:
+            start = i - i % e.group
+            group = [j for j in range(start, start + e.group) if j != i or e.baseline == "group_mean"]
+            baseline = sum(rewards[j] for j in group) / len(group)
+        losses.append(oracles.surrogate(e, steps, world.policy.length, mean_length, baseline))
+    total = sum(losses)
+    gradient = torch.autograd.grad(total, theta)[0] if total.requires_grad else torch.zeros_like(theta)
+    return [float(loss.detach()) for loss in losses], gradient
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("shape", ["bandit", "eos"])
+def test_surrogates_of_drawn_responses_against_the_oracle(shape, off_policy):
+    world = worlds.scenario(shape, off_policy)
+    rollout = gl.Rollout.drawn(world, 6, np.random.default_rng(1))
+    some = grid(300 + off_policy, 40)
+    some += [e for e in grid(310 + off_policy, 60, **GROUPED) if e.grouped]
+    assert sum(e.grouped for e in some) > 15
+    for e in some:
+        losses, gradient = oracle_losses(e, rollout, world)
+        worlds.assert_same(e(rollout), losses, max(np.linalg.norm(losses), 1e-3), tolerance=1e-12, what=e.name)
+        found = torch.zeros_like(gradient).index_add_(0, rollout.contexts.flatten(), by_hand(e, rollout).flatten(0, 1))
+        worlds.assert_same(found, gradient, max(float(gradient.norm()), 1e-3), tolerance=1e-11, what=e.name)
 
 
 # ------------------------------------------------------------------------------------ moments against the oracle
@@ -142,9 +185,7 @@ def test_moments_of_the_catalogue_against_the_oracle(off_policy):
 @pytest.mark.parametrize("shape", ["bandit", "eos first"])
 def test_moments_of_groups_against_the_oracle(shape, off_policy):
     seed = 200 + 2 * (shape == "bandit") + off_policy
-    grouped = {"placement": ["reward"], "credit": ["return", "sequence"], "baseline": ["group_mean", "leave_one_out"]}
-    free = {name: values[:1] for name, values in FIELDS.items() if name in ("differentiate_weight", "clip", "gradient_kernel")}
-    estimators = grid(seed, 150, **free, **grouped)
+    estimators = grid(seed, 150, **GROUPED)
     estimators = [e for e in estimators if e.grouped][:40]
     assert len(estimators) == 40
     assert_moments(estimators, worlds.scenario(shape, off_policy))
@@ -161,7 +202,7 @@ def test_moments_of_groups_for_every_weight(kernel, weight):
 
 
 def test_moments_of_a_list_are_those_of_its_members():
-    world, some = worlds.scenario("eos", off_policy=True), grid(7, 20)
+    world, some = worlds.scenario("eos", off_policy=True), grid(7, 8)
     for e, found in zip(some, gl.exact.moments(some, world), strict=True):
         alone = gl.exact.moments(e, world)
         torch.testing.assert_close(found.mean, alone.mean, rtol=1e-12, atol=1e-14)

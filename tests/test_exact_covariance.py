@@ -54,7 +54,9 @@ def test_every_entry_against_the_oracle() -> None:
 def test_k1_as_loss_has_the_fisher_matrix() -> None:
     scenario = scenarios()["bandit"].on_policy()
     p = scenario.policy.table.softmax(-1)[0]
-    torch.testing.assert_close(gl.exact.covariance(gl.ESTIMATORS["k1-loss"], scenario), p.diag() - p.outer(p), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        gl.exact.covariance(gl.ESTIMATORS["k1-loss"], scenario), p.diag() - p.outer(p), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_published_errors_of_50_000_samples() -> None:

@@ -15,7 +15,10 @@ STATEMENTS: dict[str, tuple[str, str]] = {
     "value-k2": ("E[k2] differs from KL(π‖ref)", _SCHULMAN),
     "value-k3": ("E[k3] = KL(π‖ref)", _SCHULMAN),
     "value-variance": ("k3 has lower variance than k1", f"{_SCHULMAN}; folklore"),
-    "value-tails": ("the value of k3 can have infinite variance, its sample mean lies far from its expectation", f"{_P}, App. I"),
+    "value-tails": (
+        "the value of k3 can have infinite variance, its sample mean lies far from its expectation",
+        f"{_P}, App. I",
+    ),
     "value-implies-gradient": (
         "an unbiased, low-variance estimate of the KL gives the gradient of the KL when it is used as a loss",
         "implied by the use of k3 as loss, e.g. GRPO, arXiv 2402.03300",
@@ -36,7 +39,10 @@ STATEMENTS: dict[str, tuple[str, str]] = {
     "k3-both": ("the same kernel in reward and in loss is unbiased", _SHAH),
     "off-policy-bias": ("k1, k2, k3 as loss without importance weights are biased off-policy", _P),
     "off-policy-fix": ("importance weighting the detached coefficient restores the principled gradient", f"{_P}, Eq. 69"),
-    "rho-k3": ("k3 as loss with a differentiated ratio is an unbiased reverse-KL gradient", "DeepSeek-V3.2, arXiv 2512.02556; TRL"),
+    "rho-k3": (
+        "k3 as loss with a differentiated ratio is an unbiased reverse-KL gradient",
+        "DeepSeek-V3.2, arXiv 2512.02556; TRL",
+    ),
     "rho-k2": ("weighting by the ratio fixes k2 as loss the same way", "NeMo-RL, slime"),
     "k3-plus": ("straight-through k3+ (value k3, gradient k2) fixes k3", "verl"),
     "open-off-policy": ("no shipped configuration is unbiased for the off-policy sequence reverse KL", _SHAH),
@@ -47,6 +53,9 @@ STATEMENTS: dict[str, tuple[str, str]] = {
     "detached-baseline": ("group-mean centring shrinks the gradient by 1−1/n; leave-one-out is exact", "X. Wang (2025)"),
     "ratios-extreme": ("δ → 0 and δ → ∞ really occur", f"reviews of {_P}"),
     "train-k1-loss": ("training with k1 as loss resembles training without a KL term, and drifts", f"{_P}, Fig. 2"),
-    "train-k2-k3": ("k2 as loss keeps the policy nearer the reference and training more stable than k3 as loss", f"{_P}, Fig. 3"),
+    "train-k2-k3": (
+        "k2 as loss keeps the policy nearer the reference and training more stable than k3 as loss",
+        f"{_P}, Fig. 3",
+    ),
     "train-k1-reward": ("k1 in reward and k2 as loss train alike", _P),
 }

@@ -164,8 +164,10 @@ def _plane(ax: Axes, rows: pd.DataFrame, instance: pd.DataFrame, reference: tupl
 
 
 def _shade(ax: Axes, at: np.ndarray, rise: pd.Series) -> None:
-    if (rise > 0).any():
-        ax.tricontourf(Triangulation(*at.T), rise, levels=[0, 2 * rise.max()], cmap=ListedColormap([RAISED]), vmin=0, vmax=1)
+    """Fill where `rise` is positive; the cube root, of the same sign, spans fewer decades between neighbouring points."""
+    root = np.cbrt(rise.to_numpy())
+    if root.max() > 0:
+        ax.tricontourf(Triangulation(*at.T), root, levels=[0, 2 * root.max()], cmap=ListedColormap([RAISED]), vmin=0, vmax=1)
 
 
 def _mark(ax: Axes, reference: np.ndarray, instance: pd.DataFrame) -> None:
