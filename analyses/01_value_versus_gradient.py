@@ -173,11 +173,11 @@ def schulman_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     biases = [f"{at('bias', scenario, 'k2'):.4f}" for scenario in (near, far)]
     return (
         "**Value of three KL estimators.** Bias and standard deviation of one draw's k1, k2 and k3, over the true KL: exact, "
-        f"from {cell(frame, 'samples', via='sampled'):,} draws (seed {study.seed}, 95 % intervals) and, for Gaussians of equal "
-        f"variance, in closed form. At KL {kls[0]:.3g} nats the relative standard deviations of k1, k2, k3 are {stds[0]}; at "
-        f"{kls[1]:.3g} nats they are {stds[1]}. The relative bias of k2 there is {biases[0]} and {biases[1]}. Where the tail of "
-        "k3 is heavy a sample of this size can still understate its noise, and its interval with it. "
-        f"Verdicts: {gl.report.sentence(verdicts, '01_schulman')}"
+        f"from {cell(frame, 'samples', via='sampled'):,} draws (seed {study.seed}, 95 % intervals) and, for Gaussians of "
+        f"equal variance, in closed form. At KL {kls[0]:.3g} nats the relative standard deviations of k1, k2, k3 are "
+        f"{stds[0]}; at {kls[1]:.3g} nats they are {stds[1]}. The relative bias of k2 there is {biases[0]} and "
+        f"{biases[1]}. Where the tail of k3 is heavy a sample of this size can still understate its noise, and its "
+        f"interval with it. Verdicts: {gl.report.sentence(verdicts, '01_schulman')}"
     )
 
 
@@ -195,12 +195,13 @@ def crossover_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     shift = cell(frame, "crossover", panel="equal variances")
     return (
         "**k3 is the quieter estimate only near the reference.** (a) Standard deviation of one value over the KL, policy "
-        f"N(m, 1) against reference N(0, 1): k3 overtakes k1 at {shift:.5f} nats. (b–d) Standard deviation of k3 over that of k1 "
-        "(blue line) as the policy leaves a fixed reference; dots mark the crossover, lines end where the variance of k3 becomes "
-        "infinite or the walk stops. (b) Gaussian policies that shift, narrow, do both, or widen: "
-        f"{where('Gaussian policies')}. (c) Random softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) moved "
-        f"along random logits: {where('random categoricals')}. (d) Ten tokens, one of the given reference probability dropped: "
-        f"{where('one token dropped')}. All exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '01_crossover')}"
+        f"N(m, 1) against reference N(0, 1): k3 overtakes k1 at {shift:.5f} nats. (b–d) Standard deviation of k3 over that "
+        "of k1 (blue line) as the policy leaves a fixed reference; dots mark the crossover, lines end where the variance "
+        "of k3 becomes infinite or the walk stops. (b) Gaussian policies that shift, narrow, do both, or widen: "
+        f"{where('Gaussian policies')}. (c) Random softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) "
+        f"moved along random logits: {where('random categoricals')}. (d) Ten tokens, one of the given reference "
+        f"probability dropped: {where('one token dropped')}. All exact, no sampling. Verdicts: "
+        f"{gl.report.sentence(verdicts, '01_crossover')}"
     )
 
 
@@ -218,11 +219,12 @@ def gradients_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     bias, error = ([f"{k3(column, parameter):.4g}" for parameter in ("mean", "std")] for column in ("bias", "std_of_mean"))
     return (
         "**An unbiased value, a wrong gradient.** Expected value and expected gradient (mean, std) of each estimator, exact "
-        f"(filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the "
-        f"truth. Policy N(0, 1); reference N(1, 1) above (KL {cell(frame, 'kl', scenario=equal):.3g} nats), N(1, std 1.1) below "
-        f"(KL {cell(frame, 'kl', scenario=unequal):.3g} nats, true gradient ({truth})). There k3 as loss has value bias "
-        f"{round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) relative to the truth, at a "
-        f"relative standard error of {error[0]} and {error[1]}. Verdicts: {gl.report.sentence(verdicts, '01_gradients')}"
+        f"(filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); "
+        f"black: the truth. Policy N(0, 1); reference N(1, 1) above (KL {cell(frame, 'kl', scenario=equal):.3g} nats), "
+        f"N(1, std 1.1) below (KL {cell(frame, 'kl', scenario=unequal):.3g} nats, true gradient ({truth})). There k3 as "
+        f"loss has value bias {round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) "
+        f"relative to the truth, at a relative standard error of {error[0]} and {error[1]}. Verdicts: "
+        f"{gl.report.sentence(verdicts, '01_gradients')}"
     )
 
 

@@ -67,7 +67,8 @@ def curves(reference: float, log_ratio: np.ndarray) -> pd.DataFrame:
 
 
 def with_asymmetry(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add `asymmetry = |c(−x)| / |c(x)|`, x = |ℓ|, and its rate `log(asymmetry) / x`: 1 for a coefficient exploding as `e^x`."""
+    """Add `asymmetry = |c(−x)| / |c(x)|`, x = |ℓ|, and its rate `log(asymmetry) / x`: 1 for a coefficient exploding as "
+    "`e^x`."""
     keys = ["estimator", "clamp", "size"]
     frame = frame.assign(size=frame["log_ratio"].abs())
     sides = frame.pivot_table(index=keys, columns="side", values="magnitude")
@@ -112,14 +113,15 @@ def caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     on_k2 = rows("k2-loss", plain)["error"].abs().max() < 1e-12
     return (
         "**The coefficient each loss puts on the score of a sampled token.** (a) Plain, (b) with the clamps verl puts on k3 "
-        f"(log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}), against the probability the policy gives "
-        f"a token of reference probability {frame['reference'].max():g}; grey: under-sampled side. The principled coefficient "
-        f"(dotted) is the log-ratio ℓ; k2 as loss is {'on' if on_k2 else 'off'} it. Up to |ℓ| = {k3['log_ratio'].max():g}, k3 as "
-        f"loss reaches {k3['coefficient'].max():.4f} on the over-sampled side and {k3['coefficient'].min():,.0f} on the "
-        f"under-sampled side. Clamped, k3 pulls only for ℓ ≥ {reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ "
-        f"{k2_reach[1]:.2f} (on a grid of {x[0]:.2g}): beyond, the token is let go. (c) Asymmetry |c(−x)|/|c(x)| of the plain "
-        f"coefficients, up to {k3['asymmetry'].max():,.0f} for k3 (reference probability {frame['reference'].min():g}). Exact, no "
-        f"sampling. Verdicts: {gl.report.sentence(verdicts)}"
+        f"(log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}), against the probability the "
+        f"policy gives a token of reference probability {frame['reference'].max():g}; grey: under-sampled side. The "
+        f"principled coefficient (dotted) is the log-ratio ℓ; k2 as loss is {'on' if on_k2 else 'off'} it. Up to |ℓ| = "
+        f"{k3['log_ratio'].max():g}, k3 as loss reaches {k3['coefficient'].max():.4f} on the over-sampled side and "
+        f"{k3['coefficient'].min():,.0f} on the under-sampled side. Clamped, k3 pulls only for ℓ ≥ "
+        f"{reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ {k2_reach[1]:.2f} (on a grid of {x[0]:.2g}): "
+        "beyond, the token is let go. (c) Asymmetry |c(−x)|/|c(x)| of the plain coefficients, up to "
+        f"{k3['asymmetry'].max():,.0f} for k3 (reference probability {frame['reference'].min():g}). Exact, no sampling. "
+        f"Verdicts: {gl.report.sentence(verdicts)}"
     )
 
 

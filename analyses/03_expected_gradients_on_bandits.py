@@ -39,8 +39,11 @@ for index in range(study.pick(full=30, quick=12)):
     policy = gl.Bandit.random(int(rng.integers(3, 20)), seed=int(rng.integers(2**31)))
     kl = float(np.exp(rng.uniform(np.log(0.01), np.log(2))))
     bandits.append(gl.Scenario(policy, policy.perturbed(kl=kl, seed=index), name=f"random bandit {index}"))
-losses = ["k1-reward", "k2-loss", "k3-plus", "full-loss", gl.Estimator("k1", "loss+reward"), "k3-both", "k3-loss",
-          "k3-swapped-loss", "mse-sampled-loss", "mse-loss", gl.Estimator("k2", "loss+reward"), "abs-loss", "k1-loss"]  # fmt: skip
+losses = [
+    *("k1-reward", "k2-loss", "k3-plus", "full-loss", gl.Estimator("k1", "loss+reward"), "k3-both"),
+    *("k3-loss", "k3-swapped-loss", "mse-sampled-loss", "mse-loss"),
+    *(gl.Estimator("k2", "loss+reward"), "abs-loss", "k1-loss"),
+]
 TARGETS = ["reverse_kl", "forward_kl", "chi2_frozen_prefix", "mse"]
 exact = gl.measure(losses, bandits, target=TARGETS, jobs=study.jobs)
 sampled = gl.measure(losses, example, target=TARGETS, samples=10_000, seed=study.seed)
@@ -64,7 +67,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
 
-side = np.linspace(-8, 8, study.pick(full=49, quick=33))
+side = np.linspace(-10, 10, study.pick(full=49, quick=33))
 plane = softmax(np.stack([*(axis.ravel() for axis in np.meshgrid(side, side)), np.zeros(len(side) ** 2)], -1))
 crowded = softmax(2 * np.log(gl.simplex(study.pick(full=28, quick=20))[columns].to_numpy()))  # squares: denser near the edges
 spaced = gl.simplex(9, edge=0.5)[columns].to_numpy()
@@ -109,11 +112,11 @@ def tokens_caption(frame: pd.DataFrame, objectives: pd.DataFrame, verdicts: pd.D
     flipped = ", ".join(k3["parameter"][k3["ratio"] < 0]) or "none"
     return (
         f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. Exact (filled) and from "
-        f"{cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the true gradient of "
-        f"the reverse KL, {vector('k1-reward', 'truth')}. k1 in reward and k2 as loss expect {vector('k1-reward', 'expected')} and "
-        f"{vector('k2-loss', 'expected')}, k3 as loss {vector('k3-loss', 'expected')} (cosine with the truth {cosine:.3f}; sign "
-        f"flipped: {flipped}), k1 as loss {vector('k1-loss', 'expected')}. "
-        f"Verdicts: {gl.report.sentence(verdicts, '03_tokens')}"
+        f"{cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the true "
+        f"gradient of the reverse KL, {vector('k1-reward', 'truth')}. k1 in reward and k2 as loss expect "
+        f"{vector('k1-reward', 'expected')} and {vector('k2-loss', 'expected')}, k3 as loss "
+        f"{vector('k3-loss', 'expected')} (cosine with the truth {cosine:.3f}; sign flipped: {flipped}), k1 as loss "
+        f"{vector('k1-loss', 'expected')}. Verdicts: {gl.report.sentence(verdicts, '03_tokens')}"
     )
 
 
@@ -126,10 +129,10 @@ def objectives_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     nothing = part["gradient_norm"][part["estimator"] == "k1-loss"].max()
     return (
         f"**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
-        f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL {part['kl'].min():.2g}–"
-        f"{part['kl'].max():.2g} nats, seed {study.seed}), exact; filled: 0, the loss descends that objective. chi2 is "
-        f"½χ²(π‖ref), mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm {round(float(nothing), 12):g}. "
-        f"Verdicts: {gl.report.sentence(verdicts, '03_objectives')}"
+        f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL "
+        f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats, seed {study.seed}), exact; filled: 0, the loss descends that "
+        "objective. chi2 is ½χ²(π‖ref), mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm "
+        f"{round(float(nothing), 12):g}. Verdicts: {gl.report.sentence(verdicts, '03_objectives')}"
     )
 
 
@@ -139,20 +142,23 @@ study.save_figure("03_objectives", gl.plots.objectives(objectives), objectives, 
 # %%
 def field_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     at = frame[(frame["grid"] == "instance") & (frame["estimator"] == "k3-loss")]
-    shares = (frame[frame["grid"] == "logits"].set_index("reference")["rise"] > 0).groupby(level=0, sort=False).mean()
+    plane = frame[frame["grid"] == "logits"]
+    widest = np.log(plane["policy_0"] / plane["policy_2"]).max()
+    shares = (plane.set_index("reference")["rise"] > 0).groupby(level=0, sort=False).mean()
     area = ", ".join(f"{share:.2%} for ref {reference}" for reference, share in shares.items())
     others = frame["rise"][frame["estimator"] != "k3-loss"].max()
     points = "; ".join(
-        f"({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}) from {row.kl:.4f} to {row.kl + row.rise:.4f} nats at a cosine of "
-        f"{row.cosine:.3f} with the true gradient"
+        f"({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}) from {row.kl:.4f} to {row.kl + row.rise:.4f} nats at a "
+        f"cosine of {row.cosine:.3f} with the true gradient"
         for row in at.itertuples()
     )
     return (
-        "**Descent over all policies on three tokens A, B, C.** Arrows: direction in which one exact step on the logits moves the "
-        f"policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises KL(π‖ref), a strip "
-        "along the edges; right, the same over the logits, where the shaded share of |log π(·)/π(C)| ≤ 8 is "
-        f"{area}. k1 in reward and k2 as loss agree and {'never raise it' if others < 0 else 'raise it somewhere too'}. Circles: "
-        f"the step takes the KL of {points}. All exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '03_field')}"
+        "**Descent over all policies on three tokens A, B, C.** Arrows: direction in which one exact step on the logits "
+        f"moves the policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises "
+        "KL(π‖ref), a strip along the edges; right, the same over the logits, where the shaded share of |log π(·)/π(C)| ≤ "
+        f"8 is {area}. k1 in reward and k2 as loss agree and "
+        f"{'never raise it' if others < 0 else 'raise it somewhere too'}. Circles: the step takes the KL of {points}. All "
+        f"exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '03_field')}"
     )
 
 

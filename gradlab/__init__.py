@@ -6,7 +6,8 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 >>> policy = gl.Tree.random(vocab=4, length=3, seed=0)
 >>> scenario = gl.Scenario(policy, reference=policy.perturbed(kl=0.3, seed=1))
 >>> frame = gl.measure(["k2-loss", "k3-loss", "k1-reward-to-go"], scenario)
->>> [round(bias, 3) for bias in frame.bias]  # doctest: +SKIP
+>>> [round(bias, 3) for bias in frame.bias]
+[0.042, 0.198, 0.0]
 """
 
 from gradlab import claims, exact, intervals, montecarlo, plots, report

@@ -31,7 +31,8 @@ class Verdict:
 
     `effect` is the statistic in the decisive row and `low`, `high` its interval (equal when exact); `resolution` is half the
     interval's width, the smallest discrepancy this run could tell; `samples_needed` is given where more samples would
-    decide (with power 0.8, if the effect is as estimated). `rows` counts the rows in scope, `evidence` describes the decisive one.
+    decide (with power 0.8, if the effect is as estimated). `rows` counts the rows in scope, `evidence` describes the
+    decisive one.
     """
 
     verdict: VerdictName

@@ -181,7 +181,7 @@ def _quadratic(z: Tensor, log_density: Tensor) -> tuple[float, float]:
     for shares in ((1.0, 0.92, 0.84, 0.76), (0.88, 0.8, 0.72, 0.64)):
         at = torch.stack([(outer - share * outer.max()).abs().argmin() for share in shares])
         x, y = z[at], log_density[at]
-        if len(at.unique()) < 4 or not bool(torch.isfinite(y).all()):
+        if len(set(at.tolist())) < 4 or not bool(torch.isfinite(y).all()):
             return float("-inf"), float("inf")
         found.append(float(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0]))
     return found[0], 2 * abs(found[0] - found[1])

@@ -26,7 +26,7 @@ class Plate:
 
 def plates(folder: Path) -> list[Plate]:
     """Every figure of a folder that has a picture and a caption, in the order of their names."""
-    markdown = MarkdownIt()
+    markdown = MarkdownIt("commonmark", {"html": False})
     found = []
     for picture in sorted(folder.glob("[0-9]*.png")):
         caption = picture.with_suffix(".md")

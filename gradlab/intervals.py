@@ -129,9 +129,7 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
     return Interval(mean, mean - reach, mean + reach)
 
 
-def anytime_squared_distance(
-    means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95, start: int = 16
-) -> Interval:
+def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Interval:
     """`∥m − t∥²` with an interval to look at after every pair of batches, from the `start`-th pair on.
 
     The cross products `⟨m_{2k−1} − t, m_{2k} − t⟩` are iid with mean `∥m − t∥²`; `anytime_mean` does the rest. Peeking

@@ -121,7 +121,7 @@ def normalisers(
             distribution = length_distribution(policy).numpy()
             lengths = np.arange(len(distribution))
             mean = float(distribution @ lengths)
-            spread = float(np.sqrt(max(distribution @ lengths**2 - mean**2, 0.0))) / mean
+            spread = max(float(distribution @ lengths**2) - mean**2, 0.0) ** 0.5 / mean
             common = {"scenario": scenario.label, "via": "exact", "kl": scenario.kl(), "mean_length": mean}
             common |= {"length_spread": spread, "variable": spread > 1e-9}
             slope, inverse = length_gradient(policy), exact.gradient("inverse_length", scenario)

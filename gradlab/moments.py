@@ -167,13 +167,17 @@ def group_moments(estimators: Mapping[int, Estimator], rollout: Rollout, method:
         alone = replace(estimator, baseline=None, group=None)
         if alone not in statistics:
             statistics[alone] = _covariance_statistics(alone, rollout)
-        mean, zeta1, zeta2 = statistics[alone]
-        size = estimator.group
-        assert size is not None
-        variance = 2 / (size * (size - 1)) * (2 * (size - 2) * zeta1 + zeta2)
-        shrink = 1 - 1 / size if estimator.baseline == "group_mean" else 1.0
-        found[e] = Moments(shrink * mean, float(shrink**2 * size * variance), method=method)
+        found[e] = of_group(estimator, *statistics[alone], method)
     return found
+
+
+def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Tensor, method: str) -> Moments:
+    """Moments of a group baseline from `Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂`, see `group_moments`."""
+    size = estimator.group
+    assert size is not None
+    variance = 2 / (size * (size - 1)) * (2 * (size - 2) * zeta1 + zeta2)
+    shrink = 1 - 1 / size if estimator.baseline == "group_mean" else 1.0
+    return Moments(shrink * covariance, max(float(shrink**2 * size * variance), 0.0), method=method)
 
 
 def _covariance_statistics(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +192,3 @@ def _covariance_statistics(estimator: Estimator, rollout: Rollout) -> tuple[Tens
     zeta1 = (m22 - covariance @ covariance) / 4
     zeta2 = (m22 + spread * (square_s - centre @ centre)) / 2
     return covariance, zeta1, zeta2
-
-
-def direction(kernel: str, rollout: Rollout) -> Tensor:  # TODO remove once markov.py uses family.slope
-    return rollout.family.slope(kernel, rollout.table, rollout.reference_table)

@@ -114,8 +114,9 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
 
 
 def _trace(sums: Tensor, squares: Tensor, units: Tensor, group: Tensor) -> Tensor:
-    """Unbiased covariance trace per response from sums over units: `group · (Σ‖u‖² − ‖Σu‖²/k) / (k − 1)`."""
-    return (group * (squares - sums.square().sum(-1) / units) / (units - 1)).clamp(min=0)
+    """Unbiased covariance trace per response from sums over units: `group · (Σ‖u‖² − ‖Σu‖²/k) / (k − 1)`, NaN for one."""
+    found = (group * (squares - sums.square().sum(-1) / units) / (units - 1)).clamp(min=0)
+    return torch.where(units > 1, found, torch.nan)
 
 
 def _counted(listed: Gradients, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

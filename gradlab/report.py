@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradlab import claims
-from gradlab.plots import style
+from gradlab.plots import stylesheet
 from gradlab.provenance import versions
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Study:
         """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
         folder = writable(self.output)
         for suffix, metadata in _METADATA.items():
-            with written(folder / f"{name}.{suffix}") as part, style():
+            with written(folder / f"{name}.{suffix}") as part, stylesheet():
                 figure.savefig(part, format=suffix, metadata=metadata)
             figure.set_layout_engine("none")  # laid out once: the same picture in every format
         self.save_frame(name, frame)
@@ -114,7 +114,7 @@ def sentence(settled: pd.DataFrame, frame: str | None = None) -> str:
 
 
 def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
-    """The one value of a column in the rows with these values, for a caption. Raises `ValueError` unless there is exactly one."""
+    """The one value of a column in rows with these values, for a caption. Raises `ValueError` unless there is exactly one."""
     rows = frame
     for key, value in where.items():
         rows = rows[rows[key] == value]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,13 +45,11 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
     p = np.exp(scale * rng.standard_normal(vocab))
     p /= p.sum()
-    with np.errstate(divide="ignore"):
-        transition = np.log((1 - 1 / memory) * np.eye(vocab) + p / memory)
-    return Markov(np.log(p), transition, length=length)
+    return Markov(np.log(p), np.log((1 - 1 / memory) * np.eye(vocab) + p / memory), length=length)
 
 
 def relaxation_time(policy: Markov) -> float:
-    """`1 / (1 − |λ₂|)` in tokens, `λ₂` the second largest eigenvalue of the transition matrix: how long a token is remembered."""
+    """How many tokens a chain remembers: `1 / (1 − |λ₂|)`, with `λ₂` the second largest eigenvalue of the transition matrix."""
     eigenvalues = np.sort(np.abs(np.linalg.eigvals(policy.transition.softmax(-1).numpy())))
     return float(1 / (1 - min(eigenvalues[-2], 1 - 1e-12)))
 
@@ -101,7 +98,9 @@ def gap(names: Sequence[str], scenarios: Sequence[Scenario], target: str = "reve
     return pd.DataFrame(rows, columns=list(GAP_COLUMNS))
 
 
-def exponents(frame: pd.DataFrame, by: Sequence[str], x: str, y: str, low: float = -np.inf, high: float = np.inf) -> pd.DataFrame:
+def exponents(
+    frame: pd.DataFrame, by: Sequence[str], x: str, y: str, low: float = -np.inf, high: float = np.inf
+) -> pd.DataFrame:
     """Exponent `b` of `y ∝ x^b` in every group: the least-squares slope of `log y` on `log x` over `low ≤ x ≤ high`.
 
     Columns `by`, `exponent`, `exponent_error` (of the fit; `nan` for two points), `last` (slope between the two largest `x`:
@@ -120,7 +119,7 @@ def exponents(frame: pd.DataFrame, by: Sequence[str], x: str, y: str, low: float
         residual, spread = float(np.square(v - design @ fit).sum()), float(np.square(u - u.mean()).sum())
         error = (residual / (n - 2) / spread) ** 0.5 if n > 2 else float("nan")
         curvature = float(np.polyfit(u - u.mean(), v, 2)[0]) if n > 2 else float("nan")
-        last = next(iter([(v2 - v1) / (u2 - u1) for (u1, v1), (u2, v2) in pairwise(zip(u, v, strict=True))][-1:]))
+        last = (v[-1] - v[-2]) / (u[-1] - u[-2])
         rows.append([*key, float(fit[1]), error, float(last), curvature, n, float(np.exp(u[0])), float(np.exp(u[-1]))])
     return pd.DataFrame(rows, columns=[*by, "exponent", "exponent_error", "last", "curvature", "points", "from", "to"])
 

@@ -70,7 +70,7 @@ def claim(
     quantifier: Quantifier = "every",
     **columns: Value | tuple[Value, ...],
 ) -> Claim:
-    """One row of the ledger: a statement of `STATEMENTS` in one scope, with the rows that decide given by `columns` and `ranges`.
+    """One row of the ledger: a statement of `STATEMENTS` in one scope, decided by the rows with these `columns` and `ranges`.
 
     Raises `ValueError` for an unknown identifier.
     """

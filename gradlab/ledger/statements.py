@@ -49,8 +49,13 @@ STATEMENTS: dict[str, tuple[str, str]] = {
     "rao-blackwell": ("the full-vocabulary KL per step is unbiased and never has more variance", _AMINI),
     "bounded": ("the MSE form is bounded and is the gradient of ½Σ(π−ref)²", f"{_P}, on MiniMax-01"),
     "length": ("a 1/L normaliser leaves the target of the regulariser unchanged", _COMMON),
+    "inverse-length": ("k1 as loss with a 1/L normaliser descends E[1/L], so it lengthens responses", "derived"),
     "clamp": ("clamping the log-ratio or the kernel is harmless", _COMMON),
     "detached-baseline": ("group-mean centring shrinks the gradient by 1−1/n; leave-one-out is exact", "X. Wang (2025)"),
+    "baseline-noise": (
+        "subtracting the group's mean KL lowers the noise of the KL gradient",
+        "folklore of RLOO, arXiv 2402.14740",
+    ),
     "ratios-extreme": ("δ → 0 and δ → ∞ really occur", f"reviews of {_P}"),
     "train-k1-loss": ("training with k1 as loss resembles training without a KL term, and drifts", f"{_P}, Fig. 2"),
     "train-k2-k3": (

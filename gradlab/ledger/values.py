@@ -1,15 +1,16 @@
 """What analysis 01 settles: the value of KL estimators, its noise, and whether it vouches for the gradient."""
 
-from gradlab.ledger.form import Claim, Condition, claim, within
+from gradlab.ledger.form import Claim, Condition, Relation, claim, within
 
 #: Tolerance for an exact zero.
 ZERO = 1e-9
 EQUAL, UNEQUAL = "N(0, 1) ‖ N(1, 1)", "N(0, 1) ‖ N(1, std 1.1)"
 BOTH = ("mean", "std")
 
+_RELATIONS: dict[str, Relation] = {"k1": "=", "k2": "≠", "k3": "="}
 _MEAN = tuple(
     claim(f"value-{kernel}", scope, "01_schulman", "bias", relation, 0, ZERO, kernel=kernel, family=family, via="exact")
-    for kernel, relation in (("k1", "="), ("k2", "≠"), ("k3", "="))
+    for kernel, relation in _RELATIONS.items()
     for family, scope in (("gaussian", "Gaussian"), ("bandit", "bandit"), ("tree", "tree"))
 )
 

@@ -5,7 +5,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
-from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style, style_of, styled
+from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "gradients",
     "objectives",
     "schulman",
-    "style",
     "style_of",
     "styled",
+    "stylesheet",
     "tokens",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -11,7 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.tri import Triangulation
 
-from gradlab.plots.style import COLUMN, HUES, PAGE, TRUTH, dots, handle, panels, style_of, styled
+from gradlab.plots.style import COLUMN, PAGE, TRUTH, dots, handle, number, panels, style_of, styled
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 #: Corners of the triangle for tokens 0, 1, 2.
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]])
@@ -41,16 +46,16 @@ def tokens(frame: pd.DataFrame) -> Figure:
             rows = part[part["estimator"] == name].set_index("via")
             at = x - 0.4 + (e + 0.3) * width
             if "sampled" in rows.index:
-                low, mid, high = (float(rows.loc["sampled", f"expected{end}"]) for end in ("_low", "", "_high"))
+                low, mid, high = (number(rows, "sampled", f"expected{end}") for end in ("_low", "", "_high"))
                 error = {"yerr": [[mid - low], [high - mid]]}
                 dots(ax, [at + 0.45 * width], [mid], name, "sampled", error, markersize=2.8)
-            dots(ax, [at], [float(rows.loc["exact", "expected"])], name)
+            dots(ax, [at], [number(rows, "exact", "expected")], name)
     ax.axhline(0, color="#999999", linewidth=0.6, zorder=1)
     ax.set_xticks(range(len(parameters)), [parameter.replace("token ", "token\u00a0") for parameter in parameters])
     ax.set(ylabel="expected gradient on the logit, nats", xlim=(-0.5, len(parameters) - 0.5))
     ax.tick_params(axis="x", length=0)
-    handles = [handle(name, linestyle="none") for name in names] + [Line2D([], [], **TRUTH, label="∇KL, truth")]
-    handles.append(Patch(facecolor="#EEEEEE", label="a sign is flipped"))
+    handles: list[Artist] = [handle(name, linestyle="none") for name in names]
+    handles += [Line2D([], [], **TRUTH, label="∇KL, truth"), Patch(facecolor="#EEEEEE", label="a sign is flipped")]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, handletextpad=0.4)
     return figure
 
@@ -104,9 +109,11 @@ def field(frame: pd.DataFrame) -> Figure:
         last = part[(part["grid"] == "logits") & (part["estimator"] == names[-1])]
         _plane(axes[-1], last, part[part["grid"] == "instance"], _numbers(reference))
         axes[-1].set_title(f"{names[-1]}, logits")
+        axes[-1].tick_params(labelbottom=axes[-1] is grid[-1, -1])
         for ax in axes[:-1]:
             _mark(ax, _flat(np.array([_numbers(reference)])), part[part["grid"] == "instance"])
         axes[0].text(-0.02, 1.0, f"ref {reference}", transform=axes[0].transAxes, rotation=90, va="top", ha="right", fontsize=7)
+    grid[-1, -1].set_xlabel("log π(A)/π(C)")
     handles = [
         Line2D([], [], marker="*", color="black", linestyle="none", markersize=6, label="reference"),
         Line2D([], [], marker="o", color="black", markerfacecolor="none", linestyle="none", markersize=5, label="instance"),
@@ -121,12 +128,13 @@ def _numbers(reference: str) -> tuple[float, ...]:
     return tuple(float(part) for part in reference.strip("()").split())
 
 
-def _flat(p: np.ndarray) -> np.ndarray:
+def _flat(p: Array) -> Array:
     """Barycentric → plane coordinates, `[n, 3]` → `[n, 2]`."""
-    return p @ CORNERS
+    flat: Array = p @ CORNERS
+    return flat
 
 
-def _probabilities(rows: pd.DataFrame, what: str = "policy") -> np.ndarray:
+def _probabilities(rows: pd.DataFrame, what: str = "policy") -> Array:
     return rows[[f"{what}_{v}" for v in range(3)]].to_numpy(dtype=float)
 
 
@@ -135,7 +143,7 @@ def _triangle(ax: Axes, part: pd.DataFrame, name: str) -> None:
     _shade(ax, _flat(_probabilities(shade)), shade["rise"])
     start, move = _flat(_probabilities(arrows)), _flat(_probabilities(arrows, "after") - _probabilities(arrows))
     move /= np.linalg.norm(move, axis=1, keepdims=True)
-    look = {"scale": 15, "width": 0.009, "headwidth": 4, "headlength": 4, "headaxislength": 3.6, "pivot": "mid"}
+    look: dict[str, Any] = {"scale": 15, "width": 0.009, "headwidth": 4, "headlength": 4, "headaxislength": 3.6, "pivot": "mid"}
     ax.quiver(*start.T, *move.T, color=style_of(name).colour, **look)
     ax.plot(*np.vstack([CORNERS, CORNERS[:1]]).T, color="black", linewidth=0.7)
     for letter, corner, offset in zip(LETTERS, CORNERS, ((-5, -2), (5, -2), (0, 4)), strict=True):
@@ -145,8 +153,9 @@ def _triangle(ax: Axes, part: pd.DataFrame, name: str) -> None:
 
 
 def _plane(ax: Axes, rows: pd.DataFrame, instance: pd.DataFrame, reference: tuple[float, ...]) -> None:
-    def logits(p: np.ndarray) -> np.ndarray:
-        return np.log(p[:, :2] / p[:, 2:])
+    def logits(p: Array) -> Array:
+        found: Array = np.log(p[:, :2] / p[:, 2:])
+        return found
 
     at = logits(_probabilities(rows))
     _shade(ax, at, rows["rise"])
@@ -155,22 +164,19 @@ def _plane(ax: Axes, rows: pd.DataFrame, instance: pd.DataFrame, reference: tupl
         ax.plot(*logits(_probabilities(instance)[:1]).T, "o", color="black", markerfacecolor="none", markersize=5)
     low, high = at.min(), at.max()
     ax.set(xlim=(low, high), ylim=(low, high), aspect="equal", ylabel="log π(B)/π(C)")
-    ax.tick_params(labelbottom=ax.get_subplotspec().is_last_row())
-    if ax.get_subplotspec().is_last_row():
-        ax.set_xlabel("log π(A)/π(C)")
-    ax.set_xticks([-5, 0, 5])
-    ax.set_yticks([-5, 0, 5])
+    ax.set_xticks([-10, -5, 0, 5, 10])
+    ax.set_yticks([-10, -5, 0, 5, 10])
     ax.grid()
 
 
-def _shade(ax: Axes, at: np.ndarray, rise: pd.Series) -> None:
+def _shade(ax: Axes, at: Array, rise: pd.Series) -> None:
     """Fill where `rise` is positive; the cube root, of the same sign, spans fewer decades between neighbouring points."""
     root = np.cbrt(rise.to_numpy())
     if root.max() > 0:
         ax.tricontourf(Triangulation(*at.T), root, levels=[0, 2 * root.max()], cmap=ListedColormap([RAISED]), vmin=0, vmax=1)
 
 
-def _mark(ax: Axes, reference: np.ndarray, instance: pd.DataFrame) -> None:
+def _mark(ax: Axes, reference: Array, instance: pd.DataFrame) -> None:
     ax.plot(*reference.T, "*", color="black", markersize=6, zorder=3)
     if len(instance):
         ax.plot(*_flat(_probabilities(instance)[:1]).T, "o", color="black", markerfacecolor="none", markersize=5, zorder=3)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -81,11 +82,12 @@ def _marker(e: Estimator) -> str:
 def _shade(colour: str, amount: float) -> str:
     """Mix with white (positive) or black (negative)."""
     end = 1.0 if amount > 0 else 0.0
-    return colors.to_hex([(1 - abs(amount)) * part + abs(amount) * end for part in colors.to_rgb(colour)])
+    red, green, blue = ((1 - abs(amount)) * part + abs(amount) * end for part in colors.to_rgb(colour))
+    return colors.to_hex((red, green, blue))
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def stylesheet() -> Iterator[None]:
     """The style sheet, for as long as the block lasts; a figure is made and saved under it."""
     with mpl.rc_context(fname=STYLESHEET):
         yield
@@ -96,7 +98,7 @@ def styled(function: F) -> F:
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with style():
+        with stylesheet():
             return function(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
@@ -112,6 +114,11 @@ def handle(name: str, **kwargs: Any) -> Line2D:
     """Legend entry of an estimator."""
     look = style_of(name)
     return Line2D([], [], **{"color": look.colour, "marker": look.marker, "label": name, **kwargs})
+
+
+def number(rows: pd.DataFrame, row: str, column: str) -> float:
+    """One cell of a frame as a float."""
+    return float(rows[column].to_dict()[row])
 
 
 def dots(ax: Axes, x: Any, y: Any, name: str, via: str = "exact", error: Any = None, **kwargs: Any) -> None:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import HUES, PAGE, TRUTH, VIA, dots, panels, style_of, styled
+from gradlab.plots.style import HUES, PAGE, TRUTH, VIA, dots, number, panels, style_of, styled
 
-_TICK = {"marker": "|", "color": "black", "linestyle": "none", "markersize": 11, "markeredgewidth": 0.9}
+_TICK: dict[str, Any] = {"marker": "|", "color": "black", "linestyle": "none", "markersize": 11, "markeredgewidth": 0.9}
 
 
 @styled
@@ -55,7 +55,7 @@ def schulman(frame: pd.DataFrame) -> Figure:
 
 
 def _via_handles() -> list[Line2D]:
-    grey = {"color": "#555555", "linestyle": "none", "marker": "o"}
+    grey: dict[str, Any] = {"color": "#555555", "linestyle": "none", "marker": "o"}
     return [
         Line2D([], [], **grey, label="exact"),
         Line2D([], [], **grey, markerfacecolor="white", label="sampled, 95 % interval"),
@@ -65,10 +65,10 @@ def _via_handles() -> list[Line2D]:
 def _exact_and_sampled(ax: Axes, rows: pd.DataFrame, column: str, y: float, name: str) -> None:
     """An exact point, and the sampled one with its interval a little below."""
     if "sampled" in rows.index:
-        low, mid, high = (float(rows.loc["sampled", f"{column}{end}"]) for end in ("_low", "", "_high"))
+        low, mid, high = (number(rows, "sampled", f"{column}{end}") for end in ("_low", "", "_high"))
         dots(ax, [mid], [y - 0.36], name, "sampled", {"xerr": [[mid - low], [high - mid]]}, markersize=3.2)
     if "exact" in rows.index:
-        dots(ax, [float(rows.loc["exact", column])], [y], name)
+        dots(ax, [number(rows, "exact", column)], [y], name)
 
 
 @styled

@@ -79,7 +79,7 @@ class Tabular:
     @property
     def enumerable(self) -> bool:
         """Whether all responses fit the memory bound of `enumerate`."""
-        return self.vocab**self.length * self.length * self.vocab * 8 <= ENUMERATION_BYTES
+        return bool(self.vocab**self.length * self.length * self.vocab * 8 <= ENUMERATION_BYTES)
 
     def enumerate(self) -> tuple[Tensor, Tensor]:
         """All responses: tokens `[n, T]` in lexicographic order and mask `[n, T]`, true up to and including the end token.
@@ -225,6 +225,11 @@ class Tree(Tabular):
         _check_shape(length, eos, vocab)
         if vocab < 2:
             raise ValueError(f"vocab must be at least two tokens, got {vocab!r}")
+        if vocab**length * 8 > ENUMERATION_BYTES:
+            raise ValueError(
+                f"a Tree of {vocab} tokens and length {length} has {vocab}^{length} logits, more than the "
+                f"{ENUMERATION_BYTES / 2**30:g} GiB allowed; for long responses use gl.Markov, which is solved by dynamic programming"
+            )
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
 
     def contexts(self, tokens: Tensor) -> Tensor:

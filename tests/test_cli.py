@@ -1,0 +1,182 @@
+"""The command line as a user meets it: exit codes, one-line errors, and results that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import gradlab as gl
+from gradlab import cli, gallery
+
+SCRIPT = """# %% [markdown]
+# # Does a planted analysis run?
+import pandas as pd
+import gradlab as gl
+study = gl.report.study(__file__)
+study.save_frame("{number}_numbers", pd.DataFrame({{"seed": [study.seed], "quick": [study.quick]}}))
+{last}
+"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of `gradlab ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["gradlab", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two planted analyses in place of the real ones."""
+    folder = tmp_path / "analyses"
+    folder.mkdir()
+    for number in ("01", "02"):
+        (folder / f"{number}_planted.py").write_text(SCRIPT.format(number=number, last=""), encoding="utf-8")
+    monkeypatch.setattr(cli, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
+    return folder
+
+
+def test_measure_prints_what_the_library_measures(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "frame.csv"
+    options = (
+        "--family",
+        "bandit",
+        "--vocab",
+        5,
+        "--kl",
+        0.7,
+        "-e",
+        "k3-loss",
+        "-t",
+        "reverse_kl",
+        "-t",
+        "forward_kl",
+        "-o",
+        file,
+    )
+    assert run(monkeypatch, "measure", *options) == 0
+    frame = pd.read_csv(file)
+    policy = gl.Bandit.random(5, seed=0)
+    scenario = gl.Scenario(policy, policy.perturbed(kl=0.7, seed=1))
+    expected = gl.measure("k3-loss", scenario, target=["reverse_kl", "forward_kl"])
+    assert frame.bias.to_list() == pytest.approx(expected.bias.to_list(), rel=1e-12, abs=1e-14)
+    assert frame.bias[0] > 0.01 > 1e-12 > frame.bias[1]
+    assert "k3-loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("measure", "-e", "k3-los"), "did you mean 'k3-loss'"),
+        (("measure", "-t", "reverse"), "did you mean 'reverse_kl'"),
+        (("measure", "-n", "0"), "samples must be a positive whole number, got 0"),
+        (("measure", "-n", "-5"), "samples must be a positive whole number, got -5"),
+        (("measure", "--eos", "9"), "eos must be a token id between 0 and 3"),
+        (("measure", "--family", "forest"), "forest"),
+        (("measure", "--vocab", "30", "--length", "12"), "dynamic programming"),
+        (("list", "nothing"), "nothing"),
+        (("claims", "--only", "k3-biassed"), "did you mean 'k3-biased'"),
+        (("reproduce", "--only", "07_nothing_like_it"), "unknown analysis"),
+        (("reproduce", "--quik"), "--quik"),
+    ],
+)
+def test_a_mistake_is_explained_and_exits_with_2(monkeypatch, capsys, arguments, said):
+    assert run(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("what", ["estimators", "targets", "kernels", "claims", "analyses"])
+def test_list_names_everything_there_is(monkeypatch, capsys, what):
+    assert run(monkeypatch, "list", what) == 0
+    printed = capsys.readouterr().out
+    names = {
+        "estimators": gl.ESTIMATORS,
+        "targets": gl.TARGETS,
+        "kernels": ["k1", "k2", "k3", "full", "mse"],
+        "claims": ["value-k1", "k3-biased"],
+        "analyses": cli.analyses(),
+    }[what]
+    assert all(name in printed for name in names)
+
+
+def test_every_command_has_help_with_an_example_or_a_sentence(monkeypatch, capsys):
+    for command in ("reproduce", "claims", "measure", "list"):
+        assert run(monkeypatch, command, "--help") == 0
+        assert len(capsys.readouterr().out) > 400
+
+
+def test_reproduce_makes_results_once_and_again_when_something_changed(monkeypatch, capsys, tmp_path, scripts):
+    output = tmp_path / "figures"
+    assert run(monkeypatch, "reproduce", "--output", output, "--seed", 3) == 0
+    first = pd.read_csv(output / "01_numbers.csv")
+    assert first.seed.tolist() == [3]
+    assert (output / "index.html").is_file()
+    assert (output / "claims.csv").is_file()
+    capsys.readouterr()
+
+    assert run(monkeypatch, "reproduce", "--output", output, "--seed", 3) == 0
+    assert capsys.readouterr().out.count("is unchanged") == 2
+
+    (output / "02_numbers.csv").write_text("spoilt\n", encoding="utf-8")
+    assert run(monkeypatch, "reproduce", "--output", output, "--seed", 3) == 0
+    assert capsys.readouterr().out.count("is unchanged") == 1
+    assert pd.read_csv(output / "02_numbers.csv").seed.tolist() == [3]
+
+    assert run(monkeypatch, "reproduce", "--output", output, "--seed", 4) == 0
+    assert "is unchanged" not in capsys.readouterr().out
+    assert pd.read_csv(output / "01_numbers.csv").seed.tolist() == [4]
+
+
+def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, capsys, tmp_path, scripts):
+    broken = SCRIPT.format(number="02", last="raise KeyboardInterrupt")
+    (scripts / "02_planted.py").write_text(broken.replace("study.save_frame", "None and study.save_frame"), encoding="utf-8")
+    output = tmp_path / "figures"
+    assert run(monkeypatch, "reproduce", "--output", output) == 130
+    assert "interrupted in 02_planted; finished and kept: 01_planted" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == [".reproduced", "01_numbers.csv"]
+
+    (scripts / "02_planted.py").write_text(SCRIPT.format(number="02", last=""), encoding="utf-8")
+    assert run(monkeypatch, "reproduce", "--output", output) == 0
+    assert capsys.readouterr().out.count("01_planted is unchanged") == 1
+    assert (output / "02_numbers.csv").is_file()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "frame.csv"
+    target.write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), gl.report.written(target) as part:
+        part.write_text("half of the n", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert target.read_text(encoding="utf-8") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["frame.csv"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(monkeypatch, capsys, tmp_path, scripts):
+    (tmp_path / "file").touch()
+    assert run(monkeypatch, "reproduce", "--output", tmp_path / "file" / "figures") == 2
+    assert "cannot write to the output folder" in capsys.readouterr().err
+    if os.geteuid() != 0:  # root may write anywhere
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        assert run(monkeypatch, "reproduce", "--output", locked / "figures") == 2
+
+
+def test_the_gallery_shows_every_figure_with_its_caption_and_data(tmp_path):
+    study = gl.report.Study("01_planted", output=tmp_path, quick=True)
+    study.save_figure("01_picture", Figure(figsize=(2, 1)), pd.DataFrame({"x": [1.5]}), "A caption with `code` & <signs>.")
+    settled = gl.claims.verify({})
+    page = gallery.write(tmp_path, settled, {"01_planted": "Is <this> escaped?"}).read_text(encoding="utf-8")
+    assert "Is &lt;this&gt; escaped?" in page
+    assert "A caption with <code>code</code> &amp; &lt;signs&gt;." in page
+    assert 'href="01_picture.csv"' in page
+    assert "data:image/png;base64," in page
+    assert page.count('data-verdict="OPEN"') == len(settled)
+    assert "http" not in page.replace("https://arxiv.org", "")

@@ -1,0 +1,355 @@
+"""Sampled moments: unbiased, covered by their intervals, reproducible, streamed in bounded memory.
+
+Statistical tests fail at a significance of about 1e-4 each (z above 4, or p below `SURE`) and say what they can see.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from worlds import assert_same, scenario
+
+import gradlab as gl
+from gradlab import Rollout, intervals, montecarlo
+
+SURE = 1e-4
+E = gl.Estimator
+CHAIN = gl.Markov.random(vocab=3, length=4, seed=0, eos=0)
+CHAIN_WORLD = gl.Scenario(CHAIN, CHAIN.perturbed(kl=0.3, seed=1), CHAIN.perturbed(kl=0.1, seed=2), name="chain")
+WORLDS = {
+    "bandit": scenario("bandit"),
+    "tree": scenario("tree", off_policy=True),
+    "eos": scenario("eos"),
+    "gaussian": scenario("gaussian", off_policy=True),
+    "chain": CHAIN_WORLD,
+}
+GROUPED = {
+    "loo": gl.ESTIMATORS["k1-reward-loo"],
+    "group": gl.ESTIMATORS["k1-reward-group"],
+    "loo of 2": E("k2", "reward", "sequence", baseline="leave_one_out", group=2, normalise="mean"),
+}
+SINGLE = {name: e for name, e in gl.ESTIMATORS.items() if not e.grouped}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draw responses one by one even where they could be counted."""
+    monkeypatch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
+
+
+def half_k2(rollout: Rollout) -> torch.Tensor:
+    """A user's function: a quarter of the squared log-ratio."""
+    return 0.25 * rollout.log_ratio.square().sum(-1)
+
+
+# ── Agreement with exact moments ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def z_scores(found: Any, exact: Any) -> tuple[np.ndarray, float]:
+    """Deviation of the mean (in every coordinate) and of the trace from exact ones, in standard errors over batches."""
+    batches = len(found.batch_means)
+    error = found.batch_means.std(0).numpy() / math.sqrt(batches)
+    off = (found.mean - exact.mean).numpy()
+    assert np.abs(off[error == 0]).max(initial=0) < 1e-12  # coordinates that nothing pulls
+    trace_error = float(found.batch_traces.std()) / math.sqrt(batches)
+    return off[error > 0] / error[error > 0], (found.trace_cov - exact.trace_cov) / trace_error if trace_error else 0.0
+
+
+@pytest.mark.parametrize("path", ["counted", "drawn"])
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_sampled_moments_agree_with_exact_ones(world, path, request):
+    """z-tests at 4.5 of every coordinate and trace of the catalogue; they see 4 % of a gradient as noisy as itself."""
+    if path == "drawn":
+        request.getfixturevalue("drawn")
+    losses = [*SINGLE.values(), E("k1", "reward", "to_go", normalise="token_mean")]
+    sampled = montecarlo.moments(losses, world, samples=12_800, seed=1)
+    for loss, found, exact in zip(losses, sampled, gl.exact.moments(losses, world), strict=True):
+        assert found.samples == 12_800
+        assert found.method == ("drawn" if path == "drawn" or world is WORLDS["gaussian"] else "counted")
+        assert found.batch_means.shape == (64, len(exact.mean))
+        assert_same(found.batch_means.mean(0), found.mean, float(found.batch_means.norm()), 1e-12)
+        of_mean, of_trace = z_scores(found, exact)
+        assert np.abs(of_mean).max(initial=0) < 4.5, loss.name
+        assert abs(of_trace) < 4.5, loss.name
+
+
+@pytest.mark.parametrize("world", [WORLDS["bandit"], WORLDS["eos"], CHAIN_WORLD], ids=["bandit", "eos", "chain"])
+def test_grouped_estimators_are_drawn_in_groups(world):
+    """Mean and trace against the closed form, z below 4.5; they see 2 % of the mean and 10 % of the trace."""
+    losses = list(GROUPED.values())
+    sampled = montecarlo.moments(losses, world, samples=25_600, seed=2)
+    for loss, found, exact in zip(losses, sampled, gl.exact.moments(losses, world), strict=True):
+        assert found.method == "drawn"
+        of_mean, of_trace = z_scores(found, exact)
+        assert np.abs(of_mean).max() < 4.5, loss.name
+        assert abs(of_trace) < 4.5, loss.name
+        resolution = 4.5 * math.sqrt(exact.trace_cov / 25_600)
+        assert resolution < 0.12 * float(exact.mean.norm()), "not enough samples to say anything"
+        assert 4.5 * float(found.batch_traces.std()) / 8 < 0.1 * exact.trace_cov
+    loo, group = sampled[:2]
+    assert_same(group.mean, 0.75 * loo.mean, tolerance=1e-12)  # the same draws, shrunk by 1 − 1/4
+    assert group.trace_cov == pytest.approx(0.75**2 * loo.trace_cov, rel=1e-12)
+
+
+# ── Error bars through the whole pipeline ────────────────────────────────────────────────────────────────────────────
+
+REPLICATES = 240
+
+
+def lowest_hits(level: float = 0.95) -> int:
+    return int(stats.binom.ppf(SURE, REPLICATES, level))
+
+
+@pytest.fixture(scope="module")
+def replicated() -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Per world: `measure` by sampling, again and again with other draws, and the exact rows."""
+    names, tree = ["k2-loss", "k3-loss", "k1-reward-to-go"], scenario("tree", seed=3)
+    chain = gl.Scenario(CHAIN, CHAIN_WORLD.reference, name="chain")
+    found = {"tree": (gl.measure(names, [tree] * REPLICATES, samples=2048, seed=5), gl.measure(names, tree))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
+        patch.setattr(montecarlo, "BATCHES", 16)
+        found["chain"] = gl.measure(names, [chain] * REPLICATES, samples=512, seed=6), gl.measure(names, chain)
+    assert set(found["tree"][0].method) == {"counted"}
+    assert set(found["chain"][0].method) == {"drawn"}
+    return found
+
+
+@pytest.mark.parametrize("statistic", ["bias", "cosine", "noise"])
+@pytest.mark.parametrize("estimator", ["k2-loss", "k3-loss", "k1-reward-to-go"])
+@pytest.mark.parametrize("world", ["tree", "chain"])
+def test_intervals_cover(replicated, world, estimator, statistic):
+    """Binomial test of 95 % coverage at 1e-4; it sees a coverage of 0.85 with power 0.95."""
+    assert stats.binom.cdf(lowest_hits() - 1, REPLICATES, 0.85) > 0.95
+    sampled, exact = (frame[frame.estimator == estimator] for frame in replicated[world])
+    truth = exact[statistic].item()
+    low, high = (sampled[f"{statistic}_{end}"].to_numpy() for end in ("low", "high"))
+    slack = 1e-12 * max(truth, 1)  # a bias of exactly 0 is computed to rounding
+    assert np.count_nonzero((low <= truth + slack) & (truth <= high + slack)) >= lowest_hits()
+    assert np.unique(low).size + np.unique(high).size > REPLICATES / 2  # other draws every time
+    # The interval is short enough to be wrong about something: half the draws, or a slightly larger quantity.
+    wrong = {"bias": truth + 0.5, "cosine": truth - 0.4, "noise": 1.5 * truth}[statistic]
+    assert np.count_nonzero((low <= wrong) & (wrong <= high)) < REPLICATES / 2
+
+
+@pytest.mark.parametrize("world", ["tree", "chain"])
+def test_estimates_lie_in_their_intervals(replicated, world):
+    sampled = replicated[world][0]
+    for statistic in ("bias", "cosine", "noise"):
+        low, estimate, high = (sampled[f"{statistic}{end}"] for end in ("_low", "", "_high"))
+        assert ((low <= estimate + 1e-9) & (estimate <= high + 1e-9)).all(), statistic
+
+
+@pytest.mark.parametrize("path", ["counted", "drawn", "grouped"])
+def test_squared_bias_and_trace_are_unbiased(path, request):
+    """Mean over 400 runs within 4 standard errors of the truth; the plug-in ‖mean − ∇‖² misses by more than twice that."""
+    world, runs, samples = scenario("tree", off_policy=True), 400, 64
+    if path == "drawn":
+        request.getfixturevalue("drawn")
+    loss = GROUPED["loo"] if path == "grouped" else gl.ESTIMATORS["k2-loss"]
+    exact, target = gl.exact.moments(loss, world), gl.exact.gradient("reverse_kl", world)
+    truth = float((exact.mean - target).square().sum())
+    found = [montecarlo.moments(loss, world, samples, seed=7, stream=(run,)) for run in range(runs)]
+    plug_in = np.array([float((m.mean - target).square().sum()) for m in found])
+    traces = np.array([m.trace_cov for m in found])
+    squared = plug_in - traces / samples
+
+    def off(values: np.ndarray, truth: float) -> float:
+        return (values.mean() - truth) / (values.std(ddof=1) / math.sqrt(runs))
+
+    assert abs(off(squared, truth)) < 4
+    assert abs(off(traces, exact.trace_cov)) < 4
+    assert off(plug_in, truth) > 8
+    assert off(traces * (samples - 1) / samples, exact.trace_cov) < off(traces, exact.trace_cov)
+    # and `bias` in the frame is the root of just that, floored at 0
+    row = gl.measure(loss, world, samples=samples, seed=7).iloc[0]
+    assert row.bias == pytest.approx(math.sqrt(max(squared[0], 0)) / float(target.norm()), rel=1e-10)
+
+
+def test_counted_and_drawn_runs_have_one_distribution(monkeypatch):
+    """Two-sample Kolmogorov–Smirnov over 300 runs each: p above 1e-4; twice the samples are told apart."""
+    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 300
+    target = gl.exact.gradient("reverse_kl", world)
+
+    def statistics(samples: int, counted: bool) -> np.ndarray:
+        monkeypatch.setattr(montecarlo, "COUNTED_RESPONSES", 2**15 if counted else 0)
+        found = [montecarlo.moments(loss, world, samples, seed=8 + counted, stream=(samples, run)) for run in range(runs)]
+        assert {m.method for m in found} == {"counted" if counted else "drawn"}
+        exact = gl.exact.moments(loss, world).mean
+        return np.array([[float((m.mean - exact).norm()), float(m.mean @ target), m.trace_cov] for m in found]).T
+
+    one_by_one, by_counts, more = statistics(32, False), statistics(32, True), statistics(64, True)
+    for a, b in zip(one_by_one, by_counts, strict=True):
+        assert stats.ks_2samp(a, b).pvalue > SURE
+    assert stats.ks_2samp(one_by_one[0], more[0]).pvalue < SURE
+
+
+# ── Common random numbers and reproducibility ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", ["counted", "drawn"])
+def test_common_random_numbers(path, request):
+    if path == "drawn":
+        request.getfixturevalue("drawn")
+    for world in (WORLDS["eos"], CHAIN_WORLD.on_policy()):
+        k2, k1, user, other = montecarlo.moments(
+            [gl.ESTIMATORS["k2-loss"], gl.ESTIMATORS["k1-reward"], half_k2, gl.ESTIMATORS["k3-loss"]], world, 1024, seed=3
+        )
+        for same, share in ((k1, 1.0), (user, 0.5)):  # k2-loss is k1-reward sample by sample
+            assert_same(same.batch_means, share * k2.batch_means, tolerance=1e-12)
+            assert_same(same.batch_traces, share**2 * k2.batch_traces, tolerance=1e-12)
+        assert float((other.mean - k2.mean).norm()) > 0.05 * float(k2.mean.norm())
+        alone = montecarlo.moments(gl.ESTIMATORS["k2-loss"], world, 1024, seed=3)  # the company changes nothing
+        assert_same(alone.batch_means, k2.batch_means, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("loss", [gl.ESTIMATORS["k2-loss"], GROUPED["loo"], half_k2], ids=["single", "grouped", "function"])
+@pytest.mark.parametrize("world", [WORLDS["tree"], WORLDS["gaussian"], CHAIN_WORLD], ids=["tree", "gaussian", "chain"])
+def test_same_seed_same_bytes(world, loss):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+
+    def run(**key: Any) -> bytes:
+        found = montecarlo.moments(loss, world, 256, **key)
+        tensors = (found.mean, torch.tensor(found.trace_cov), found.batch_means, found.batch_traces)
+        return b"".join(tensor.numpy().tobytes() for tensor in tensors)
+
+    assert run(seed=1) == run(seed=1)
+    assert len({run(seed=1), run(seed=2), run(seed=1, stream=(0,)), run(seed=1, stream=(1,))}) == 4
+    assert torch.equal(torch_state, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("loss", "unit"), [(gl.ESTIMATORS["k2-loss"], 1), (GROUPED["loo"], 4)], ids=["single", "grouped"])
+@pytest.mark.parametrize(("vocab", "length"), [(3, 16), (6, 3)], ids=["long", "wide"])
+def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, unit):
+    """The largest chunk ever drawn stays below `CHUNK` doubles, in steps as in whole gradients."""
+    chain = gl.Markov.random(vocab=vocab, length=length, seed=0)
+    monkeypatch.setattr(montecarlo, "CHUNK", 2**13)
+    monkeypatch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
+    sizes: list[int] = []
+    original = Rollout.drawn
+
+    def recorded(world: gl.Scenario, samples: int, rng: np.random.Generator) -> Rollout:
+        sizes.append(samples)
+        return original(world, samples, rng)
+
+    monkeypatch.setattr(Rollout, "drawn", recorded)
+    largest = []
+    for samples in (640, 19_200, 38_400):
+        sizes.clear()
+        montecarlo.moments(loss, gl.Scenario(chain, chain.perturbed(kl=0.1)), samples)
+        assert sum(sizes) == samples
+        assert all(size % unit == 0 for size in sizes)
+        largest.append(max(sizes))
+    assert largest[0] < largest[1] == largest[2]
+    assert largest[2] * max(vocab * length, chain.table.numel()) <= 2**13
+
+
+@pytest.mark.parametrize("losses", [[gl.ESTIMATORS["k2-loss"], half_k2], [GROUPED["loo"]]], ids=["single", "grouped"])
+def test_chunks_add_up(monkeypatch, drawn, losses):
+    """Served the same responses in larger or smaller chunks, the run gives the same result."""
+    pool, mask = CHAIN.sample(4096, np.random.default_rng(0))
+    found = []
+    for chunk in (2**30, 2**9, 2**7):
+        served = 0
+
+        def serve(policy: Any, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal served
+            served += n
+            return pool[served - n : served], mask[served - n : served]
+
+        monkeypatch.setattr(gl.Markov, "sample", serve)
+        monkeypatch.setattr(montecarlo, "CHUNK", chunk)
+        found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 4096))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_same(b.batch_means, a.batch_means, tolerance=1e-13)
+            assert_same(b.batch_traces, a.batch_traces, tolerance=1e-13)
+            assert b.trace_cov == pytest.approx(a.trace_cov, rel=1e-13)
+
+
+# ── Replicates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_replicates_have_the_mean_and_covariance_of_a_batch():
+    """6000 runs of 30 samples; z below 4.5 in every entry: a covariance a tenth too large is seen."""
+    world, loss, runs = scenario("tree", off_policy=True), gl.ESTIMATORS["k2-loss"], 6000
+    found = montecarlo.replicates(loss, world, samples=30, replicates=runs, seed=4).numpy()
+    mean, covariance = gl.exact.moments(loss, world).mean.numpy(), gl.exact.covariance(loss, world).numpy() / 30
+    assert found.shape == (runs, len(mean))
+    assert np.abs((found.mean(0) - mean) / np.sqrt(np.diag(covariance) / runs)).max() < 4.5
+    products = np.einsum("ri,rj->rij", found - mean, found - mean)
+    error = products.std(0) / math.sqrt(runs)
+    assert np.abs((products.mean(0) - covariance) / error).max() < 4.5
+    assert np.abs((products.mean(0) - 1.1 * covariance) / error).max() > 4.5
+    again = montecarlo.replicates(loss, world, samples=30, replicates=3, seed=4).numpy()
+    other = montecarlo.replicates(loss, world, samples=30, replicates=3, seed=5).numpy()
+    assert again.tobytes() == found[:3].tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("loss", "world", "given", "message"),
+    [
+        (GROUPED["loo"], WORLDS["tree"], {}, "must treat responses one by one"),
+        (gl.ESTIMATORS["k2-loss"], WORLDS["gaussian"], {}, "would need a list of at most 32768 responses"),
+        (gl.ESTIMATORS["k2-loss"], gl.Scenario(*[gl.Markov.random(length=64)] * 2), {}, "would need a list"),
+        (gl.ESTIMATORS["k2-loss"], WORLDS["tree"], {"samples": 0}, "samples must be a positive whole number, got 0"),
+        (gl.ESTIMATORS["k2-loss"], WORLDS["tree"], {"replicates": 0}, "replicates must be a positive whole number, got 0"),
+        (gl.ESTIMATORS["k2-loss"], WORLDS["tree"], {"replicates": 2.0}, r"replicates must .* got 2\.0"),
+    ],
+)
+def test_replicates_refuses(loss, world, given, message):
+    with pytest.raises(ValueError, match=message):
+        montecarlo.replicates(loss, world, **{"samples": 10, "replicates": 10} | given)
+
+
+# ── How many samples ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5, 100.0, True, "100", math.nan])
+@pytest.mark.parametrize("run", [montecarlo.moments, lambda *a, **k: gl.measure(*a, **k)], ids=["moments", "measure"])
+def test_bad_samples_are_refused(run, samples):
+    with pytest.raises(ValueError, match="samples must be a positive whole number, got "):
+        run(gl.ESTIMATORS["k2-loss"], WORLDS["tree"], samples=samples)
+
+
+def test_samples_come_in_whole_groups():
+    for losses, unit in (([GROUPED["loo"]], 4), ([GROUPED["loo of 2"]], 2), (list(GROUPED.values()), 4)):
+        montecarlo.moments(losses, WORLDS["tree"], samples=8 * unit)
+        with pytest.raises(ValueError, match=f"multiple of the group size {unit} of the estimators, got {8 * unit + 1}"):
+            montecarlo.moments(losses, WORLDS["tree"], samples=8 * unit + 1)
+    assert montecarlo.moments(gl.ESTIMATORS["k2-loss"], WORLDS["tree"], samples=np.int64(33)).samples == 33
+
+
+@pytest.mark.parametrize("path", ["counted", "drawn"])
+def test_few_samples_give_open_intervals(path, request):
+    """Intervals are in order around their estimate for any number of samples, and open where there is nothing to go by."""
+    if path == "drawn":
+        request.getfixturevalue("drawn")
+    worlds = [WORLDS["bandit"], scenario("eos", off_policy=True), gl.Scenario(gl.Bandit([0, -4]), gl.Bandit([0, -3]))]
+    for samples in [*range(1, 21), 127, 128, 130]:
+        frame = gl.measure(["k1-loss", "k2-loss", "k3-loss", "full-both"], worlds, samples=samples, seed=samples)
+        for statistic, widest in (("bias", (0, math.inf)), ("cosine", (-1, 1)), ("noise", (0, math.inf))):
+            low, estimate, high = (frame[f"{statistic}{end}"].to_numpy() for end in ("_low", "", "_high"))
+            assert (widest[0] <= low).all(), statistic
+            assert (low <= high).all(), statistic
+            assert (high <= widest[1]).all(), statistic
+            if samples < intervals.MINIMUM_BATCHES:
+                assert (low == widest[0]).all(), statistic
+                assert (high == widest[1]).all(), statistic
+            known = ~np.isnan(estimate)
+            assert ((low <= estimate + 1e-9) & (estimate <= high + 1e-9))[known].all(), (statistic, samples)
+            assert known.all() or samples == 1 or statistic == "cosine"
+        if samples == 1:
+            assert frame[["bias", "noise", "trace_cov"]].isna().all(axis=None)  # one sample says nothing about its spread
+    grouped = gl.measure(GROUPED, WORLDS["eos"], samples=4)
+    assert (grouped.bias_high == math.inf).all()
