@@ -156,7 +156,7 @@ def field_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         "**Descent over all policies on three tokens A, B, C.** Arrows: direction in which one exact step on the logits "
         f"moves the policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises "
         "KL(π‖ref), a strip along the edges; right, the same over the logits, where the shaded share of |log π(·)/π(C)| ≤ "
-        f"8 is {area}. k1 in reward and k2 as loss agree and "
+        f"{widest:.0f} is {area}. k1 in reward and k2 as loss agree and "
         f"{'never raise it' if others < 0 else 'raise it somewhere too'}. Circles: the step takes the KL of {points}. All "
         f"exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '03_field')}"
     )

@@ -231,11 +231,14 @@ normalisers = pd.concat(
 bushy = gl.Tree.random(4, 3, study.seed)
 world = gl.Scenario(bushy, bushy.perturbed(kl=0.3, seed=study.seed + 1), name="tree of 4 tokens and 3 steps")
 responses = gl.Rollout.enumerated(world)
-raw = torch.from_numpy(np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(8,))).random(len(responses.weight)))
-score_norm = gl.lengths.score_norms(responses)
-centred = raw - (responses.weight * score_norm) @ raw / (responses.weight @ score_norm)
-rewards = {"in [0, 1]": raw, "centred": centred}
+draws_of_reward = study.pick(full=10, quick=4)
+raw = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(8,))).random((draws_of_reward, len(responses.weight)))
+rewards = {}
+for draw, reward in enumerate(torch.from_numpy(raw)):
+    rewards |= {f"in [0, 1], {draw}": reward, f"centred, {draw}": reward - responses.weight @ reward}
 noise = gl.sequences.with_reward(rewards, world, np.geomspace(0.01, 2, study.pick(full=47, quick=15)).tolist())
+noise["draw"] = noise["reward"].str.extract(r", (\d+)$")[0].astype(int)
+noise["reward"] = noise["reward"].str.replace(r", \d+$", "", regex=True)
 
 # %% [markdown]
 # ## Verdicts

@@ -10,7 +10,7 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 [0.042, 0.198, 0.0]
 """
 
-from gradlab import claims, exact, intervals, montecarlo, plots, report
+from gradlab import claims, exact, intervals, lengths, montecarlo, plots, report, sequences
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.components import components, values
 from gradlab.estimators import Estimator
@@ -40,10 +40,12 @@ __all__ = [
     "exact",
     "field",
     "intervals",
+    "lengths",
     "measure",
     "montecarlo",
     "plots",
     "report",
+    "sequences",
     "simplex",
     "values",
 ]

@@ -132,9 +132,10 @@ def samples_needed(
     An interval `[low, high]` shrinks as 1/√samples. It settles the claim when it ends clear of the nearest threshold; for that
     to happen with probability `power` the gap must be `1 + z_power/z_level` times the interval's reach towards it.
     """
-    value, margin = claim.value, claim.margin
+    value, margin, tails = claim.value, claim.margin, 1
     if claim.relation in ("=", "≠"):
         thresholds = [value - margin, value + margin]
+        tails = 2 if thresholds[0] < centre < thresholds[1] else 1  # both ends must come clear
     else:
         thresholds = [value, value + margin] if claim.relation == ">" else [value - margin, value]
         if thresholds[0] < centre < thresholds[1]:
@@ -143,7 +144,7 @@ def samples_needed(
     for threshold in thresholds:
         reach, gap = (high - centre, threshold - centre) if threshold >= centre else (centre - low, centre - threshold)
         factors.append(reach / gap if gap > 0 else np.inf)
-    ratio = (1 + ndtri(power) / ndtri((1 + level) / 2)) * max(factors)
+    ratio = (1 + ndtri(1 - (1 - power) / tails) / ndtri((1 + level) / 2)) * max(factors)
     return int(np.ceil(samples * ratio**2)) if np.isfinite(ratio) else None
 
 

@@ -18,7 +18,7 @@ from gradlab import markov, targets
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.moments import Loss, Moments, gradients, moments_of
 from gradlab.policies import Gaussian, Markov
-from gradlab.policies.gaussian import REACH
+from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -157,18 +157,26 @@ def _tail(values: Tensor, rollout: Rollout) -> bool:
     when it is too close to 0 to call.
     """
     terms = (rollout.weight * values).abs()
-    panel = 16
-    if float(terms[:panel].sum() + terms[-panel:].sum()) <= 1e-12 * float(terms.sum()) < float("inf"):
+    x, log_density = rollout.tokens[:, 0], values.abs().log() + rollout.behaviour_log_prob[:, 0]
+    # What lies beyond the reach, if the fall over the outermost panel goes on at its rate.
+    beyond = sum(_remainder(x[[end, inner]], log_density[[end, inner]]) for end, inner in ((0, ORDER), (-1, -1 - ORDER)))
+    if beyond <= 1e-10 * float(terms.sum()) < float("inf"):
         return False
     std = float(rollout.behaviour_table[0, 1])
     z = (rollout.tokens[:, 0] - rollout.behaviour_table[0, 0]) / std
-    log_density = values.abs().log() + rollout.behaviour_log_prob[:, 0]
     if _rises_for_good([_quadratic(z[side], log_density[side]) for side in (z < 0, z > 0)]):
         return True
     raise ValueError(
         f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: either "
         "the reference is too much wider than the sampler, or the variances are too close to where the moment stops existing"
     )
+
+
+def _remainder(x: Tensor, log_density: Tensor) -> float:
+    """Integral beyond `x[0]` of an exponential through two points; infinite when it rises outwards."""
+    fall = float(log_density[1] - log_density[0]) / abs(float(x[1] - x[0]))
+    end = float(log_density[0].exp())
+    return 0.0 if end == 0 else end / fall if fall > 0 else float("inf")
 
 
 def _quadratic(z: Tensor, log_density: Tensor) -> tuple[float, float]:

@@ -215,7 +215,9 @@ def _sampled(moments: Moments, gradient: Tensor, level: float, anytime: bool) ->
     noise = intervals.noise(means, traces, truth, level)
     row["cosine"] = float(cosine.estimate)
     for key, interval in (("bias", bias), ("cosine", cosine), ("noise", noise)):
-        row[f"{key}_low"], row[f"{key}_high"] = float(interval.low), float(interval.high)
+        # Estimates use every sample, intervals the batches: with very few samples one can fall outside the other.
+        row[f"{key}_low"] = float(np.fmin(interval.low, row[key]))
+        row[f"{key}_high"] = float(np.fmax(interval.high, row[key]))
     return row
 
 

