@@ -102,7 +102,7 @@ for draw in tqdm(range(draws), desc="gap", disable=None, delay=2):
 gap = pd.concat(found, ignore_index=True)
 
 # %% [markdown]
-# How wrong can it be? The smallest tree: at the root the policy picks `a` half of the time and the reference 70 %, so the root's
+# How wrong can it be? The smallest tree: at the root the policy picks `a` half of the time and the reference 70 %, so its
 # own KL asks for more `a`; but behind `a` lies nearly all of the KL, in a row so saturated that its own gradient is small.
 
 # %%
@@ -148,12 +148,17 @@ for draw in range(study.pick(full=3, quick=1)):
     scenarios += [("vocabulary", x, dense(x, 32, 1.0, draw, "")) for x in (2, 4, 8, *study.pick(full=[16], quick=[]))]
 named = [gl.Scenario(s.policy, s.reference, name=f"{sweep} {x:g} #{i}") for i, (sweep, x, s) in enumerate(scenarios)]
 growth = gl.measure(GROWTH, named, jobs=study.jobs)
-keys = pd.DataFrame({"scenario": [s.name for s in named], "sweep": [k for k, *_ in scenarios], "x": [x for _, x, _ in scenarios]})
+keys = pd.DataFrame(
+    {"scenario": [s.name for s in named], "sweep": [k for k, *_ in scenarios], "x": [x for _, x, _ in scenarios]}
+)
 growth = keys.merge(growth, on="scenario")
 LARGE = {"length, KL per token": longest / 8, "length, KL per response": longest / 8, "KL": 0.1, "vocabulary": 2}
 median = growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index()
 fits = pd.concat(
-    [gl.sequences.exponents(median[median["sweep"] == sweep], ["sweep", "estimator"], "x", "noise", low) for sweep, low in LARGE.items()],
+    [
+        gl.sequences.exponents(median[median["sweep"] == sweep], ["sweep", "estimator"], "x", "noise", low)
+        for sweep, low in LARGE.items()
+    ],
     ignore_index=True,
 )
 study.save_frame("07_exponents", fits)
@@ -200,19 +205,23 @@ baselines["noise_ratio"] = baselines["noise"] / expected**2 / [without[k] for k 
 # %% [markdown]
 # ## Length normalisers
 #
-# With an end token responses differ in length, and a factor 1/L belongs to the response, not to the token. The gradient of k1 as
-# loss is then `E[1/L Σ_t ∇log π(y_t|s_t)] = ∇E[1/L]`: the reference is gone. k1 in reward with `return` becomes
+# With an end token responses differ in length, and a factor 1/L belongs to the response, not to the token. Then the gradient of k1
+# as loss is `E[1/L Σ_t ∇log π(y_t|s_t)] = ∇E[1/L]`: the reference is gone. k1 in reward with `return` becomes
 # `∇E[S/L] − ∇E[1/L]`. One mean over all tokens of a batch of n divides by its own tokens too, which matters at finite n.
 
 # %%
-NORMALISED = {name: CREDITS[name] for name in ("k1-loss", "k1-reward-to-go", "k1-reward-return", "k2-loss", "k2-loss-sequence", "k3-loss")}
+NORMALISED = {
+    name: CREDITS[name] for name in ("k1-loss", "k1-reward-to-go", "k1-reward-return", "k2-loss", "k2-loss-sequence", "k3-loss")
+}
 ended, equal = [], []
 for draw in range(study.pick(full=8, quick=3)):
     policy = gl.Markov.random(5, 64, seed=study.seed + 200 + draw, eos=0)
     rarely = policy.table.clone()
     rarely[:, 0] -= 1.5
     policy = policy.with_parameters(rarely.flatten())
-    ended.append(gl.Scenario(policy, policy.perturbed(kl=0.5, seed=study.seed + 300 + draw), name=f"chain {draw} with an end token"))
+    ended.append(
+        gl.Scenario(policy, policy.perturbed(kl=0.5, seed=study.seed + 300 + draw), name=f"chain {draw} with an end token")
+    )
     equal.append(dense(5, 16, 0.5, draw, f"chain {draw} of 16 tokens"))
 small = gl.Tree.random(3, 6, study.seed, eos=0)
 tree_ended = gl.Scenario(small, small.perturbed(kl=0.5, seed=study.seed + 1), name="tree with an end token")
@@ -250,3 +259,195 @@ verdicts = study.verdicts(
         "07_normalisers": normalisers, "07_noise": noise,
     }
 )  # fmt: skip
+
+# %% [markdown]
+# ## Figures
+
+# %%
+cell, sentence = gl.report.cell, gl.report.sentence
+
+
+def range_of(frame: pd.DataFrame, column: str) -> str:
+    return f"{frame[column].min():.2g}–{frame[column].max():.2g}"
+
+
+part = objectives[objectives["target"] == TARGETS[0]]
+token = part[part["estimator"] == "k2-loss"]
+study.save_figure(
+    "07_objectives",
+    gl.plots.objectives(objectives),
+    objectives,
+    "**Which objective each credit descends.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
+    f"{objectives['scenario'].nunique()} random chains and trees, half of them with an end token ({objectives['vocab'].min()}–"
+    f"{objectives['vocab'].max()} tokens, length {objectives['length'].min()}–{objectives['length'].max()}, KL "
+    f"{range_of(part, 'kl')} "
+    f"nats, seed {study.seed}), exact; filled: 0. From left to right: KL(π‖ref) of whole responses, its frozen-prefix form, "
+    "KL(ref‖π) of whole responses, its frozen-prefix form. Per token, k2 as loss misses the true gradient by "
+    f"{token['bias'].min():.1%} to {token['bias'].max():.1%}. Verdicts: {sentence(verdicts, '07_objectives')}",
+)
+
+
+# %%
+def credit_caption(frame: pd.DataFrame) -> str:
+    def of(name: str, column: str) -> float:
+        return float(cell(frame, column, estimator=name, target="reverse_kl", via="exact"))
+
+    inside, sampled = (rows.set_index(["estimator", "target"]) for _, rows in frame.groupby("via"))
+    hit = ((sampled["noise_low"] <= inside["noise"]) & (inside["noise"] <= sampled["noise_high"])).mean()
+    return (
+        f"**Credit on one chain.** {chain.label}, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses "
+        "(a) and of "
+        f"its frozen-prefix form (b), and noise (c); exact (filled) and from {samples:,} responses (open, 95 % intervals, seed "
+        f"{study.seed}; {hit:.0%} of the intervals of the noise hold the exact value). Credit token is biased by "
+        f"{of('k1-reward', 'bias'):.3f} at noise {of('k1-reward', 'noise'):.3g}; to_go is exact at noise "
+        f"{of('k1-reward-to-go', 'noise'):.3g}, return at {of('k1-reward-return', 'noise'):.3g}, complete Rao–Blackwell "
+        "(full-both) at "
+        f"{of('full-both', 'noise'):.3g}. Token beats to_go in root mean squared error up to batches of "
+        f"{(of('k1-reward-to-go', 'noise') - of('k1-reward', 'noise')) / of('k1-reward', 'bias') ** 2:.0f} responses. k1 as "
+        "loss has no "
+        f"direction, only noise. Verdicts: {sentence(verdicts, '07_credit')} {sentence(verdicts, '07_pairs')}"
+    )
+
+
+study.save_figure("07_credit", gl.plots.credit(credit), credit, credit_caption(credit))
+
+
+# %%
+def gap_caption(frame: pd.DataFrame) -> str:
+    k2 = frame[frame["estimator"] == "k2-loss"]
+
+    def ends(sweep: str, column: str = "bias") -> str:
+        middle = k2[k2["sweep"] == sweep].groupby("x")[column].median()
+        return f"from {middle.iloc[0]:.3f} to {middle.iloc[-1]:.3f}"
+
+    middle = k2.groupby(["sweep", "x"])["bias"].median().reset_index()
+    slope = gl.sequences.exponents(middle, ["sweep"], "x", "bias").set_index("sweep")["exponent"]
+    worst = k2.loc[k2["cosine"].idxmin()]
+    at = step.set_index("estimator").loc["k2-loss"]
+    return (
+        "**What the gradient of a token's own KL misses.** Relative bias (above) and cosine (below) against the gradient of "
+        "the reverse "
+        "KL of responses, exact: k2 as loss per token (equal to k1 in reward with credit token, and to full), k3 as loss per "
+        "token and "
+        f"on the response. Lazy chains of 8 tokens, memory 10, length 64, {PER_TOKEN:g} nats per token unless swept; median "
+        "and "
+        f"range of {draws} draws (seed {study.seed}). The median bias of k2 goes {ends('length')} over the length (at a fixed "
+        "KL per "
+        f"token), {ends('kl')} over the KL (exponent {slope['kl']:.2f}), {ends('vocab')} over the vocabulary, and "
+        f"{ends('memory')} over "
+        f"the memory (exponent {slope['memory']:.2f}), where its cosine falls {ends('memory', 'cosine')} (lowest of all draws "
+        f"{worst['cosine']:.2f}). On a tree of 2 tokens and 2 steps, KL {at['kl']:.3f} nats, it is {at['cosine']:.3f}: an "
+        "exact step of "
+        f"{STEP:g} changes the KL by {at['rise']:+.4f} with k2 as loss, "
+        f"{step.set_index('estimator')['rise']['k1-reward-to-go']:+.4f} with k1 "
+        f"in reward to_go. Verdicts: {sentence(verdicts, '07_step')}"
+    )
+
+
+study.save_figure("07_gap", gl.plots.gap(gap), gap, gap_caption(gap))
+
+
+# %%
+def growth_caption(frame: pd.DataFrame, fits: pd.DataFrame) -> str:
+    table = fits.set_index(["sweep", "estimator"])
+
+    def of(sweep: str, *names: str) -> str:
+        rows = [table.loc[(sweep, name)] for name in names]
+        return ", ".join(
+            f"{name} {row['exponent']:+.2f} ± {row['exponent_error']:.2f}" for name, row in zip(names, rows, strict=True)
+        )
+
+    first, second = "length, KL per token", "length, KL per response"
+    listed = ("k1-reward", "full-loss", "k1-reward-to-go", "full-both", "k1-reward-return", "k1-reward-loo")
+    top = frame[(frame["sweep"] == first) & (frame["estimator"] == "k3-loss-sequence")].groupby("x")["noise"].median()
+    return (
+        f"**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² (median of {study.pick(3, 1)} random chains, exact, "
+        f"seed {study.seed}) over "
+        f"the length with 4 tokens at {RATE:g} nats per token (a) and at 1 nat per response (b), over the KL at length 64 (c) "
+        "and over the "
+        f"vocabulary at 1 nat and length 32 (d). The chain's parameters are shared by all steps, so the squared signal grows "
+        "as length². "
+        f"Exponents in the length (least squares ± standard error, length ≥ {LARGE[first]:g}): (a) {of(first, *listed)}; (b) "
+        f"{of(second, *listed)}. Between the two longest, to_go in (a) has "
+        f"{table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}. k3 as "
+        f"loss on the response grows exponentially with its KL: {top.iloc[-1]:.1e} at {top.index[-1]:g} tokens, beyond the "
+        "frame."
+    )
+
+
+study.save_figure("07_growth", gl.plots.growth(growth, fits), growth, growth_caption(growth, fits))
+
+
+# %%
+def baselines_caption(frame: pd.DataFrame) -> str:
+    exact = frame[frame["via"] == "exact"]
+    loo = exact[exact["baseline"] == "leave_one_out"]
+    step_kl = exact[exact["baseline"] == "kl"]
+    ratios = "; ".join(
+        f"KL {kl:.3g}: {rows['noise_ratio'].iloc[0]:.2f} (n = 2) to {rows['noise_ratio'].iloc[-1]:.2f} (n = 8)"
+        for kl, rows in loo.groupby("kl")
+    )
+    return (
+        f"**Baselines for the KL in the reward.** Chains of 4 tokens and length 32, k1 in reward with credit return. (a) "
+        "Relative bias of the "
+        f"group mean (shrinks the gradient by 1 − 1/n, bias 1/n) and of leave-one-out (none): exact (filled) and from "
+        f"{drawn:,} responses "
+        f"(open, 95 % intervals, seed {study.seed}), KL {middle.kl():.3g} nats. (b) Noise of leave-one-out over that without "
+        "baseline, equal to the "
+        f"group mean's at equal signal: {ratios}. Subtracting the step's KL from to_go leaves "
+        f"{step_kl['noise_ratio'].min():.3f}–{step_kl['noise_ratio'].max():.3f} of its noise. Verdicts: "
+        f"{sentence(verdicts, '07_baselines')}"
+    )
+
+
+study.save_figure("07_baselines", gl.plots.baselines(baselines), baselines, baselines_caption(baselines))
+
+
+# %%
+def normalisers_caption(frame: pd.DataFrame) -> str:
+    variable = frame[frame["variable"] & (frame["normaliser"] == "mean")]
+    k1, k2 = (variable[variable["estimator"] == name] for name in ("k1-loss", "k2-loss"))
+    finite = frame[frame["normaliser"].str.startswith("token_mean of") & (frame["estimator"] == "k2-loss")]
+    batch = finite.assign(batch=finite["normaliser"].str.extract(r"(\d+)$")[0].astype(int))
+    slope = gl.sequences.exponents(batch, ["estimator"], "batch", "misdirection", low=4)["exponent"].iloc[0]
+    longer = (k1["length_change"] > 0).sum()
+    return (
+        f"**Dividing by the length.** {variable['scenario'].nunique()} policies with an end token (mean length "
+        f"{range_of(variable, 'mean_length')}, "
+        f"KL {variable['kl'].median():.2g} nats, seed {study.seed}), all exact. (a) Angle between the expected gradient with "
+        "and without 1/L: for "
+        f"k2 as loss a sine of {k2['misdirection'].min():.2f}–{k2['misdirection'].max():.2f}. (b) Cosine between the descent "
+        "direction and "
+        f"longer responses, without (small) and with 1/L (large). k1 as loss, which has no expected gradient otherwise, "
+        "becomes ∇E[1/L] "
+        f"(relative error {k1['inverse_length'].max():.0e}) and lengthens responses in {longer} of {len(k1)} policies. (c) "
+        "One mean over all "
+        f"tokens of a batch: the angle falls as n^{slope:.2f} (tree of 3 tokens and 6 steps). 1/T and an infinite batch leave "
+        "the direction "
+        f"unchanged. Verdicts: {sentence(verdicts, '07_normalisers')}"
+    )
+
+
+study.save_figure("07_normalisers", gl.plots.normalisers(normalisers), normalisers, normalisers_caption(normalisers))
+
+
+# %%
+def noise_caption(frame: pd.DataFrame) -> str:
+    def least(kind: str) -> str:
+        rows = frame[frame["reward"] == kind]
+        at = rows.loc[rows["noise_ratio"].idxmin()]
+        return f"{at['noise_ratio']:.3f} (at β = {at['coefficient']:.2g})"
+
+    return (
+        f"**k1 as loss beside a reward.** Noise of −r ∇log π + β ∇k1 over that without k1, {world.label}, KL {world.kl():.2g} "
+        "nats, "
+        f"{draws_of_reward} random rewards per response (uniform in [0, 1]; solid) and the same less their mean (dotted); "
+        "exact, seed "
+        f"{study.seed}. The mean gradient stays (relative change {frame['shift'].max():.0e}): β is a constant baseline. The "
+        "noise falls to "
+        f"{least('in [0, 1]')} with raw rewards and to {least('centred')} with centred ones. Verdicts: "
+        f"{sentence(verdicts, '07_noise')}"
+    )
+
+
+study.save_figure("07_noise", gl.plots.shifted(noise), noise, noise_caption(noise))

@@ -58,11 +58,7 @@ def field(
     losses, frames = by_name(estimators), []
     with one_thread(), torch.no_grad():
         table, ref = p.log(), q.log().expand(m, v)
-        contexts, tokens = torch.arange(m).repeat_interleave(v)[:, None], torch.arange(v).repeat(m)[:, None]
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        rollout = Rollout(tokens, mask, p.flatten() / m, contexts, table, ref, table, length=1, expected_length=1.0)
-        # Each context has weight 1/m in the rollout; its own expectation is m times its share.
-        found = gradients(list(losses.values()), rollout).mean(rollout.weight * m).view(-1, m, v)
+        found = expected_gradients(list(losses.values()), table, ref)
         with torch.enable_grad():
             leaf = table.clone().requires_grad_(True)
             before = CATEGORICAL.reverse_kl(leaf, ref)
@@ -77,6 +73,19 @@ def field(
             columns["cosine"] = torch.where(size > 1e-14, (gradient * truth).sum(-1) / size, torch.nan).numpy()
             frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
+
+
+def expected_gradients(losses: Sequence[Loss], table: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Exact on-policy expected gradient of every loss at many one-step policies, `[e, m, v]`.
+
+    table and reference: logits `[m, v]`, one policy and its reference per row. The policies are the contexts of one
+    enumerated rollout, in which each has weight `1/m`; its own expectation is `m` times its share.
+    """
+    m, v = table.shape
+    contexts, tokens = torch.arange(m).repeat_interleave(v)[:, None], torch.arange(v).repeat(m)[:, None]
+    mask, p = torch.ones_like(tokens, dtype=torch.bool), table.softmax(-1)
+    rollout = Rollout(tokens, mask, p.flatten() / m, contexts, table, reference, table, length=1, expected_length=1.0)
+    return gradients(losses, rollout).mean(rollout.weight * m).view(-1, m, v)
 
 
 def _probabilities(what: str, given: npt.ArrayLike, dims: int) -> torch.Tensor:

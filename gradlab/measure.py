@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,7 @@ def measure(
     Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
     """
     losses = by_name(estimators)
-    scenarios = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
+    scenarios = list(scenarios) if isinstance(scenarios, Iterable) else [scenarios]
     names = [target] if isinstance(target, str) else list(target)
     for name in names:
         targets.target(name)
@@ -160,7 +160,8 @@ def _rows(
 
 def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
     size, norm = float(gradient.norm()), float(moments.mean.norm())
-    scale = (moments.trace_cov + norm**2) ** 0.5
+    spread = moments.trace_cov if np.isfinite(moments.trace_cov) else 0.0
+    scale = (spread + norm**2) ** 0.5
     zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING * max(scale, 1.0)
     nan = float("nan")
     return {

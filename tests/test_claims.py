@@ -141,7 +141,6 @@ def test_the_ledger_is_well_formed() -> None:
         assert row.scope
         assert row.frame[:2].isdigit()
         assert row.margin >= 0
-        assert row.where
 
 
 def test_without_frames_everything_is_open_and_only_restricts() -> None:

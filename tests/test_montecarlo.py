@@ -20,7 +20,7 @@ from gradlab import Rollout, intervals, markov, montecarlo
 
 SURE = 1e-4
 E = gl.Estimator
-CHAIN = gl.Markov.random(vocab=3, length=4, seed=0, eos=0)
+CHAIN = gl.Markov.random(vocab=3, length=3, seed=0, eos=0)
 CHAIN_WORLD = gl.Scenario(CHAIN, CHAIN.perturbed(kl=0.3, seed=1), CHAIN.perturbed(kl=0.1, seed=2), name="chain")
 WORLDS = {
     "bandit": scenario("bandit"),
@@ -154,8 +154,8 @@ def test_estimates_lie_in_their_intervals(replicated, world):
 
 @pytest.mark.parametrize("path", ["counted", "drawn", "grouped"])
 def test_squared_bias_and_trace_are_unbiased(path, request):
-    """Mean over 300 runs within 4 standard errors of the truth; the plug-in ‖mean − ∇‖² misses by more than twice that."""
-    world, runs, samples = scenario("tree", off_policy=True), 300, 64
+    """Mean over 200 runs within 4 standard errors of the truth; the plug-in ‖mean − ∇‖² misses by more than twice that."""
+    world, runs, samples = scenario("tree", off_policy=True), 200, 64
     if path == "drawn":
         request.getfixturevalue("drawn")
     loss = GROUPED["loo"] if path == "grouped" else gl.ESTIMATORS["k2-loss"]
@@ -179,8 +179,8 @@ def test_squared_bias_and_trace_are_unbiased(path, request):
 
 
 def test_counted_and_drawn_runs_have_one_distribution(monkeypatch):
-    """Two-sample Kolmogorov–Smirnov over 200 runs each: p above 1e-4; twice the samples are told apart."""
-    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 200
+    """Two-sample Kolmogorov–Smirnov over 150 runs each: p above 1e-4; twice the samples are told apart."""
+    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 150
     target = gl.exact.gradient("reverse_kl", world)
 
     def statistics(samples: int, counted: bool) -> np.ndarray:
@@ -341,9 +341,9 @@ def test_few_samples_give_open_intervals(path, request):
     """Intervals are in order around their estimate for any number of samples, and open where there is nothing to go by."""
     if path == "drawn":
         request.getfixturevalue("drawn")
-    worlds = [WORLDS["bandit"], scenario("eos", off_policy=True), gl.Scenario(gl.Bandit([0, -4]), gl.Bandit([0, -3]))]
+    worlds = [WORLDS["bandit"], gl.Scenario(gl.Bandit([0, -4]), gl.Bandit([0, -3]))]
     for samples in [*range(1, 21), 127, 128, 130]:
-        frame = gl.measure(["k1-loss", "k2-loss", "k3-loss", "full-both"], worlds, samples=samples, seed=samples)
+        frame = gl.measure(["k1-loss", "k3-loss", "full-both"], worlds, samples=samples, seed=samples)
         for statistic, widest in (("bias", (0, math.inf)), ("cosine", (-1, 1)), ("noise", (0, math.inf))):
             low, estimate, high = (frame[f"{statistic}{end}"].to_numpy() for end in ("_low", "", "_high"))
             assert (widest[0] <= low).all(), statistic

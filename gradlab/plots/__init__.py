@@ -5,6 +5,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
+from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -14,12 +15,18 @@ __all__ = [
     "PAGE",
     "VIA",
     "Style",
+    "baselines",
     "coefficients",
+    "credit",
     "crossover",
     "field",
+    "gap",
     "gradients",
+    "growth",
+    "normalisers",
     "objectives",
     "schulman",
+    "shifted",
     "style_of",
     "styled",
     "stylesheet",

@@ -23,7 +23,7 @@ from gradlab.estimators import Estimator
 COLUMN, PAGE = 3.3, 6.9
 STYLESHEET = Path(__file__).parent.parent / "gradlab.mplstyle"
 
-#: Hue = kernel: the Okabe–Ito palette, safe for colour-blind readers; its yellow is darkened for white paper.
+#: Hue = kernel: the Okabe–Ito palette, safe for colour-blind readers; its yellow is darkened until it reads as brown.
 HUES: dict[str, str] = {
     "k1": "#0072B2",
     "k2": "#009E73",
@@ -32,7 +32,7 @@ HUES: dict[str, str] = {
     "k3_swapped": "#E69F00",
     "mse": "#56B4E9",
     "mse_sampled": "#56B4E9",
-    "abs": "#9C8F00",
+    "abs": "#5A4A00",
 }
 #: Lightness = placement: 0 is the hue itself, negative is mixed with black, positive with white.
 LIGHTNESS = {"loss": 0.0, "straight_through": 0.25, "reward": -0.45, "loss+reward": 0.5}
@@ -76,7 +76,8 @@ def _marker(e: Estimator) -> str:
         return "p"
     if e.weight != "none":
         return {"token": "<>", "prefix": "dH", "sequence": "hh"}[e.weight][e.differentiate_weight]
-    return {"token": "s" if e.placement == "reward" else "o", "to_go": "^", "return": "v", "sequence": "D"}[e.credit]
+    per_token = "P" if e.on_vocabulary else "s" if e.placement == "reward" else "o"
+    return {"token": per_token, "to_go": "^", "return": "v", "sequence": "D"}[e.credit]
 
 
 def _shade(colour: str, amount: float) -> str:
