@@ -50,7 +50,7 @@ objectives = gl.measure(CREDITS, policies, target=TARGETS, jobs=study.jobs)
 # %%
 start = gl.sequences.lazy_chain(vocab=4, length=16, memory=10, seed=study.seed)
 chain = gl.Scenario(start, start.perturbed(kl=1, seed=study.seed + 1), name="chain, 4 tokens, memory 10, length 16")
-samples = study.pick(full=40_000, quick=8_000)
+samples = study.pick(full=40_000, quick=4_000)
 credit = pd.concat(
     [
         gl.measure(CREDITS, chain, target=TARGETS[:2]),
@@ -71,7 +71,7 @@ study.save_frame("07_pairs", pairs)
 # probability `1 − 1/memory` and draw a fresh one otherwise; the reference is a random neighbour.
 
 # %%
-draws = study.pick(full=7, quick=3)
+draws = study.pick(full=7, quick=2)
 longest = study.pick(full=512, quick=64)
 PER_TOKEN = 0.02
 
@@ -131,7 +131,7 @@ study.save_frame("07_step", step)
 GROWTH = ["k1-loss", "k1-reward", "full-loss", "k1-reward-to-go", "full-both", "k1-reward-return", "k1-reward-loo", "k3-loss",
           "k3-loss-sequence"]  # fmt: skip
 RATE = 0.05
-lengths = [2**k for k in range(1, 10) if 2**k <= longest]
+lengths = [2**k for k in range(1, 10) if 2**k <= study.pick(full=512, quick=32)]
 
 
 def dense(vocab: int, length: int, kl: float, draw: int, name: str) -> gl.Scenario:
@@ -141,18 +141,21 @@ def dense(vocab: int, length: int, kl: float, draw: int, name: str) -> gl.Scenar
 
 scenarios = []
 for draw in range(study.pick(full=3, quick=1)):
-    full_length = dense(4, longest, RATE * longest, draw, "longest")
+    full_length = dense(4, lengths[-1], RATE * lengths[-1], draw, "longest")
     scenarios += [("length, KL per token", x, gl.sequences.shortened(full_length, x)) for x in lengths]
     scenarios += [("length, KL per response", x, dense(4, x, 1.0, draw, "")) for x in lengths]
-    scenarios += [("KL", x, dense(4, 64, x, draw, "")) for x in (0.01, 0.03, 0.1, 0.3, 1, 3, 10)]
-    scenarios += [("vocabulary", x, dense(x, 32, 1.0, draw, "")) for x in (2, 4, 8, *study.pick(full=[16], quick=[]))]
+    scenarios += [
+        ("KL", x, dense(4, study.pick(64, 8), x, draw, ""))
+        for x in study.pick((0.01, 0.03, 0.1, 0.3, 1, 3, 10), (0.01, 0.1, 1))
+    ]
+    scenarios += [("vocabulary", x, dense(x, study.pick(32, 8), 1.0, draw, "")) for x in study.pick((2, 4, 8, 16), (2, 4))]
 named = [gl.Scenario(s.policy, s.reference, name=f"{sweep} {x:g} #{i}") for i, (sweep, x, s) in enumerate(scenarios)]
 growth = gl.measure(GROWTH, named, jobs=study.jobs)
 keys = pd.DataFrame(
     {"scenario": [s.name for s in named], "sweep": [k for k, *_ in scenarios], "x": [x for _, x, _ in scenarios]}
 )
 growth = keys.merge(growth, on="scenario")
-LARGE = {"length, KL per token": longest / 8, "length, KL per response": longest / 8, "KL": 0.1, "vocabulary": 2}
+LARGE = {"length, KL per token": lengths[-4], "length, KL per response": lengths[-4], "KL": 0.1, "vocabulary": 2}
 median = growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index()
 fits = pd.concat(
     [
@@ -171,7 +174,6 @@ study.save_frame("07_exponents", fits)
 
 # %%
 SIZES = range(2, 9)
-BASE = E("k1", "reward", "return")
 
 
 def grouped(n: int) -> dict[str, gl.Estimator]:
@@ -181,13 +183,15 @@ def grouped(n: int) -> dict[str, gl.Estimator]:
 OTHERS = {name: gl.ESTIMATORS[name] for name in ("k1-reward-return", "k1-reward-to-go", "k1-reward-kl-baseline", "full-both")}
 AGAINST = {"k1-reward-kl-baseline": "k1-reward-to-go"}
 parts = []
-middle = dense(4, 32, 1.0, 0, "chain of 32, KL 1")
+tokens = study.pick(full=32, quick=8)
+middle = dense(4, tokens, 1.0, 0, f"chain of {tokens}, KL 1")
 for kl in (0.1, 1.0, 10.0):
-    scenario = middle if kl == 1 else dense(4, 32, kl, 0, f"chain of 32, KL {kl:g}")
-    parts.append(gl.measure({**OTHERS, **{k: v for n in SIZES for k, v in grouped(n).items()}}, scenario))
-drawn = study.pick(full=20_160, quick=5_040)
+    scenario = middle if kl == 1 else dense(4, tokens, kl, 0, f"chain of {tokens}, KL {kl:g}")
+    sizes = SIZES if kl == 1 else study.pick(full=SIZES, quick=(2, 8))
+    parts.append(gl.measure({**OTHERS, **{k: v for n in sizes for k, v in grouped(n).items()}}, scenario))
+drawn = study.pick(full=20_160, quick=3_360)
 parts.append(gl.measure(OTHERS, middle, samples=drawn, seed=study.seed))
-parts += [gl.measure(grouped(n), middle, samples=drawn, seed=study.seed) for n in SIZES]
+parts += [gl.measure(grouped(n), middle, samples=drawn, seed=study.seed) for n in study.pick(full=SIZES, quick=(2, 4, 8))]
 baselines = pd.concat(parts, ignore_index=True)
 split = baselines["estimator"].str.extract(r"^(group_mean|leave_one_out) (\d)$")
 baselines["baseline"] = split[0].fillna(baselines["estimator"].map({"k1-reward-kl-baseline": "kl"})).fillna("none")
@@ -205,8 +209,8 @@ baselines["noise_ratio"] = baselines["noise"] / expected**2 / [without[k] for k 
 # %% [markdown]
 # ## Length normalisers
 #
-# With an end token responses differ in length, and a factor 1/L belongs to the response, not to the token. Then the gradient of k1
-# as loss is `E[1/L Σ_t ∇log π(y_t|s_t)] = ∇E[1/L]`: the reference is gone. k1 in reward with `return` becomes
+# With an end token responses differ in length, and a factor 1/L belongs to the response, not to the token. Then k1 as loss
+# has the gradient `E[1/L Σ_t ∇log π(y_t|s_t)] = ∇E[1/L]`: the reference is gone. k1 in reward with `return` becomes
 # `∇E[S/L] − ∇E[1/L]`. One mean over all tokens of a batch of n divides by its own tokens too, which matters at finite n.
 
 # %%
@@ -214,8 +218,8 @@ NORMALISED = {
     name: CREDITS[name] for name in ("k1-loss", "k1-reward-to-go", "k1-reward-return", "k2-loss", "k2-loss-sequence", "k3-loss")
 }
 ended, equal = [], []
-for draw in range(study.pick(full=8, quick=3)):
-    policy = gl.Markov.random(5, 64, seed=study.seed + 200 + draw, eos=0)
+for draw in range(study.pick(full=8, quick=2)):
+    policy = gl.Markov.random(5, study.pick(64, 24), seed=study.seed + 200 + draw, eos=0)
     rarely = policy.table.clone()
     rarely[:, 0] -= 1.5
     policy = policy.with_parameters(rarely.flatten())
@@ -225,7 +229,7 @@ for draw in range(study.pick(full=8, quick=3)):
     equal.append(dense(5, 16, 0.5, draw, f"chain {draw} of 16 tokens"))
 small = gl.Tree.random(3, 6, study.seed, eos=0)
 tree_ended = gl.Scenario(small, small.perturbed(kl=0.5, seed=study.seed + 1), name="tree with an end token")
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = study.pick(full=(1, 2, 4, 8, 16, 32, 64), quick=(4, 8, 64))
 normalisers = pd.concat(
     [gl.lengths.normalisers(NORMALISED, [*ended, *equal]), gl.lengths.normalisers(NORMALISED, [tree_ended], BATCHES)],
     ignore_index=True,
@@ -293,12 +297,15 @@ def credit_caption(frame: pd.DataFrame) -> str:
         return float(cell(frame, column, estimator=name, target="reverse_kl", via="exact"))
 
     inside, sampled = (rows.set_index(["estimator", "target"]) for _, rows in frame.groupby("via"))
-    hit = ((sampled["noise_low"] <= inside["noise"]) & (inside["noise"] <= sampled["noise_high"])).mean()
+    hits = {
+        c: ((sampled[f"{c}_low"] <= inside[c] + 1e-12) & (inside[c] <= sampled[f"{c}_high"])).mean() for c in ("bias", "noise")
+    }
     return (
         f"**Credit on one chain.** {chain.label}, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses "
         "(a) and of "
         f"its frozen-prefix form (b), and noise (c); exact (filled) and from {samples:,} responses (open, 95 % intervals, seed "
-        f"{study.seed}; {hit:.0%} of the intervals of the noise hold the exact value). Credit token is biased by "
+        f"{study.seed}; the exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of "
+        "those of the noise; all estimators share the draws). Credit token is biased by "
         f"{of('k1-reward', 'bias'):.3f} at noise {of('k1-reward', 'noise'):.3g}; to_go is exact at noise "
         f"{of('k1-reward-to-go', 'noise'):.3g}, return at {of('k1-reward-return', 'noise'):.3g}, complete Rao–Blackwell "
         "(full-both) at "
@@ -363,9 +370,11 @@ def growth_caption(frame: pd.DataFrame, fits: pd.DataFrame) -> str:
     return (
         f"**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² (median of {study.pick(3, 1)} random chains, exact, "
         f"seed {study.seed}) over "
-        f"the length with 4 tokens at {RATE:g} nats per token (a) and at 1 nat per response (b), over the KL at length 64 (c) "
+        f"the length with 4 tokens at {RATE:g} nats per token (a) and at 1 nat per response (b), over the KL at length "
+        f"{study.pick(64, 8)} (c) "
         "and over the "
-        f"vocabulary at 1 nat and length 32 (d). The chain's parameters are shared by all steps, so the squared signal grows "
+        f"vocabulary at 1 nat and length {study.pick(32, 8)} (d). The chain's parameters are shared by all steps, so the "
+        "squared signal grows "
         "as length². "
         f"Exponents in the length (least squares ± standard error, length ≥ {LARGE[first]:g}): (a) {of(first, *listed)}; (b) "
         f"{of(second, *listed)}. Between the two longest, to_go in (a) has "
@@ -388,7 +397,7 @@ def baselines_caption(frame: pd.DataFrame) -> str:
         for kl, rows in loo.groupby("kl")
     )
     return (
-        f"**Baselines for the KL in the reward.** Chains of 4 tokens and length 32, k1 in reward with credit return. (a) "
+        f"**Baselines for the KL in the reward.** Chains of 4 tokens and length {tokens}, k1 in reward with credit return. (a) "
         "Relative bias of the "
         f"group mean (shrinks the gradient by 1 − 1/n, bias 1/n) and of leave-one-out (none): exact (filled) and from "
         f"{drawn:,} responses "

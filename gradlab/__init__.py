@@ -10,7 +10,7 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 [0.042, 0.198, 0.0]
 """
 
-from gradlab import claims, exact, intervals, lengths, montecarlo, plots, report, sequences
+from gradlab import asymmetry, claims, exact, intervals, lengths, montecarlo, plots, report, restoring, sequences
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.components import components, values
 from gradlab.estimators import Estimator
@@ -35,6 +35,7 @@ __all__ = [
     "Rollout",
     "Scenario",
     "Tree",
+    "asymmetry",
     "claims",
     "components",
     "exact",
@@ -45,6 +46,7 @@ __all__ = [
     "montecarlo",
     "plots",
     "report",
+    "restoring",
     "sequences",
     "simplex",
     "values",

@@ -2,10 +2,11 @@
 
 A token is over-sampled where the log-ratio that the kernel reads is positive (`ℓ > 0`, or `S > 0` with credit `sequence`) and
 under-sampled where it is negative. With `a` the coefficient a response puts on the score `s` of one of its tokens, and `u` the
-true gradient over its norm, the sides share out three totals:
+true gradient over its norm, the sides share out four totals:
 
 * `mass`, `E Σ|a|`: how much coefficient there is;
 * `expected`, `E Σ a ⟨s, u⟩ = ⟨E g, u⟩`: the expected gradient along the true one. Parts are signed and may exceed the whole;
+* `pull`, `E Σ|a ⟨s, u⟩|`: the same with every part counted as positive, so that its shares lie between 0 and 1;
 * `second`, `E Σ a² ‖s‖² = E‖g‖²`: the second moment, which noise is made of.
 """
 
@@ -24,7 +25,7 @@ from gradlab import exact, montecarlo
 from gradlab.coefficients import coefficients
 from gradlab.components import parameters
 from gradlab.estimators import Estimator, log_ratios
-from gradlab.measure import by_name, one_thread
+from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Gaussian, Tree
 from gradlab.rollout import Rollout
@@ -47,6 +48,8 @@ COLUMNS: dict[str, str] = {
     "over_mass": "share of E Σ|a| on over-sampled tokens",
     "under_expected": "share of ⟨E g, u⟩ that comes from under-sampled tokens; signed",
     "over_expected": "share of ⟨E g, u⟩ that comes from over-sampled tokens; signed",
+    "under_pull": "share of E Σ|a⟨s, u⟩| on under-sampled tokens",
+    "over_pull": "share of E Σ|a⟨s, u⟩| on over-sampled tokens",
     "under_second": "share of E‖g‖² that comes from under-sampled tokens",
     "over_second": "share of E‖g‖² that comes from over-sampled tokens",
     "skewness": "skewness of one response's ⟨g, u⟩",
@@ -56,8 +59,8 @@ COLUMNS: dict[str, str] = {
     "largest_probability": "how often a response holds that token there",
 }
 #: Columns with an interval, `_low` and `_high`, in sampled rows.
-SAMPLED = ("under_mass", "under_expected", "under_second", "skewness")
-_SIDES = ("mass", "expected", "second")
+SAMPLED = ("under_mass", "under_expected", "under_pull", "under_second", "skewness")
+_SIDES = ("mass", "expected", "pull", "second")
 
 
 def measure(
@@ -115,7 +118,7 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
     """What every token of every context contributes, exactly; the rows of one context-token pair are summed over responses.
 
     Columns: `parameter`, `probability` (expected number of times a response holds it), `log_ratio`, and its part of
-    `mass`, `expected` and `second` (see the module). Raises `ValueError` as `measure` does.
+    `mass`, `expected`, `pull` and `second` (see the module). Raises `ValueError` as `measure` does.
     """
     ((name, loss),) = by_name(estimator).items()
     with one_thread(), torch.no_grad():
@@ -127,6 +130,17 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
     return pd.DataFrame({"parameter": parameters(scenario), "probability": probability, "log_ratio": log_ratio, **cells})
 
 
+def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quantiles: Sequence[float]) -> pd.DataFrame:
+    """Quantiles over scenarios: one row per group of `by` × quantile × `quantity` (a column of the frame), in `share`, with the `count`."""
+    rows = []
+    for key, part in frame.groupby(list(by), sort=False):
+        for column in columns:
+            values = part[column].dropna().to_numpy(dtype=float)
+            if len(values):
+                rows += [[*key, column, q, float(np.quantile(values, q)), len(values)] for q in quantiles]
+    return pd.DataFrame(rows, columns=[*by, "quantity", "quantile", "share", "count"])
+
+
 def hill(values: Sequence[float] | Array, k: int) -> float:
     """Hill's estimate of the tail index `α`, `P(x > t) ~ t^{−α}`, from the `k` largest of the values' magnitudes.
 
@@ -136,7 +150,9 @@ def hill(values: Sequence[float] | Array, k: int) -> float:
     magnitude = np.abs(np.asarray(values, dtype=np.float64))
     magnitude = magnitude[magnitude > 0]
     if not 1 <= k < len(magnitude):
-        raise ValueError(f"Hill's estimate from the k = {k} largest values needs more than k non-zero ones, got {len(magnitude)}")
+        raise ValueError(
+            f"Hill's estimate from the k = {k} largest values needs more than k non-zero ones, got {len(magnitude)}"
+        )
     top = np.sort(np.partition(magnitude, len(magnitude) - k - 1)[-k - 1 :])
     return float(1 / np.mean(np.log(top[1:] / top[0])))
 
@@ -149,7 +165,9 @@ def tail_index(scenario: Scenario) -> float:
     Raises `ValueError` for other policies: with finitely many tokens there is no tail, only a largest share.
     """
     if not isinstance(scenario.policy, Gaussian) or not isinstance(scenario.reference, Gaussian):
-        raise ValueError(f"a tail index needs a gl.Gaussian, got {type(scenario.policy).__name__}; see `largest_second` instead")
+        raise ValueError(
+            f"a tail index needs a gl.Gaussian, got {type(scenario.policy).__name__}; see `largest_second` instead"
+        )
     ratio = float((scenario.policy.table[0, 1] / scenario.reference.table[0, 1]).square())
     return 1 / (1 - ratio) if ratio < 1 else float("inf")
 
@@ -171,7 +189,8 @@ def _parts(estimator: Estimator, rollout: Rollout, direction: Tensor) -> dict[st
     along = rollout.family.score_dot(*scores, direction.view_as(rollout.table))
     side = log_ratios(estimator, rollout)[0].sign().expand_as(a) * rollout.live
     norm = rollout.family.score_norm(*scores)
-    return {"mass": a.abs(), "expected": a * along, "second": a.square() * norm, "side": side}
+    pull = a * along
+    return {"mass": a.abs(), "expected": pull, "pull": pull.abs(), "second": a.square() * norm, "side": side}
 
 
 def _cells(part: Tensor, rollout: Rollout, weight: Tensor) -> Tensor:
@@ -204,13 +223,14 @@ def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tens
 
 
 def _statistics(sums: Array) -> dict[str, Any]:
-    """Shares and skewness from the sums of `_row`, `[…, 14]`."""
-    found: dict[str, Any] = {"under_probability": sums[..., 9] / sums[..., 10]}
+    """Shares and skewness from the sums of `_row`, the last axis."""
+    held, tokens, mean, square, cube = np.moveaxis(sums[..., 3 * len(_SIDES) :], -1, 0)
+    found: dict[str, Any] = {"under_probability": held / tokens}
     for i, what in enumerate(_SIDES):
         parts = sums[..., 3 * i : 3 * i + 3]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found[f"under_{what}"], found[f"over_{what}"] = (parts[..., side] / parts.sum(-1) for side in (0, 1))
-    mean, square, cube = (sums[..., i] for i in (11, 12, 13))
+        total = parts.sum(-1)
+        total = np.where(np.abs(total) <= ROUNDING * np.abs(parts).sum(-1), np.nan, total)  # of nothing there is no share
+        found[f"under_{what}"], found[f"over_{what}"] = (parts[..., side] / total for side in (0, 1))
     variance = np.maximum(square - mean**2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         found["skewness"] = (cube - 3 * mean * square + 2 * mean**3) / variance**1.5

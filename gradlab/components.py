@@ -12,7 +12,7 @@ from scipy import special
 
 from gradlab import exact, intervals, montecarlo
 from gradlab.estimators import Estimator, kernel_values
-from gradlab.measure import by_name, one_thread
+from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Gaussian
 from gradlab.rollout import Rollout
@@ -137,14 +137,14 @@ def _exact(mean: Array, std: Array, truth: Array) -> dict[str, Array]:
 
 
 def _over(numerator: Array, denominator: Array) -> Array:
-    return numerator / np.where(denominator == 0, np.nan, denominator)
+    return numerator / np.where(np.abs(denominator) <= ROUNDING, np.nan, denominator)
 
 
 def _sampled(means: Array, variances: Array | None, truth: Array, samples: int, level: float) -> dict[str, Array]:
     """From batch means `[p, B]` and, where there are any, variances within batches `[p, B]`."""
     batches = means.shape[-1]
-    centre, nothing = means.mean(-1), np.full(len(means), np.nan)
-    low, high, std, std_low, std_high = nothing - np.inf, nothing + np.inf, nothing, nothing * 0, nothing + np.inf
+    centre = means.mean(-1)
+    low, high, std, std_low, std_high = (np.full(len(means), end) for end in (-np.inf, np.inf, np.nan, 0.0, np.inf))
     if batches >= intervals.MINIMUM_BATCHES:
         reach = special.stdtrit(batches - 1, (1 + level) / 2) * means.std(-1, ddof=1) / batches**0.5
         low, high = centre - reach, centre + reach

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradlab import markov, targets
 from gradlab.estimators import Estimator, kernel_values
-from gradlab.moments import Loss, Moments, gradients, moments_of
+from gradlab.moments import Loss, Moments, as_losses, gradients, moments_of
 from gradlab.policies import Gaussian, Markov
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
@@ -59,7 +59,7 @@ def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | l
     On a `Gaussian` a covariance trace that diverges is `inf`. Raises `ValueError` when there are too many responses to
     enumerate or, on `Markov`, when the estimator does not decompose over time.
     """
-    losses: list[Loss] = list(estimator) if isinstance(estimator, Sequence) else [estimator]
+    losses = as_losses(estimator)
     with torch.no_grad():
         if isinstance(scenario.policy, Markov):
             found = [markov.moments(loss, scenario) for loss in losses]

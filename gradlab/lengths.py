@@ -50,8 +50,9 @@ def length_gradient(policy: Markov | Tree) -> Tensor:
     """`∇E[L]` with respect to the policy's parameters, `[p]`."""
     with torch.enable_grad():
         leaf = policy.parameters.detach().clone().requires_grad_(True)
-        (found,) = torch.autograd.grad(expected_length(policy.with_parameters(leaf)), leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found.detach()
+        # A bandit's length is a constant; adding nothing keeps it differentiable.
+        (found,) = torch.autograd.grad(expected_length(policy.with_parameters(leaf)) + 0 * leaf.sum(), leaf)
+    return found
 
 
 def length_distribution(policy: Markov | Tree) -> Tensor:

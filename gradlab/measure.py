@@ -162,7 +162,7 @@ def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
     size, norm = float(gradient.norm()), float(moments.mean.norm())
     spread = moments.trace_cov if np.isfinite(moments.trace_cov) else 0.0
     scale = (spread + norm**2) ** 0.5
-    zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING * max(scale, 1.0)
+    zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING
     nan = float("nan")
     return {
         "via": "exact",

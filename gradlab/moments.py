@@ -18,6 +18,16 @@ from gradlab.rollout import Rollout
 Loss = Callable[[Rollout], Tensor]
 
 
+def as_losses(given: Loss | Sequence[Loss]) -> list[Loss]:
+    """One loss or several as a list. Raises `ValueError` for anything that is neither callable nor a list of callables."""
+    losses = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for loss in losses:
+        if not callable(loss):
+            hint = f"; gl.ESTIMATORS[{loss!r}] looks a catalogue name up" if isinstance(loss, str) else ""
+            raise ValueError(f"an estimator is a gl.Estimator or a function of a rollout, got {loss!r}{hint}")
+    return losses
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Mean gradient `[p]` and trace of the covariance of one sample's gradient.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradlab.estimators import Estimator
-from gradlab.moments import Gradients, Loss, Moments, gradients
+from gradlab.moments import Gradients, Loss, Moments, as_losses, gradients
 from gradlab.policies import Gaussian
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
@@ -52,7 +52,7 @@ def moments(
     depends on the policy, not on `samples`. Raises `ValueError` when `samples` is not a positive whole number, or not a
     multiple of a group size.
     """
-    losses: list[Loss] = list(estimator) if isinstance(estimator, Sequence) else [estimator]
+    losses = as_losses(estimator)
     check_samples(samples)
     found: dict[int, Moments] = {}
     grouped = {e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}

@@ -96,6 +96,26 @@ def times(
     return pd.concat(rows, ignore_index=True)
 
 
+def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Add ratios of times to a frame of `times`: against another estimator, and of a dropped token against an inflated one.
+
+    `versus_<name>` (`<name>` the kernel of `baseline`) is the time over that of `baseline` at the same start;
+    `dropped_versus_inflated`, in rows of a dropped token, the time over that of the opposite shift. A time at the limit is at
+    least so long: where only one of two is, the ratio is a bound, and missing where both are.
+    """
+    keys = ["estimator", "reference", "shift"]
+    took = frame.set_index(keys)[["time", "restored"]]
+    found = frame.copy()
+    base = took.loc[list(zip([baseline] * len(frame), frame["reference"], frame["shift"], strict=True))].reset_index(drop=True)
+    mirror = took.reindex(pd.MultiIndex.from_arrays([frame["estimator"], frame["reference"], -frame["shift"]], names=keys))
+    mirror = mirror.reset_index(drop=True)
+    known = frame["restored"] | base["restored"]
+    found[f"versus_{baseline.partition('-')[0]}"] = (frame["time"] / base["time"]).where(known)
+    known = (frame["restored"] | mirror["restored"].eq(True)) & (frame["shift"] < 0)
+    found["dropped_versus_inflated"] = (frame["time"] / mirror["time"]).where(known)
+    return found
+
+
 def paths(
     estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
     reference: npt.ArrayLike,

@@ -60,7 +60,7 @@ def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
 
 def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
     if policy.length == 1:
-        return policy.family.mse(policy.table, reference.table).sum()
+        return policy.family.mse(policy.table, reference.table)[0]
     rollout = Rollout.enumerated(Scenario(policy, reference))
     return 0.5 * (rollout.log_prob.sum(-1).exp() - rollout.reference_log_prob.sum(-1).exp()).square().sum()
 

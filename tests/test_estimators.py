@@ -326,3 +326,12 @@ def test_values_compare_hash_and_travel():
         e.kernel = "k1"
     with pytest.raises(ValueError, match="no meaning with placement='loss'"):
         dataclasses.replace(e, placement="loss", baseline=None, group=None)
+
+
+@pytest.mark.parametrize("given", ["k3-loss", ["k3-loss"], [3.0]])
+def test_moments_of_something_that_is_no_estimator_say_what_is(given):
+    policy = gl.Bandit([0.0, 1.0])
+    scenario = gl.Scenario(policy, policy.perturbed(0.3))
+    for function in (gl.exact.moments, gl.montecarlo.moments):
+        with pytest.raises(ValueError, match="an estimator is a gl.Estimator or a function of a rollout"):
+            function(given, scenario)

@@ -6,6 +6,8 @@ ZERO = 1e-9
 REVERSE, FROZEN = "reverse_kl", "reverse_kl_frozen_prefix"
 FORWARD, FORWARD_FROZEN = "forward_kl", "forward_kl_frozen_prefix"
 
+RAW, CENTRED = "in [0, 1]", "centred"
+
 
 def _bias(
     identifier: str, scope: str, estimator: str | tuple[str, ...], relation: Relation, target: str = REVERSE,
@@ -35,18 +37,22 @@ def _baseline(identifier: str, scope: str, baseline: str, statistic: str, relati
     return claim(identifier, scope, "07_baselines", statistic, relation, value, margin, *ranges, baseline=baseline, via="exact")
 
 
-def _noise(scope: str, statistic: str, relation: Relation, value: float, margin: float, *reward: str) -> Claim:
-    where = {"reward": reward} if reward else {}
-    return claim("k1-loss-noise", scope, "07_noise", statistic, relation, value, margin, **where)
+def _noise(
+    scope: str, statistic: str, relation: Relation, value: float, margin: float, reward: tuple[str, ...], low: float = 0.0
+) -> Claim:
+    scope = f"on-policy moments: {scope}"
+    ranges = within("coefficient", low=low)
+    return claim("k1-loss-noise", scope, "07_noise", statistic, relation, value, margin, *ranges, reward=reward)
 
 
 CLAIMS: tuple[Claim, ...] = (
     claim("k1-loss-zero", "sequences, on-policy sum", "07_objectives", "gradient_norm", "=", 0, 1e-10,
           estimator="k1-loss", via="exact"),
     _inverse("k1-loss-zero", "sequences of unequal length, 1/L normaliser", "gradient_norm", "=", ZERO),
-    _noise("on-policy moments: mean of a reward's gradient unchanged", "shift", "=", 0, ZERO),
-    _noise("on-policy moments: noise never falls, centred rewards", "noise_ratio", ">", 1, 0.0, "centred"),
-    _noise("on-policy moments: noise never falls, rewards in [0, 1]", "noise_ratio", ">", 1, 0.0, "in [0, 1]"),
+    _noise("mean of a reward's gradient unchanged", "shift", "=", 0, ZERO, (RAW, CENTRED)),
+    _noise("only more noise, rewards in [0, 1]", "noise_ratio", ">", 1, 0.0, (RAW,)),
+    _noise("only more noise, centred rewards", "noise_ratio", ">", 1, 0.0, (CENTRED,)),
+    _noise("only more noise, centred rewards, β ≥ 0.1", "noise_ratio", ">", 1, 0.0, (CENTRED,), 0.1),
     _bias("target", "sequences, E[S ∇log π(y)]", "k1-reward-return", "="),
     _bias("k1-reward", "sequences, credit token", "k1-reward", "="),
     _bias("k1-reward", "sequences, credit token, against the frozen-prefix form", "k1-reward", "=", FROZEN),
@@ -79,5 +85,5 @@ CLAIMS: tuple[Claim, ...] = (
               *within("kl", 9.0)),
     _baseline("baseline-noise", "leave-one-out, KL of 0.1 nats, n = 2 … 8", "leave_one_out", "noise_ratio", "<", 1, 0.0,
               *within("kl", high=0.2)),
-    _baseline("baseline-noise", "KL of the step, any KL", "kl", "noise_ratio", "<", 1),
+    _baseline("baseline-noise", "KL of the step, KL of 0.1 to 10 nats", "kl", "noise_ratio", "<", 1),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 Colour = estimator (hue by kernel, lightness by placement), marker = credit and weight, line style = via, truth = black line.
 """
 
+from gradlab.plots.asymmetry import dropped, restoring, sides, tails
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
@@ -19,16 +20,20 @@ __all__ = [
     "coefficients",
     "credit",
     "crossover",
+    "dropped",
     "field",
     "gap",
     "gradients",
     "growth",
     "normalisers",
     "objectives",
+    "restoring",
     "schulman",
     "shifted",
+    "sides",
     "style_of",
     "styled",
     "stylesheet",
+    "tails",
     "tokens",
 ]

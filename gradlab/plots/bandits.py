@@ -80,6 +80,9 @@ def objectives(frame: pd.DataFrame) -> Figure:
                 text, ink = "0", "black" if np.dot(to_rgb(colour), [0.3, 0.59, 0.11]) > 0.55 else "white"
             ax.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
     short = [target.replace("_frozen_prefix", "").replace("_", " ") for target in targets]
+    # Of one step both forms are the same; beside the whole one the frozen one says what it is.
+    short = [f"{name}\nfrozen" if target.removesuffix("_frozen_prefix") in {*targets} - {target} else name
+             for name, target in zip(short, targets, strict=True)]  # fmt: skip
     ax.set_xticks(range(len(targets)), short)
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.tick_top()

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, dots, handle, panels, style_of, styled
 
 #: How targets are written on an axis.
-SHORT = {"reverse_kl": "∇KL(π‖ref)", "reverse_kl_frozen_prefix": "frozen-prefix ∇KL"}
+SHORT = {"reverse_kl": "∇KL(π‖ref)", "reverse_kl_frozen_prefix": "its frozen form"}
 
 
 @styled
@@ -58,7 +58,7 @@ def _via_handles() -> list[Line2D]:
 
 @styled
 def gap(frame: pd.DataFrame) -> Figure:
-    """Bias (above) and cosine (below) of expected gradients over each sweep: the median of the draws, and their range.
+    """Bias (above, from 0.008) and cosine (below) of expected gradients over each sweep: median of the draws, and their range.
 
     Reads `sweep, x, estimator, bias, cosine`; one column of panels per sweep.
     """
@@ -77,17 +77,23 @@ def gap(frame: pd.DataFrame) -> Figure:
         grid[1, column].set(xlabel=labels.get(sweep, sweep))
         grid[1, column].axhline(1, **TRUTH)
         grid[1, column].axhline(0, color="#999999", linewidth=0.6)
-        ticks = sorted(set(frame.loc[frame["sweep"] == sweep, "x"]))
-        grid[1, column].set_xticks(ticks[:: max(1, len(ticks) // 4)], [f"{x:g}" for x in ticks[:: max(1, len(ticks) // 4)]])
+        ticks = _ticks(frame.loc[frame["sweep"] == sweep, "x"])
+        grid[1, column].set_xticks(ticks, [f"{x:g}" for x in ticks])
         grid[1, column].minorticks_off()
     for ax in grid.flat:
         ax.grid()
-    grid[0, 0].set_ylabel("relative bias")
+    grid[0, 0].set(ylabel="relative bias", ylim=(8e-3, 3))
     grid[0, 0].yaxis.set_major_formatter("{x:g}")
     grid[1, 0].set_ylabel("cosine with the truth")
     figure.legend(handles=[handle(name) for name in names], loc="outside upper right", ncols=len(names))
     panels(grid.flat)
     return figure
+
+
+def _ticks(values: pd.Series[Any]) -> list[float]:
+    """At most four of the points of a sweep."""
+    points = sorted({float(value) for value in values})
+    return points[:: (len(points) + 3) // 4]
 
 
 def _band(ax: Axes, part: pd.DataFrame, statistic: str, name: str) -> None:
@@ -104,7 +110,7 @@ def growth(frame: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     Reads `sweep, x, estimator, noise`, and `sweep, estimator, exponent` of the fits.
     """
     sweeps, names = list(dict.fromkeys(frame["sweep"])), list(dict.fromkeys(frame["estimator"]))
-    figure = Figure(figsize=(PAGE, 2.75))
+    figure = Figure(figsize=(PAGE, 3.4))
     axes = figure.subplots(1, len(sweeps), sharey=True)
     for ax, sweep in zip(axes, sweeps, strict=True):
         for name in names:
@@ -114,9 +120,8 @@ def growth(frame: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         quantity, _, fixed = sweep.partition(", ")
         ax.set(xscale="log", yscale="log", title=f"fixed {fixed}" if fixed else f"over the {sweep}")
         ax.set(xlabel={"length": "length, tokens", "KL": "KL of a response, nats"}.get(quantity, quantity))
-        ticks = sorted(set(frame.loc[frame["sweep"] == sweep, "x"]))
-        step = max(1, (len(ticks) + 3) // 4)
-        ax.set_xticks(ticks[::step], [f"{x:g}" for x in ticks[::step]])
+        ticks = _ticks(frame.loc[frame["sweep"] == sweep, "x"])
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
         ax.minorticks_off()
         ax.grid()
     axes[0].set_ylim(3e-3, 3e4)
@@ -124,7 +129,7 @@ def growth(frame: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     slopes = fits.set_index(["sweep", "estimator"])["exponent"]
     handles = [handle(name, label=f"{name}  {_exponents(slopes, sweeps[:2], name)}") for name in names]
     legend = figure.legend(
-        handles=handles, loc="outside right center", title="exponents in the length (a, b)", alignment="left"
+        handles=handles, loc="outside lower center", ncols=3, title="estimator, exponent in the length (a, b)", alignment="left"
     )
     legend.get_title().set_fontweight("bold")
     panels(axes)
@@ -149,7 +154,7 @@ def baselines(frame: pd.DataFrame) -> Figure:
     shown = grouped[grouped["scenario"].isin(grouped.loc[grouped["via"] == "sampled", "scenario"])]
     n = np.linspace(grouped["group"].min(), grouped["group"].max(), 50)
     axes[0].plot(n, 1 / n, **TRUTH)
-    axes[0].annotate("1/n", (n[8], 1 / n[8]), (4, 3), textcoords="offset points", fontsize=7)
+    axes[0].annotate("1/n", (n[5], 1 / n[5]), (4, 3), textcoords="offset points", fontsize=7)
     axes[0].axhline(0, **TRUTH)
     for look, part in shown.groupby("look", sort=False):
         exact, sampled = part[part["via"] == "exact"], part[part["via"] == "sampled"]
@@ -188,7 +193,7 @@ def normalisers(frame: pd.DataFrame) -> Figure:
     """
     names = list(dict.fromkeys(frame["estimator"]))[::-1]
     figure = Figure(figsize=(PAGE, 2.4))
-    axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
+    axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
     whole = frame[frame["variable"]]
     for y, name in enumerate(names):
         part = whole[whole["estimator"] == name]
@@ -201,21 +206,23 @@ def normalisers(frame: pd.DataFrame) -> Figure:
                 axes[1].plot([before, after], [at, at], color=style_of(name).colour, linewidth=0.7)
                 dots(axes[1], [before], [at], name, markersize=2, alpha=0.5)
             dots(axes[1], [after], [at], name, markersize=3)
+        if mean["misdirection"].isna().all():
+            axes[0].text(0.03, y, "no direction without 1/L", fontsize=7, va="center")
     for ax in axes[:2]:
         ax.axvline(0, **TRUTH)
         ax.grid(axis="x")
         ax.set(ylim=(-0.5, len(names) - 0.5))
         ax.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].set(title="1/L, direction", xlabel="sine of the angle to no normaliser")
+    axes[0].set(title="1/L, direction", xlabel="sine of the angle to the sum")
     axes[1].set_yticks(range(len(names)), [])
-    axes[1].set(title="1/L, length", xlabel="← shorter      cos(−E g, ∇E[L])      longer →", xlim=(-1, 1))
+    axes[1].set(title="1/L, length", xlabel="cos(−E g, ∇E[L]), longer →", xlim=(-1, 1))
     finite = frame[frame["normaliser"].str.startswith("token_mean of")]
     for name in [n for n in names[::-1] if finite.loc[finite["estimator"] == n, "misdirection"].notna().any()]:
         part, look = finite[finite["estimator"] == name], style_of(name)
         batch = part["normaliser"].str.extract(r"(\d+)$")[0].astype(int)
         axes[2].plot(batch, part["misdirection"], VIA["exact"], color=look.colour, marker=look.marker, markersize=3)
-    axes[2].set(title="one mean over a batch's tokens", xlabel="responses in the batch", xscale="log", yscale="log")
+    axes[2].set(title="token mean of a batch", xlabel="responses in the batch", xscale="log", yscale="log")
     axes[2].set_ylabel("sine of the angle")
     axes[2].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     axes[2].yaxis.set_major_formatter("{x:g}")

@@ -107,7 +107,7 @@ def styled(function: F) -> F:
 
 def panels(axes: Iterable[Axes]) -> None:
     """Letter the panels of a figure, in front of their titles."""
-    for letter, ax in zip("abcdefgh", axes, strict=False):
+    for letter, ax in zip("abcdefghijkl", axes, strict=False):
         ax.set_title(f"{letter}  {ax.get_title(loc='left')}")
 
 

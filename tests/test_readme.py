@@ -1,0 +1,53 @@
+"""What the README shows, run as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradlab import cli
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("gradlab ")
+]
+
+
+def test_the_python_of_the_readme_runs_and_shows_what_it_says():
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    gl, scenario = names["gl"], names["scenario"]
+    frame = gl.measure("k3-loss", scenario, target=["reverse_kl", "forward_kl_frozen_prefix"])
+    assert frame.bias[0] > 0.05
+    assert frame.bias[1] < 1e-12
+    mine = gl.measure([names["my_loss"], "k2-loss"], scenario)
+    assert mine.bias[0] == pytest.approx(mine.bias[1], rel=1e-10)
+    unbiased = gl.exact.moments(names["complete"], names["lagging"]).mean
+    assert (unbiased - gl.exact.gradient("reverse_kl", names["lagging"])).norm() < 1e-12
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " reproduce" not in c])
+def test_the_commands_of_the_readme_run(command, monkeypatch, capsys):
+    monkeypatch.chdir(README.parent)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_pictures_of_the_readme_exist_and_its_analyses_are_all_of_them():
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
+        assert (README.parent / picture).is_file()
+    assert set(re.findall(r"^\* `(\d\d_\w+)`", TEXT, re.MULTILINE)) == set(cli.analyses())

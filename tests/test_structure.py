@@ -1,0 +1,75 @@
+"""The shape of the package: imports follow the way of the data, and what is public is documented and runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradlab as gl
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["gradlab", *(module.name for module in pkgutil.walk_packages(gl.__path__, "gradlab."))]
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check the import contracts of pyproject.toml on the package in a folder."""
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_imports_point_backwards():
+    pytest.importorskip("importlinter")
+    result = lint(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+def test_a_forward_import_is_caught(tmp_path):
+    pytest.importorskip("importlinter")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "gradlab", tmp_path / "gradlab", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "gradlab" / "kernels.py").open("a", encoding="utf-8") as kernels:
+        kernels.write("\nfrom gradlab import measure\n")
+    with (tmp_path / "gradlab" / "plots" / "__init__.py").open("a", encoding="utf-8") as plots:
+        plots.write("\nfrom gradlab.exact import moments\n")
+    result = lint(tmp_path)
+    assert result.returncode == 1
+    assert "gradlab.kernels -> gradlab.measure" in result.stdout
+    assert "gradlab.plots -> gradlab.exact" in result.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_documented_and_their_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, "no docstring"
+    results = doctest.testmod(module)
+    assert results.failed == 0
+
+
+def test_there_are_examples():
+    found = [test for test in doctest.DocTestFinder().find(gl, "gradlab", module=gl) if test.examples]
+    assert sum(len(test.examples) for test in found) >= 3
+
+
+@pytest.mark.parametrize("name", gl.__all__)
+def test_what_is_public_exists_and_is_documented(name):
+    item = getattr(gl, name)
+    if inspect.isclass(item) or inspect.isfunction(item) or inspect.ismodule(item):
+        assert len(inspect.getdoc(item) or "") > 20, "no docstring"
+    if inspect.isclass(item):
+        for key, member in vars(item).items():
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(function) and not key.startswith("_"):
+                assert inspect.getdoc(getattr(item, key)), f"{name}.{key} has no docstring"  # its own, or that of a base
+
+
+def test_public_names_are_sorted_and_complete():
+    assert list(gl.__all__) == sorted(set(gl.__all__), key=lambda name: (not name.isupper(), name[0].islower(), name))
