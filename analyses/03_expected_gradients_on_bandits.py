@@ -131,7 +131,7 @@ def objectives_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
         f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL "
         f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats, seed {study.seed}), exact; filled: 0, the loss descends that "
-        "objective. chi2 is ½χ²(π‖ref), mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm "
+        "objective. ½χ² is of π against ref, mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm "
         f"{round(float(nothing), 12):g}. Verdicts: {gl.report.sentence(verdicts, '03_objectives')}"
     )
 

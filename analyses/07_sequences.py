@@ -157,6 +157,8 @@ keys = pd.DataFrame(
 growth = keys.merge(growth, on="scenario")
 LARGE = {"length, KL per token": lengths[-4], "length, KL per response": lengths[-4], "KL": 0.1, "vocabulary": 2}
 median = growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index()
+if growth["noise"].isna().any():
+    raise ValueError("a noise is missing: the median of the draws would be one of fewer draws")
 fits = pd.concat(
     [
         gl.sequences.exponents(median[median["sweep"] == sweep], ["sweep", "estimator"], "x", "noise", low)
@@ -373,9 +375,8 @@ def growth_caption(frame: pd.DataFrame, fits: pd.DataFrame) -> str:
         f"the length with 4 tokens at {RATE:g} nats per token (a) and at 1 nat per response (b), over the KL at length "
         f"{study.pick(64, 8)} (c) "
         "and over the "
-        f"vocabulary at 1 nat and length {study.pick(32, 8)} (d). The chain's parameters are shared by all steps, so the "
-        "squared signal grows "
-        "as length². "
+        f"vocabulary at 1 nat and length {study.pick(32, 8)} (d). The chain's parameters are shared by all steps, so in (a) the "
+        "squared signal grows as length². "
         f"Exponents in the length (least squares ± standard error, length ≥ {LARGE[first]:g}): (a) {of(first, *listed)}; (b) "
         f"{of(second, *listed)}. Between the two longest, to_go in (a) has "
         f"{table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}. k3 as "

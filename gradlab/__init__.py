@@ -10,7 +10,20 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 [0.042, 0.198, 0.0]
 """
 
-from gradlab import asymmetry, claims, exact, intervals, lengths, montecarlo, plots, report, restoring, sequences
+from gradlab import (
+    asymmetry,
+    claims,
+    exact,
+    intervals,
+    lengths,
+    montecarlo,
+    off_policy,
+    plots,
+    report,
+    restoring,
+    search,
+    sequences,
+)
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.components import components, values
 from gradlab.estimators import Estimator
@@ -44,9 +57,11 @@ __all__ = [
     "lengths",
     "measure",
     "montecarlo",
+    "off_policy",
     "plots",
     "report",
     "restoring",
+    "search",
     "sequences",
     "simplex",
     "values",

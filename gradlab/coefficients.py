@@ -91,8 +91,7 @@ def _of_reward(e: Estimator, rollout: Rollout) -> Coefficients:
         return Coefficients(values)
     score = (w * values).expand_as(rollout.log_prob)
     if e.differentiate_weight:
-        log_prob = rollout.log_prob.sum(-1, keepdim=True) if e.credit == "sequence" else rollout.log_prob
-        score = score + _through_weight(e, _weight_slope(e, rollout) * values * log_prob, rollout)
+        score = score + _through_weight(e, _weight_slope(e, rollout) * values * rollout.log_prob, rollout)
     return Coefficients(score)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from gradlab import exact, montecarlo
@@ -77,6 +76,19 @@ def compensating(free_layers: int = 2) -> Scenario:
     return Scenario(Tree(np.log(policy)), Tree(np.log(reference)), name=name)
 
 
+def sharing() -> Scenario:
+    """The chain on which the frozen-prefix form of Rao–Blackwell is noisier than sampling: two tokens, three steps.
+
+    Two steps emit from the row of token 0, and share its logits. There a drawn `ℓ · score` tends to be followed by a step whose
+    expected gradient has the opposite sign; summing over the vocabulary gives up that compensation. On a tree, whose steps have
+    logits of their own, it cannot happen.
+    """
+    first, other = [0.9, 0.1], [0.5, 0.5]
+    policy, reference = ([[row, other], first] for row in ([0.3, 0.7], [0.99, 0.01]))
+    chains = (Markov(np.log(start), np.log(rows), length=3) for rows, start in (policy, reference))
+    return Scenario(*chains, name="sharing chain, 3 steps")
+
+
 def bands(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
     """Quantiles over scenarios: one row per combination of `by`, with `scenarios` (their number) and, for every column,
     its `_low` (10 %), median (under the column's own name), `_high` (90 %), `_min` and `_max`.
@@ -84,18 +96,13 @@ def bands(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str]) -> pd.
     Missing values are left out, infinite ones ranked last.
     """
     groups = frame.groupby(list(by), sort=False, dropna=False)
+    # Nearest order statistics, so that an infinite value does not turn into NaN by interpolation.
+    ends = {share: groups[list(columns)].quantile(share, interpolation="nearest") for share in (*QUANTILES.values(), 0.0, 1.0)}
     found: dict[str, Any] = {"scenarios": groups.size()}
     for column in columns:
         for end, share in (*QUANTILES.items(), ("min", 0.0), ("max", 1.0)):
-            name = column if end == "median" else f"{column}_{end}"
-            found[name] = groups[column].agg(lambda values, share=share: _quantile(values, share))
+            found[column if end == "median" else f"{column}_{end}"] = ends[share][column]
     return pd.DataFrame(found).reset_index()
-
-
-def _quantile(values: pd.Series[Any], share: float) -> float:
-    # An order statistic, so that infinities do not turn into NaN by interpolation.
-    known = np.sort(values.dropna().to_numpy(dtype=float))
-    return float(known[round(share * (len(known) - 1))]) if len(known) else float("nan")
 
 
 def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.DataFrame:
@@ -107,18 +114,21 @@ def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.Dat
     """
     if points < 3:
         raise ValueError(f"a slope with an error needs at least 3 points, got {points}")
-    rows = []
     keys = ["family", "scenario", "estimator", "target"]
-    for key, part in frame.groupby(keys, sort=False):
-        near = part.nsmallest(points, "kl")
-        if len(near) < points or not (near[column] > ROUNDING).all():
-            continue
-        fit = stats.linregress(np.log(near["kl"]), np.log(near[column]))
-        common = dict(zip(keys, key, strict=True)) | {"via": "exact", "statistic": column}
-        ends = {"kl_min": near["kl"].min(), "kl_max": near["kl"].max(), "points": points}
-        rows.append({**common, "slope": fit.slope, "slope_error": fit.stderr, "factor": np.exp(fit.intercept), **ends})
-    columns = [*keys, "via", "statistic", "slope", "slope_error", "factor", "kl_min", "kl_max", "points"]
-    return pd.DataFrame(rows, columns=columns)
+    near = frame.sort_values("kl", kind="stable").groupby(keys, sort=False).head(points)
+    near = near[near[column] > ROUNDING]
+    counts = near.groupby(keys, sort=False)[column].transform("size")
+    near = near[counts == points].sort_values([*keys, "kl"], kind="stable")
+    kl, value = (near[name].to_numpy(dtype=float).reshape(-1, points) for name in ("kl", column))
+    x, y = np.log(kl), np.log(value)
+    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    spread = np.square(dx).sum(-1)
+    slope = (dx * dy).sum(-1) / spread
+    residual = np.square(dy - slope[:, None] * dx).sum(-1) / (points - 2)
+    found = near[keys].iloc[::points].reset_index(drop=True).assign(via="exact", statistic=column)
+    factor = np.exp(y.mean(-1) - slope * x.mean(-1))
+    fits = {"slope": slope, "slope_error": np.sqrt(residual / spread), "factor": factor}
+    return found.assign(**fits, kl_min=kl[:, 0], kl_max=kl[:, -1], points=points)
 
 
 def versus(frame: pd.DataFrame, estimator: str, other: str, target: str = "reverse_kl") -> pd.DataFrame:
@@ -196,7 +206,6 @@ def _squared_errors(loss: Loss, scenario: Scenario, truth: Tensor, size: int, re
     return found
 
 
-#: The second order of k3 as loss, as a surrogate: `E[½(δ−1)² score]` is what it lacks of the principled gradient, to leading order.
 def second_order(rollout: Rollout) -> Tensor:
     """`Σ_t sg(½(δ_t − 1)²) log π(y_t|s_t)`, `[n]`: per token, the error claimed for k3 as loss (arXiv 2510.01555)."""
     gap = torch.expm1(-rollout.log_ratio)

@@ -22,7 +22,6 @@ from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
-
 #: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
 BORDER = 5e-4
 #: `covariance` is refused when it would hold more numbers than this (half a GiB).

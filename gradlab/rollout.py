@@ -100,8 +100,8 @@ class Rollout:
             outside = (tokens < 0) | (tokens >= logits.shape[-1])
             if bool((outside & mask).any()):
                 raise ValueError(
-                    f"a live token has id {int(tokens[outside & mask][0])}, outside the vocabulary of {logits.shape[-1]} that the "
-                    "logits cover; mask out padding, and shift tokens and logits so that logits[:, t] emits tokens[:, t]"
+                    f"a live token has id {int(tokens[outside & mask][0])}, outside the vocabulary of {logits.shape[-1]} "
+                    "that the logits cover; mask out padding, and shift tokens and logits so that logits[:, t] emits tokens[:, t]"
                 )
             tokens = torch.where(outside, 0, tokens)
         contexts = torch.arange(tokens.numel()).view(tokens.shape)

@@ -89,6 +89,7 @@ def test_the_smallest_tree_by_hand(output):
 def test_noise_grows_as_the_scaling_argument_says(output):
     """Signal² ∝ T². Token credit sums T nearly independent terms, a centred return has T², one with its mean up to T³."""
     fits = read(output, "07_exponents").set_index(["sweep", "estimator"])["exponent"]
+    assert not read(output, "07_growth")["noise"].isna().any()
     assert fits["KL"]["k1-loss"] == pytest.approx(-1, abs=0.1)
     policy = gl.Markov.random(3, 256, seed=4)
     long = gl.Scenario(policy, policy.perturbed(kl=50, seed=5))

@@ -152,9 +152,14 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, capsys, tmp_path
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "frame.csv"
     target.write_text("old", encoding="utf-8")
-    with pytest.raises(KeyboardInterrupt), gl.report.written(target) as part:
-        part.write_text("half of the n", encoding="utf-8")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with gl.report.written(target) as part:
+            part.write_text("half of the n", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert target.read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["frame.csv"]
 

@@ -68,8 +68,8 @@ def test_intervals_cover_the_exact_figure() -> None:
     hits: dict[tuple[str, str], list[bool]] = {}
     for seed in range(150):
         measured = {
-            "gradient": gl.components("k2-loss", BANDIT, samples=1024, seed=seed, level=0.9).iloc[0],
-            "value": gl.values("k2", BANDIT, samples=1024, seed=seed, level=0.9).iloc[0],
+            "gradient": gl.components("k2-loss", BANDIT, samples=320, seed=seed, level=0.9).iloc[0],
+            "value": gl.values("k2", BANDIT, samples=320, seed=seed, level=0.9).iloc[0],
         }
         for what, row in measured.items():
             for column in ("expected", "ratio", "bias", "std"):

@@ -130,3 +130,18 @@ def test_k1_beside_a_reward_is_a_baseline():
     assert found["shift"].max() < 1e-12
     with pytest.raises(ValueError, match="one number per response"):
         sequences.with_reward({"r": reward[1:]}, world, [1.0])
+
+
+def test_a_heavy_tail_does_not_make_a_target_zero():
+    """Noise beyond 1e24 of its signal says nothing about the size of the target: bias and noise are numbers, and right."""
+    policy = gl.Markov.random(4, 512, seed=51)
+    world = gl.Scenario(policy, policy.perturbed(kl=25.6, seed=151))
+    rows = gl.measure("k3-loss-sequence", world, target=["reverse_kl", "forward_kl"]).set_index("target")
+    assert rows.loc["forward_kl", "bias"] < 1e-9
+    assert rows.loc["reverse_kl", "bias"] > 0.01
+    # Var e^{−S} = Σ ref²/π − 1 by its own transfer matrix; the trace is that times a score norm of order length.
+    pi, ref = (p.table.softmax(-1).numpy() for p in (world.policy, world.reference))
+    state = (ref**2 / pi)[0]
+    for _ in range(511):
+        state = state @ (ref**2 / pi)[1:]
+    assert 1 < rows.loc["reverse_kl", "trace_cov"] / state.sum() / 512 < 100

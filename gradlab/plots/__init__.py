@@ -6,6 +6,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 from gradlab.plots.asymmetry import dropped, restoring, sides, tails
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
+from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
@@ -17,9 +18,13 @@ __all__ = [
     "VIA",
     "Style",
     "baselines",
+    "batches",
+    "catalogue",
     "coefficients",
     "credit",
     "crossover",
+    "crossovers",
+    "distances",
     "dropped",
     "field",
     "gap",
@@ -27,10 +32,12 @@ __all__ = [
     "growth",
     "normalisers",
     "objectives",
+    "ratios",
     "restoring",
     "schulman",
     "shifted",
     "sides",
+    "slopes",
     "style_of",
     "styled",
     "stylesheet",

@@ -79,7 +79,7 @@ def objectives(frame: pd.DataFrame) -> Figure:
                 ax.add_patch(Rectangle((x - 0.42, y - 0.4), 0.84, 0.8, color=colour, linewidth=0))
                 text, ink = "0", "black" if np.dot(to_rgb(colour), [0.3, 0.59, 0.11]) > 0.55 else "white"
             ax.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
-    short = [target.replace("_frozen_prefix", "").replace("_", " ") for target in targets]
+    short = [target.replace("_frozen_prefix", "").replace("_kl", " KL").replace("chi2", "½χ²") for target in targets]
     # Of one step both forms are the same; beside the whole one the frozen one says what it is.
     short = [f"{name}\nfrozen" if target.removesuffix("_frozen_prefix") in {*targets} - {target} else name
              for name, target in zip(short, targets, strict=True)]  # fmt: skip

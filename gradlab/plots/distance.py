@@ -40,7 +40,7 @@ def _logarithmic(ax: Axes, both: bool = False) -> None:
 
 
 @styled
-def distance(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) -> Figure:
+def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) -> Figure:
     """Relative bias, cosine and noise over the KL: a column per family, bands over random scenarios.
 
     Reads `family, estimator, kl` and `bias, cosine, noise` with `_low`, `_high`. bias and noise name the estimators drawn in
