@@ -333,5 +333,5 @@ def test_moments_of_something_that_is_no_estimator_say_what_is(given):
     policy = gl.Bandit([0.0, 1.0])
     scenario = gl.Scenario(policy, policy.perturbed(0.3))
     for function in (gl.exact.moments, gl.montecarlo.moments):
-        with pytest.raises(ValueError, match="an estimator is a gl.Estimator or a function of a rollout"):
+        with pytest.raises(ValueError, match=r"an estimator is a gl\.Estimator or a function of a rollout"):
             function(given, scenario)

@@ -115,7 +115,7 @@ def runs() -> dict[tuple[str, str], tuple[list[Any], Any, torch.Tensor]]:
     names = ["k3-loss", "k1-reward-to-go"]  # biased, unbiased
     losses, found = [gl.ESTIMATORS[name] for name in names], {}
     with pytest.MonkeyPatch.context() as patch:
-        for world, batches, label in ((scenario("tree", seed=3), 32, "tree"), (CHAIN_WORLD.on_policy(), 16, "chain")):
+        for world, batches, label in ((scenario("tree", seed=3), 24, "tree"), (CHAIN_WORLD.on_policy(), 16, "chain")):
             patch.setattr(montecarlo, "BATCHES", batches)
             patch.setattr(montecarlo, "COUNTED_RESPONSES", 0 if label == "chain" else 2**15)
             sampled = [montecarlo.moments(losses, world, 32 * batches, seed=5, stream=(run,)) for run in range(REPLICATES)]
@@ -183,8 +183,8 @@ def test_squared_bias_and_trace_are_unbiased(path, request):
 
 
 def test_counted_and_drawn_runs_have_one_distribution(monkeypatch):
-    """Two-sample Kolmogorov–Smirnov over 150 runs each: p above 1e-4; twice the samples are told apart."""
-    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 150
+    """Two-sample Kolmogorov–Smirnov over 100 runs each: p above 1e-4; twice the samples are told apart."""
+    world, loss, runs = scenario("eos", off_policy=True), gl.ESTIMATORS["k3-loss"], 100
     target = gl.exact.gradient("reverse_kl", world)
 
     def statistics(samples: int, counted: bool) -> np.ndarray:
@@ -244,6 +244,7 @@ def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, uni
     """The largest chunk ever drawn stays below `CHUNK` doubles, in steps as in whole gradients."""
     chain = gl.Markov.random(vocab=vocab, length=length, seed=0)
     monkeypatch.setattr(montecarlo, "CHUNK", 2**11)
+    monkeypatch.setattr(montecarlo, "BATCHES", 8)
     monkeypatch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
     sizes: list[int] = []
     original = Rollout.drawn
@@ -254,7 +255,7 @@ def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, uni
 
     monkeypatch.setattr(Rollout, "drawn", recorded)
     largest = []
-    for samples in (128, 6400, 12_800):
+    for samples in (128, 1600, 3200):
         sizes.clear()
         montecarlo.moments(loss, gl.Scenario(chain, chain.perturbed(kl=0.1)), samples)
         assert sum(sizes) == samples
@@ -267,7 +268,8 @@ def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, uni
 @pytest.mark.parametrize("losses", [[gl.ESTIMATORS["k2-loss"], half_k2], [GROUPED["loo"]]], ids=["single", "grouped"])
 def test_chunks_add_up(monkeypatch, drawn, losses):
     """Served the same responses in larger or smaller chunks, the run gives the same result."""
-    pool, mask = CHAIN.sample(4096, np.random.default_rng(0))
+    pool, mask = CHAIN.sample(2048, np.random.default_rng(0))
+    monkeypatch.setattr(montecarlo, "BATCHES", 8)
     found = []
     for chunk in (2**30, 2**9, 2**7):
         served = 0
@@ -279,7 +281,7 @@ def test_chunks_add_up(monkeypatch, drawn, losses):
 
         monkeypatch.setattr(gl.Markov, "sample", serve)
         monkeypatch.setattr(montecarlo, "CHUNK", chunk)
-        found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 4096))
+        found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 2048))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert_same(b.batch_means, a.batch_means, tolerance=1e-13)
@@ -346,7 +348,7 @@ def test_few_samples_give_open_intervals(path, request):
     if path == "drawn":
         request.getfixturevalue("drawn")
     worlds = [WORLDS["bandit"], gl.Scenario(gl.Bandit([0, -4]), gl.Bandit([0, -3]))]
-    for samples in [*range(1, 21), 127, 128, 130]:
+    for samples in [*range(1, 21), 130]:
         frame = gl.measure(["k1-loss", "k3-loss", "full-both"], worlds, samples=samples, seed=samples)
         for statistic, widest in (("bias", (0, math.inf)), ("cosine", (-1, 1)), ("noise", (0, math.inf))):
             low, estimate, high = (frame[f"{statistic}{end}"].to_numpy() for end in ("_low", "", "_high"))

@@ -110,7 +110,7 @@ def test_logits_come_as_anything_and_are_copied(convert):
         (lambda: gl.Markov(LOGITS[0], LOGITS), r"transition logits must be \[3, 3\].*got \[4, 3\]"),
         (lambda: gl.Markov(LOGITS[0, :2], LOGITS[1:]), r"transition logits must be \[2, 2\].*got \[3, 3\]"),
         (lambda: gl.Markov(LOGITS, LOGITS[1:]), r"initial logits must have shape \[v\]"),
-        (lambda: gl.Markov(LOGITS[0], LOGITS[1:] * math.inf), "transition logits must be finite"),
+        (lambda: gl.Markov(LOGITS[0], LOGITS[1:] + math.inf), "transition logits must be finite"),
         (lambda: gl.Markov(LOGITS[0], LOGITS[1:], length=0), "length must be a positive whole number, got 0"),
         (lambda: gl.Markov(LOGITS[0], LOGITS[1:], length=2.5), r"got 2\.5"),
         (lambda: gl.Markov(LOGITS[0], LOGITS[1:], length=True), "got True"),

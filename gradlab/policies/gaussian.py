@@ -89,7 +89,7 @@ class Gaussian:
         return Gaussian(self.mean + self.std * float(noise[0]), self.std * math.exp(float(noise[1])))
 
     def perturbed(self, scale: float | None = None, seed: int = 0, *, kl: float | None = None) -> Gaussian:
-        """Gaussian noise of size `scale` on the mean (in units of std) and log std, or as much as `KL(self ‖ result) = kl` takes."""
+        """Gaussian noise of size `scale` on mean (in units of std) and log std, or as much as `KL(self ‖ result) = kl` takes."""
         return perturbation(self, scale, kl, seed)
 
 

@@ -228,7 +228,8 @@ class Tree(Tabular):
         if vocab**length * 8 > ENUMERATION_BYTES:
             raise ValueError(
                 f"a Tree of {vocab} tokens and length {length} has {vocab}^{length} logits, more than the "
-                f"{ENUMERATION_BYTES / 2**30:g} GiB allowed; for long responses use gl.Markov, which is solved by dynamic programming"
+                f"{ENUMERATION_BYTES / 2**30:g} GiB allowed; "
+                "for long responses use gl.Markov, which is solved by dynamic programming"
             )
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
 
