@@ -50,8 +50,11 @@ compositions = gl.search.described(tried).merge(gl.search.worst(searched), on="e
 noises = searched[searched["target"] == GOAL].pivot_table(index="estimator", columns="scenario", values="noise", sort=False)
 compositions = compositions.merge(noises.set_axis([f"noise_{i}" for i in range(len(trees))], axis=1).reset_index())
 compositions["sampled"] = ~compositions["kernel"].isin(["full", "mse"])
-compositions["via"] = "exact"
-unbiased = compositions.loc[compositions[f"bias_{GOAL}"] < gl.search.UNBIASED, "estimator"]
+compositions["unbiased"], compositions["via"] = compositions[f"bias_{GOAL}"] < gl.search.UNBIASED, "exact"
+unbiased = compositions.loc[compositions["unbiased"], "estimator"]
+rao_blackwell = gl.ESTIMATORS["full-both-prefix"].name
+ratios = noises / noises.loc[rao_blackwell]
+compositions["noise_ratio"] = compositions["estimator"].map(ratios.min(axis=1))
 compositions["same_as"] = compositions["estimator"].map(gl.search.twins({n: tried[n] for n in unbiased}, trees[0]))
 
 # %% [markdown]
@@ -159,7 +162,7 @@ UNBIASED = {
     **variant("k1-reward-to-go", "sequence"), **variant("k1-loss", "prefix", True), **variant("k3-both", "sequence"),
     **variant("k3-loss", "prefix", True), **variant("full-both", "sequence"), **variant("full-both", "prefix"),
 }  # fmt: skip
-longest, middle = study.pick(full=(128, 64), quick=(32, 16))
+longest, middle = study.pick(full=(128, 64), quick=(64, 16))
 RATE = 0.01
 
 
@@ -209,8 +212,9 @@ long = pd.concat(parts, ignore_index=True)
 
 def candidates(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """The estimators a panel chooses from; k1 as loss regularises nothing and is left out."""
-    whole = frame["estimator"].str.startswith("full-")
-    kept = frame[~frame["estimator"].str.startswith("k1-loss")].assign(panel=np.where(whole, f"{where}, whole vocabulary", f"{where}, sampled tokens"))
+    kept = frame[~frame["estimator"].str.startswith("k1-loss")]
+    known = np.where(kept["estimator"].str.startswith("full-"), "whole vocabulary", "sampled tokens")
+    kept = kept.assign(panel=[f"{where}, {part}" for part in known])
     return kept[["panel", "nominal", "draw", "estimator", "bias", "noise"]]
 
 
@@ -219,3 +223,14 @@ found = gl.off_policy.errors(pool, BATCHES, by=("panel", "nominal"))
 regrets = gl.off_policy.regrets(found)
 study.save_frame("08_regrets", regrets)
 winners = gl.off_policy.winners(found, by=("panel", "nominal")).merge(FIELDS, on="estimator")
+
+# %% [markdown]
+# ## Verdicts
+
+# %%
+verdicts = study.verdicts(
+    {
+        "08_compositions": compositions, "08_shipped": in_use, "08_published": published, "08_repulsion": repulsion, "08_lag": lags,
+        "08_growth": growth, "08_exponents": fits.assign(via="exact"),
+    }
+)  # fmt: skip

@@ -118,7 +118,9 @@ def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.Dat
     near = frame.sort_values("kl", kind="stable").groupby(keys, sort=False).head(points)
     near = near[near[column] > ROUNDING]
     counts = near.groupby(keys, sort=False)[column].transform("size")
-    near = near[counts == points].sort_values([*keys, "kl"], kind="stable")
+    near = near[counts == points]
+    group = near.groupby(keys, sort=False).ngroup()
+    near = near.iloc[np.lexsort((near["kl"], group))]
     kl, value = (near[name].to_numpy(dtype=float).reshape(-1, points) for name in ("kl", column))
     x, y = np.log(kl), np.log(value)
     dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
@@ -192,12 +194,18 @@ def sampled_rmse(
                         for index, (scenario, truth) in enumerate(zip(scenarios, truths, strict=True))
                     ]
                 )
-                found = np.sqrt(np.median(errors.mean(-1)))
-                spread = np.sqrt(np.median(errors[:, resampled].mean(-1), axis=0))
+                found = float(_median(errors.mean(-1, keepdims=True))[0])
+                spread = _median(errors[:, resampled].mean(-1))
                 low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
                 ends = {"rmse": found, "rmse_low": min(low, found), "rmse_high": max(high, found)}
                 rows.append({"estimator": name, "batch": size, "via": "sampled", "samples": replicates, **ends})
     return pd.DataFrame(rows)
+
+
+def _median(squares: Array) -> Array:
+    """Root of the median over scenarios, the median of `bands`."""
+    found: Array = pd.DataFrame(squares).quantile(0.5, interpolation="nearest").to_numpy() ** 0.5
+    return found
 
 
 def _squared_errors(loss: Loss, scenario: Scenario, truth: Tensor, size: int, replicates: int, seed: int) -> Array:

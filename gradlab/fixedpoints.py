@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import BDF, OdeSolution
 from scipy.optimize import root
 from torch import Tensor
 from tqdm import tqdm
@@ -30,9 +31,11 @@ from gradlab.scenario import Scenario
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 #: The flow is followed until this time, in logits per nat, or until a response is rarer than this many nats.
-HORIZON, RAREST = 1e9, 200.0
+HORIZON, RAREST = 1e8, 200.0
 #: A flow whose scaled velocity has fallen to this is handed over to root finding.
-ARRIVED = 1e-5
+ARRIVED = 1e-4
+#: Steps of the solver between two looks at whether it has arrived.
+LOOK = 4
 #: Largest scaled velocity that counts as none.
 STILL = 1e-9
 #: Name of the ascent without a regulariser.
@@ -126,13 +129,15 @@ class Ascent:
         weight = self.log_probabilities(table).exp()
         reference = self.world.reference.table
         rollout = Rollout(self.tokens, self.mask, weight, self.contexts, table, reference, table, self.world.reference.length)
-        found = torch.zeros_like(table)
+        pull = Gradients(rollout, torch.zeros_like(rollout.log_prob)[None])
         if self.estimator is not None:
-            found = gradients([self.estimator], rollout).mean(weight).view(self.shape)
+            pull = gradients([self.estimator], rollout)
         if parts:
-            return found
-        earned = Gradients(rollout, (self.world.reward[:, None] * rollout.live)[None]).mean(weight).view(self.shape)
-        return earned - self.coefficient * found
+            return pull.mean(weight).view(self.shape)
+        # One contraction for both: the reward is a coefficient on the scores, too.
+        score = self.world.reward[:, None] * rollout.live - self.coefficient * pull.score
+        direct = tuple((which, -self.coefficient * share, slope) for which, share, slope in pull.direct)
+        return Gradients(rollout, score, direct).mean(weight).view(self.shape)
 
     def scaled(self, table: Tensor) -> Tensor:
         """Velocity of each logit over how often its token is drawn, less that of the last token: `[rows, v − 1]`, nats.
@@ -157,11 +162,12 @@ def ascend(
     coefficient: float,
     start: Bandit | Tree | None = None,
     points: int = 200,
+    tolerance: float = 1e-6,
 ) -> FixedPoint:
     """Follow exact ascent from `start` (the reference) until it rests, or to the horizon.
 
     estimator: catalogue name or `Estimator`; `None` for no regulariser. The flow `dθ/dτ = F(θ)` is integrated by `BDF` with the
-    exact Jacobian; a rest inside the simplex is then solved for, with the last logit of every context held, by scipy's hybrid
+    exact Jacobian, to a relative `tolerance` per step; a rest inside the simplex is then solved for, with the last logit of every context held, by scipy's hybrid
     Powell method. Raises `ValueError` for an unknown name and as `World` and `Ascent` do.
     """
     chosen = by_name(estimator).popitem()[1] if isinstance(estimator, str) else estimator
@@ -169,10 +175,10 @@ def ascend(
     ascent = Ascent(world, chosen, coefficient)
     with one_thread(), torch.no_grad():
         begin = (world.reference if start is None else start).table.flatten().numpy().copy()
-        flow = _flow(ascent, begin)
-        end, residual = flow.y[:, -1], _residual(ascent, flow.y[:, -1])
+        end, flow = _flow(ascent, begin, tolerance)
+        residual = _residual(ascent, end)
         status = "moving"
-        if residual <= 10 * ARRIVED:
+        if residual <= ARRIVED:
             solved = _solve(ascent, end)
             away = np.abs(_responses(ascent, solved) - _responses(ascent, end)).max()
             if (better := _residual(ascent, solved)) <= STILL and away <= 1e-2:
@@ -180,9 +186,9 @@ def ascend(
         probabilities = _responses(ascent, end)
         if status != "interior" and probabilities.min() < 1e-6:
             status = "boundary"
-        last = max(float(flow.t[-1]), 1e-3)
+        last = float(flow.t_max)
         times = np.concatenate([[0.0], np.geomspace(min(1e-2, last / 2), last, points - 1)])
-        path = np.stack([_responses(ascent, flow.sol(t)) for t in times])
+        path = np.stack([_responses(ascent, flow(t)) for t in times])
         rate, curl = _linearised(ascent, end)
     return FixedPoint(torch.from_numpy(end).view(ascent.shape), probabilities, status, residual, rate, curl, times, path)
 
@@ -191,21 +197,29 @@ def measure(
     estimators: Sequence[str] | Mapping[str, Estimator],
     worlds: World | Sequence[World],
     coefficients: Sequence[float],
+    jobs: int = 1,
 ) -> pd.DataFrame:
     """Where exact ascent on `E[r] − β·penalty` ends, for every world × estimator × β: the columns of `COLUMNS`.
 
-    The ascent without a regulariser is added for each world (coefficient 0). Raises `ValueError` for unknown names.
+    The ascent without a regulariser is added for each world (coefficient 0). jobs: worker processes, with the same result. Raises `ValueError` for unknown names.
     """
     losses = by_name(estimators if isinstance(estimators, Mapping) else list(estimators))
     listed = [worlds] if isinstance(worlds, World) else list(worlds)
     tasks = [(w, name, loss, c) for w in listed for name, loss in losses.items() for c in coefficients]
-    free = {world.name: ascend(world, None, 0.0) for world in listed}
-    rows = [_row(world, UNREGULARISED, 0.0, free[world.name], free[world.name]) for world in listed]
-    for world, name, loss, c in tqdm(tasks, desc="fixed points", disable=None, delay=2):
+    for name, loss in losses.items():
         if not isinstance(loss, Estimator):
             raise ValueError(f"{name} is a function: exact ascent differentiates its expectation, which needs a gl.Estimator")
-        rows.append(_row(world, name, c, ascend(world, loss, c, points=2), free[world.name]))
+    work = [*((world, None, 0.0) for world in listed), *((world, loss, c) for world, _, loss, c in tasks)]
+    calls = (joblib.delayed(_ended)(*item) for item in tqdm(work, desc="fixed points", disable=None, delay=2))
+    ends: list[FixedPoint] = joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(calls)
+    free = dict(zip((world.name for world in listed), ends, strict=False))
+    rows = [_row(world, UNREGULARISED, 0.0, free[world.name], free[world.name]) for world in listed]
+    rows += [_row(w, name, c, end, free[w.name]) for (w, name, _, c), end in zip(tasks, ends[len(listed) :], strict=True)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _ended(world: World, estimator: Any, coefficient: float) -> FixedPoint:
+    return ascend(world, estimator, coefficient, points=2, tolerance=1e-4)
 
 
 def _row(world: World, name: str, coefficient: float, found: FixedPoint, free: FixedPoint) -> dict[str, Any]:
@@ -243,23 +257,29 @@ def _kl(p: Array, q: Array) -> float:
     return max(float((p * ratio + q - p).sum()), 0.0)
 
 
-def _flow(ascent: Ascent, begin: Array) -> Any:
+def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, OdeSolution]:
+    """Step until the flow has arrived, a response is given up, or the horizon: the last logits, and the way there."""
+
     def velocity(_: float, flat: Array) -> Array:
         return ascent.velocity(torch.from_numpy(flat).view(ascent.shape)).flatten().numpy()
 
-    def arrived(_: float, flat: Array) -> float:
-        return _residual(ascent, flat) - ARRIVED
-
-    def given_up(_: float, flat: Array) -> float:
-        return float(ascent.log_probabilities(torch.from_numpy(flat).view(ascent.shape)).min()) + RAREST
-
-    for event in (arrived, given_up):
-        event.terminal = True  # type: ignore[attr-defined]
-    return solve_ivp(
-        velocity, (0.0, HORIZON), begin, method="BDF", dense_output=True, rtol=1e-6, atol=1e-8, events=(arrived, given_up),
+    def jacobian(_: float, flat: Array) -> Array:
         # Past the end of the simplex a trial step may overflow: it then fails to converge and is taken again, shorter.
-        jac=lambda _, flat: np.nan_to_num(ascent.jacobian(ascent.velocity, flat), nan=0.0, posinf=0.0, neginf=0.0),
-    )  # fmt: skip
+        return np.nan_to_num(ascent.jacobian(ascent.velocity, flat), nan=0.0, posinf=0.0, neginf=0.0)
+
+    solver = BDF(velocity, 0.0, begin, HORIZON, rtol=tolerance, atol=tolerance / 10, jac=jacobian)
+    times, pieces = [0.0], []
+    while solver.status == "running":
+        solver.step()
+        if solver.status == "failed":
+            break
+        times.append(float(solver.t))
+        pieces.append(solver.dense_output())
+        if len(pieces) % LOOK == 0 and _residual(ascent, solver.y) <= ARRIVED:
+            break
+        if float(ascent.log_probabilities(torch.from_numpy(solver.y).view(ascent.shape)).min()) < -RAREST:
+            break
+    return solver.y, OdeSolution(times, pieces)
 
 
 def _residual(ascent: Ascent, flat: Array) -> float:

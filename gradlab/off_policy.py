@@ -147,9 +147,12 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
 
 def winners(found: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
     """The rows of `errors` with the smallest error, and `runner_up` with the regret of taking it instead."""
-    ordered = found.sort_values("rmse", kind="stable").groupby([*by, "batch"], sort=False)
-    second = ordered.nth(1).rename(columns={"estimator": "runner_up", "regret": "runner_up_regret"}).drop(columns="rmse")
-    best = ordered.nth(0).merge(second, on=[*by, "batch"], how="left")
+    # Errors that agree to rounding are equal, and the estimator named first wins: a bound that never binds wins nothing.
+    order = np.log(found["rmse"]).round(9)
+    ordered = found.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
+    groups = ordered.groupby([*by, "batch"], sort=False)
+    second = groups.nth(1).rename(columns={"estimator": "runner_up", "regret": "runner_up_regret"}).drop(columns="rmse")
+    best = groups.nth(0).merge(second, on=[*by, "batch"], how="left")
     return best.sort_values([*by, "batch"], kind="stable", ignore_index=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,10 +110,8 @@ def _of_tokens(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
     w, carry = ("w" if e.weight in ("prefix", "sequence") else "1"), (ratio if e.weight == "prefix" else ONE)
     weighs = e.weight in ("token", "prefix") and not stays  # the step's own ratio is part of its weight
     local = replace(e, credit="token", normalise="sum", baseline=None if e.grouped else e.baseline, group=None)
-    if weighs:
-        local = replace(local, weight="token")
-    else:
-        local = replace(local, weight="none", differentiate_weight=False, truncate=None)
+    weighting: dict[str, Any] = {"weight": "none", "differentiate_weight": False, "truncate": None}
+    local = replace(local, **({"weight": "token"} if weighs else weighting))
     rows: Rows = {w: {w: carry}, "G": {"G": ONE, w: _term(local, at)}}
     if e.credit != "token":
         k, log_prob = kernel_step(e, at), (ratio if weighs else ONE) * _log_prob(at)

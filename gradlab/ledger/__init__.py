@@ -1,9 +1,18 @@
 """The claims themselves, as data: one row per claim and scope, grouped by the analysis that measures it."""
 
-from gradlab.ledger import asymmetry, bandits, coefficients, distance, sequences, values
+from gradlab.ledger import asymmetry, bandits, coefficients, distance, fixedpoints, off_policy, sequences, values
 from gradlab.ledger.form import Claim, Condition, among, claim, within
 from gradlab.ledger.statements import STATEMENTS
 
-CLAIMS: tuple[Claim, ...] = (*values.CLAIMS, *coefficients.CLAIMS, *bandits.CLAIMS, *distance.CLAIMS, *asymmetry.CLAIMS, *sequences.CLAIMS)
+CLAIMS: tuple[Claim, ...] = (
+    *values.CLAIMS,
+    *coefficients.CLAIMS,
+    *bandits.CLAIMS,
+    *distance.CLAIMS,
+    *asymmetry.CLAIMS,
+    *sequences.CLAIMS,
+    *off_policy.CLAIMS,
+    *fixedpoints.CLAIMS,
+)
 
 __all__ = ["CLAIMS", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]

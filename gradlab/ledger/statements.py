@@ -24,6 +24,10 @@ STATEMENTS: dict[str, tuple[str, str]] = {
         "implied by the use of k3 as loss, e.g. GRPO, arXiv 2402.03300",
     ),
     "k1-loss-zero": ("k1 as loss has expected gradient 0, whatever the reference", f"{_P} §5; {_TANG}"),
+    "k1-loss-repels": (
+        "off-policy, k1 as loss descends −KL(μ‖π): it runs from the behaviour, whatever the reference",
+        "derived",
+    ),
     "k1-loss-noise": ("k1 as loss only adds noise to training", _P),
     "target": ("∇KL(π‖ref) = E[log(π/ref) ∇log π]", f"{_P}, Eq. 12"),
     "k1-reward": ("k1 in reward is the principled reverse-KL gradient", _P),
@@ -46,6 +50,11 @@ STATEMENTS: dict[str, tuple[str, str]] = {
     "rho-k2": ("weighting by the ratio fixes k2 as loss the same way", "NeMo-RL, slime"),
     "k3-plus": ("straight-through k3+ (value k3, gradient k2) fixes k3", "verl"),
     "open-off-policy": ("no shipped configuration is unbiased for the off-policy sequence reverse KL", _SHAH),
+    "off-policy-noise": (
+        "complete Rao–Blackwell with prefix weights is the least noisy unbiased off-policy composition",
+        "derived",
+    ),
+    "off-policy-growth": ("the noise of an unbiased off-policy KL gradient grows with the length of the response", "folklore"),
     "rao-blackwell": ("the full-vocabulary KL per step is unbiased and never has more variance", _AMINI),
     "bounded": ("the MSE form is bounded and is the gradient of ½Σ(π−ref)²", f"{_P}, on MiniMax-01"),
     "length": ("a 1/L normaliser leaves the target of the regulariser unchanged", _COMMON),

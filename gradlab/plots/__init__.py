@@ -7,6 +7,7 @@ from gradlab.plots.asymmetry import dropped, restoring, sides, tails
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
+from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
@@ -17,6 +18,7 @@ __all__ = [
     "PAGE",
     "VIA",
     "Style",
+    "ascents",
     "baselines",
     "batches",
     "catalogue",
@@ -27,6 +29,7 @@ __all__ = [
     "distances",
     "dropped",
     "field",
+    "fixed_points",
     "gap",
     "gradients",
     "growth",
@@ -43,4 +46,5 @@ __all__ = [
     "stylesheet",
     "tails",
     "tokens",
+    "weaker",
 ]

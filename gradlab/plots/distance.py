@@ -49,7 +49,7 @@ def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) ->
     families = list(dict.fromkeys(frame["family"]))
     figure = Figure(figsize=(PAGE, 5.1))
     grid = figure.subplots(3, len(families), sharex=True, sharey="row", squeeze=False)
-    for axes, (statistic, label) in zip(grid, _ROWS.items(), strict=True):
+    for row, (axes, (statistic, label)) in enumerate(zip(grid, _ROWS.items(), strict=True)):
         for ax, family in zip(axes, families, strict=True):
             for name in noise if statistic == "noise" else bias:
                 rows = frame[(frame["family"] == family) & (frame["estimator"] == name)]
@@ -57,11 +57,10 @@ def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) ->
                     band(ax, rows, name, statistic)
             _logarithmic(ax, both=statistic != "cosine")
             ax.axhline({"bias": 1, "cosine": 0, "noise": 1}[statistic], color="#777777", linewidth=0.6, zorder=1)
-            if axes is grid[0]:
-                ax.set_title(family)
+            ax.set_title(family if row == 0 else "")
         axes[0].set_ylabel(label)
     grid[0, 0].set_ylim(3e-4, 300)
-    grid[1, 0].set_ylim(-0.45, 1.05)
+    grid[1, 0].set_ylim(-1.05, 1.05)
     grid[2, 0].set_ylim(3e-2, 3e4)
     figure.legend(handles=[handle(name) for name in dict.fromkeys([*bias, *noise])], loc="outside upper center", ncols=5)
     figure.supxlabel(DISTANCE, fontsize=7.5)
@@ -71,7 +70,7 @@ def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) ->
 
 @styled
 def catalogue(frame: pd.DataFrame) -> Figure:
-    """Median relative bias and noise of every estimator over the KL, as colours; white where the bias is 0.
+    """Median relative bias and noise of every estimator over the KL, as colours; white where it is 0.
 
     Reads `family, estimator, kl, bias, noise`. Left half bias, right half noise, a column of panels per family.
     """
@@ -83,9 +82,7 @@ def catalogue(frame: pd.DataFrame) -> Figure:
         axes = grid[s * len(families) : (s + 1) * len(families)]
         for ax, family in zip(axes, families, strict=True):
             table = frame[frame["family"] == family].pivot_table(index="estimator", columns="kl", values=statistic).reindex(names)
-            cells = table.to_numpy()
-            if statistic == "bias":
-                cells = np.where(cells < ZERO, np.nan, cells)
+            cells = np.where(table < ZERO, np.nan, table)
             picture = ax.imshow(cells, norm=norms[statistic], aspect="auto", interpolation="nearest")
             kls = table.columns.to_numpy(dtype=float)
             at = [int(np.abs(np.log(kls / kl)).argmin()) for kl in (1e-4, 0.01, 1)]
@@ -95,7 +92,7 @@ def catalogue(frame: pd.DataFrame) -> Figure:
             for x, y in np.argwhere(table.isna().to_numpy().T & table.isna().all(axis=1).to_numpy()):
                 ax.text(x, y, "·", ha="center", va="center", fontsize=7, color="#999999")
         bar = figure.colorbar(picture, ax=list(axes), location="bottom", aspect=30, pad=0.02, extend="both")
-        bar.set_label("relative bias (white: 0)" if statistic == "bias" else _ROWS["noise"])
+        bar.set_label(f"{_ROWS[statistic]} (white: 0)")
     grid[0].set_yticks(range(len(names)), names)
     figure.supxlabel(f"columns: {DISTANCE}", fontsize=7.5)
     panels(grid)
@@ -212,7 +209,9 @@ def ratios(frame: pd.DataFrame, statistic: str, label: str) -> Figure:
             ax.plot(single["kl"], single[statistic], "x", color="black", markersize=4.5, zorder=4)
         ax.axhline(1, **TRUTH)
         _logarithmic(ax, both=True)
+        ax.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.01", "", "", "0.1", "", "0.5", "1", "2", "5"])
         ax.set_title(family)
+    grid[0].set_ylim(frame[f"{statistic}_low"].min() / 1.3, frame[f"{statistic}_max"].max() * 1.3)
     grid[0].set_ylabel(label)
     lines: list[Any] = [handle(name, label=f"{name} / {other}") for name, other in pairs]
     lines += [Patch(facecolor="#CCCCCC", label="10–90 % (dotted: all)")]

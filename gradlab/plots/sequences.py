@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, dots, handle, panels, style_of, styled
+from gradlab.plots.values import _via_handles as via_handles
 
 #: How targets are written on an axis.
 SHORT = {"reverse_kl": "∇KL(π‖ref)", "reverse_kl_frozen_prefix": "its frozen form"}
@@ -43,17 +43,9 @@ def credit(frame: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(-0.6, len(names) - 0.4)
-    figure.legend(handles=_via_handles(), loc="outside upper right", ncols=2)
+    figure.legend(handles=via_handles(), loc="outside upper right", ncols=2)
     panels(axes)
     return figure
-
-
-def _via_handles() -> list[Line2D]:
-    grey = {"color": "#555555", "linestyle": "none", "marker": "o"}
-    return [
-        Line2D([], [], **grey, label="exact"),
-        Line2D([], [], **grey, markerfacecolor="white", label="sampled, 95 % interval"),
-    ]
 
 
 @styled
@@ -164,9 +156,9 @@ def baselines(frame: pd.DataFrame) -> Figure:
         dots(axes[0], x, sampled["bias"], str(look), "sampled", {"yerr": error}, markersize=3)
     axes[0].set(title="bias", xlabel="responses to one prompt, n", ylabel="relative bias against ∇KL")
     loo = grouped[(grouped["baseline"] == "leave_one_out") & (grouped["via"] == "exact")]
-    look = style_of("k1-reward-loo")
+    shape = style_of("k1-reward-loo")
     for _, part in loo.groupby("scenario", sort=False):
-        axes[1].plot(part["group"], part["noise_ratio"], VIA["exact"], color=look.colour, marker=look.marker, markersize=3.5)
+        axes[1].plot(part["group"], part["noise_ratio"], VIA["exact"], color=shape.colour, marker=shape.marker, markersize=3.5)
         last = part.iloc[-1]
         axes[1].annotate(f"KL {last['kl']:.3g}", (last["group"], last["noise_ratio"]), (4, 0), textcoords="offset points",
                          fontsize=7, va="center", annotation_clip=False)  # fmt: skip
@@ -180,7 +172,7 @@ def baselines(frame: pd.DataFrame) -> Figure:
     handles = [handle(str(name), linestyle="none") for name in dict.fromkeys(shown["look"])]
     for entry, label in zip(handles, ("group mean", "leave-one-out"), strict=False):
         entry.set_label(label)
-    figure.legend(handles=[*handles, *_via_handles()], loc="outside upper right", ncols=4)
+    figure.legend(handles=[*handles, *via_handles()], loc="outside upper right", ncols=4)
     panels(axes)
     return figure
 

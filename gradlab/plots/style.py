@@ -57,13 +57,17 @@ class Style:
 def style_of(name: str) -> Style:
     """Colour and marker of a catalogue name, a kernel, or a composed name such as `k2-reward-to_go`; grey for others."""
     if name in ESTIMATORS:
-        estimator = ESTIMATORS[name]
-        return Style(_shade(HUES[estimator.kernel], LIGHTNESS[estimator.placement]), _marker(estimator))
+        return look_of(ESTIMATORS[name])
     kernel, _, placement = name.partition("-")
     if kernel not in HUES:
         return Style(NEUTRAL, "o")
     placed = max((p for p in LIGHTNESS if placement.startswith(p)), key=len, default="loss")
     return Style(_shade(HUES[kernel], LIGHTNESS[placed]), "o")
+
+
+def look_of(estimator: Estimator) -> Style:
+    """Colour and marker of a composition, whatever it is called."""
+    return Style(_shade(HUES[estimator.kernel], LIGHTNESS[estimator.placement]), _marker(estimator))
 
 
 def _marker(e: Estimator) -> str:
