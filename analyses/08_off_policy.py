@@ -188,7 +188,11 @@ growth = keys.merge(growth[columns], on="scenario").merge(gl.search.described(UN
 best = growth[growth["estimator"] == "full-both, prefix weight"].set_index("scenario")["noise"]
 growth["noise_ratio"] = growth["noise"] / growth["scenario"].map(best)
 fits = gl.sequences.exponents(
-    growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index(), ["sweep", "estimator"], "x", "noise", 4
+    growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index(),
+    ["sweep", "estimator"],
+    "x",
+    "noise",
+    4,
 )
 study.save_frame("08_exponents", fits.assign(via="exact"))
 
@@ -205,7 +209,9 @@ chain_draws = study.pick(full=3, quick=1)
 parts = []
 for draw in tqdm(range(chain_draws), desc="chains", disable=None, delay=2):
     for lag in CHAIN_LAGS:
-        part = gl.search.against({**WHOLE, **{k: e for k, e in SAMPLED.items() if e.clip is None}}, [chain(middle, lag, draw)], [GOAL])
+        part = gl.search.against(
+            {**WHOLE, **{k: e for k, e in SAMPLED.items() if e.clip is None}}, [chain(middle, lag, draw)], [GOAL]
+        )
         parts.append(part.assign(draw=draw, nominal=lag))
 long = pd.concat(parts, ignore_index=True)
 
@@ -234,3 +240,172 @@ verdicts = study.verdicts(
         "08_growth": growth, "08_exponents": fits.assign(via="exact"),
     }
 )  # fmt: skip
+
+# %% [markdown]
+# ## Figures
+
+# %%
+cell, sentence = gl.report.cell, gl.report.sentence
+
+
+def median(name: str, column: str, lag: float) -> float:
+    return float(lags[(lags["estimator"] == name) & (lags["nominal"] == lag)][column].median())
+
+
+FAMILY = f"random trees of 3 tokens and 5 steps, 0.5 nats from their reference ({draws} draws, seed {seed})"
+GROUPS = [
+    ("no weight", ["k1-loss", "k2-loss", "k3-loss", "full-loss", "k1-reward-to-go", "full-both"]),
+    ("token weight", ["k2-loss, token weight", "k2-loss, differentiated token weight", "k3-loss, differentiated token weight",
+                      "k1-reward-to-go, token weight", "k1-reward-to-go, token weight, clip 0.2", "full-both, token weight"]),
+    ("prefix weight", ["k2-loss, prefix weight", "k3-loss, differentiated prefix weight", "k3-both, prefix weight",
+                       "k1-reward-to-go, prefix weight", "full-both, prefix weight"]),
+    ("sequence weight", ["k3-both, sequence weight", "k1-reward-to-go, sequence weight",
+                         "k1-reward-sequence, sequence weight, clip 0.2", "full-both, sequence weight"]),
+]  # fmt: skip
+
+
+def lag_caption() -> str:
+    near, far = LAGS[0], max(lag for lag in LAGS if lag <= 1)
+    slope = np.log(median("full-both", "bias", 0.1) / median("full-both", "bias", 0.01)) / np.log(10)
+
+    def change(name: str, column: str = "bias") -> str:
+        return f"from {median(name, column, near):.3g} to {median(name, column, far):.3g}"
+
+    return (
+        "**Bias and noise against the lag.** Relative bias as a gradient of the reverse KL of responses (above) and noise of one "
+        f"response (below), median and range over {FAMILY}; exact. Between a lag of {near:g} and {far:g} nats the bias of k2 as loss "
+        f"without a weight goes {change('k2-loss')}, of k3 as loss {change('k3-loss')}, of full as loss {change('full-loss')}, of k1 "
+        f"in reward to go {change('k1-reward-to-go')}. What is unbiased on-policy (full-both, without weight) is biased as the lag to "
+        f"the power {slope:.2f}. Token weights leave k2 (detached) and k3 (differentiated) at one and the same bias, that of frozen "
+        f"prefixes; a PPO clip of 0.2 turns the bias of k1 in reward at a lag of 0.1 from "
+        f"{median('k1-reward-to-go, token weight', 'bias', 0.1):.3g} into "
+        f"{median('k1-reward-to-go, token weight, clip 0.2', 'bias', 0.1):.3g}. Unbiased are k3 as loss with a differentiated prefix "
+        f"weight (noise {change('k3-loss, differentiated prefix weight', 'noise')}), complete Rao–Blackwell with prefix weights "
+        f"({change('full-both, prefix weight', 'noise')}) and k1 in reward with the sequence weight "
+        f"({change('k1-reward-to-go, sequence weight', 'noise')}). Verdicts: {sentence(verdicts, '08_lag')} "
+        f"{sentence(verdicts, '08_published')}"
+    )
+
+
+study.save_figure("08_lag", gl.plots.lags(lags, GROUPS), lags, lag_caption())
+
+# %%
+BASES = ["full-both, prefix weight", "k3-loss, differentiated prefix weight", "k1-reward-to-go, sequence weight",
+         "k2-loss, token weight"]  # fmt: skip
+bounded = lags[lags["estimator"].str.replace(r" ≤ \d+$", "", regex=True).isin(BASES)]
+
+
+def truncation_caption() -> str:
+    far = max(lag for lag in LAGS if lag <= 1)
+
+    def at(base: str, bound: int) -> str:
+        name = f"{base} ≤ {bound}"
+        worst = lags[(lags["estimator"] == name) & (lags["nominal"] == far)]["bias"].max()
+        return f"{median(name, 'bias', far):.2g} (at most {worst:.2g}) at {median(name, 'noise', far) / median(base, 'noise', far):.0%}"
+
+    rows = "; ".join(f"{base}: {', '.join(at(base, c) for c in (2, 5, 10))} of the noise" for base in BASES[:3])
+    worth_at = truncated_worth[truncated_worth["nominal"] == far].groupby("truncate", dropna=False)["sequence"].median()
+    return (
+        "**What truncating a weight costs.** Exact relative bias (above) and noise (below) with weights min(W, C), median and range "
+        f"over {FAMILY}. Median bias at a lag of {far:g} nats with C = 2, 5, 10: {rows}. The median effective sample size of the "
+        f"sequence weight there is {worth_at[np.nan]:.1%} of a batch, truncated {worth_at[2.0]:.0%}, {worth_at[5.0]:.0%} and "
+        f"{worth_at[10.0]:.0%}. A differentiated weight has no gradient where its bound binds, so k3 as loss with a truncated prefix "
+        "weight loses more than complete Rao–Blackwell, whose weight is detached. For k2 with a token weight the bound hardly matters "
+        f"beside the bias of frozen prefixes. Verdicts: {sentence(verdicts[verdicts['scope'].str.contains('truncated')])}"
+    )
+
+
+study.save_figure("08_truncation", gl.plots.truncation(bounded, BASES), bounded, truncation_caption())
+
+# %%
+kept = compositions[compositions["unbiased"]]
+distinct = kept.drop_duplicates("same_as")
+least = [kept.loc[kept[f"noise_{i}"].idxmin(), "same_as"] for i in range(len(trees))]
+sampled_only = kept[kept["sampled"]].groupby("estimator")[[f"noise_{i}" for i in range(len(trees))]].max().max(axis=1).idxmin()
+study.save_figure(
+    "08_compositions",
+    gl.plots.compositions(compositions, [f"noise_{i}" for i in range(len(trees))]),
+    compositions,
+    f"**Every composition, tried off-policy.** {len(compositions)} valid compositions of kernel, placement, credit, weight, detached "
+    f"or differentiated, and baseline, at lag {LAG:g} nats on {len(trees)} random trees ({'; '.join(s.name or '' for s in trees)}; KL "
+    f"0.5 nats, seed {seed}), exact. (a) How many have the gradient of which objective on all of them, to a relative "
+    f"{gl.search.UNBIASED:g}. (b) The {len(kept)} that are unbiased for the reverse KL of responses are {len(distinct)} different "
+    f"estimators; noise on each tree, × how many compositions are the same, response by response. The least noisy is "
+    f"{' and '.join(dict.fromkeys(least))}, which is also complete Rao–Blackwell with prefix weights; of those that need only the "
+    f"sampled tokens, {sampled_only}. Without a weight, or with token weights, none is unbiased. Verdicts: "
+    f"{sentence(verdicts, '08_compositions')} {sentence(verdicts, '08_shipped')}",
+)
+
+
+# %%
+def one_caption() -> str:
+    inside, drawn = (part.set_index(["estimator", "target"]) for _, part in credit.groupby("via"))
+    hit = ((drawn["noise_low"] <= inside["noise"]) & (inside["noise"] <= drawn["noise_high"])).mean()
+    covered = ((drawn["bias_low"] <= inside["bias"] + 1e-9) & (inside["bias"] <= drawn["bias_high"])).mean()
+    return (
+        f"**One tree, exact and sampled.** {one.name}, KL {one.kl():.3g} nats: bias as a gradient of the reverse KL of responses (a) "
+        f"and of its form with frozen prefixes of the behaviour (b), and noise (c), from data of another policy; exact (filled) and "
+        f"from {samples:,} responses (open, 95 % intervals, seed {seed}). The intervals hold {covered:.0%} of the exact biases and "
+        f"{hit:.0%} of the exact noises. Unbiased for the first: "
+        f"{', '.join(n for n in NAMES if inside.loc[(n, 'reverse_kl'), 'bias'] < 1e-9)}; for the second: "
+        f"{', '.join(n for n in NAMES if inside.loc[(n, 'reverse_kl_frozen_prefix'), 'bias'] < 1e-9)}."
+    )
+
+
+study.save_figure("08_one", gl.plots.credit(credit), credit, one_caption())
+
+
+# %%
+def growth_caption() -> str:
+    def at(sweep: str, name: str, x: float) -> float:
+        rows = growth[(growth["sweep"] == sweep) & (growth["estimator"] == name) & (growth["x"] == x)]
+        return float(rows["noise"].median())
+
+    def ends(sweep: str, name: str, low: float, high: float) -> str:
+        return f"{at(sweep, name, low):.3g} to {at(sweep, name, high):.3g}"
+
+    fixed, token, lag = dict.fromkeys(growth["sweep"])
+    rb, k3, k1 = "full-both, prefix weight", "k3-loss, differentiated prefix weight", "k1-reward-to-go, sequence weight"
+    closest = growth[growth["estimator"] == k3]
+    share = growth[growth["sweep"] == lag].drop_duplicates(["x", "draw"])
+    fit = float(np.polyfit(share["lag"], np.log(share["sequence"]), 1)[0])
+    return (
+        "**Noise of the unbiased estimators.** Chains of 4 tokens, 1 nat from their reference, by dynamic programming; medians of "
+        f"{growth['draw'].nunique()} draws (seed {seed}). (a) At a lag of {LAG:g} nats per response the length hardly matters: from "
+        f"T = {lengths[1]} to {lengths[-1]}, {ends(fixed, rb, lengths[1], lengths[-1])} for complete Rao–Blackwell with prefix weights, "
+        f"{ends(fixed, k3, lengths[1], lengths[-1])} for k3 as loss with a differentiated prefix weight, "
+        f"{ends(fixed, k1, lengths[1], lengths[-1])} for k1 in reward with the sequence weight. (b) At {RATE:g} nats per token it "
+        f"grows exponentially: {ends(token, rb, lengths[1], lengths[-1])}, {ends(token, k3, lengths[1], lengths[-1])} and "
+        f"{ends(token, k1, lengths[1], lengths[-1])}. (c) At T = {middle}, lags {CHAIN_LAGS[0]:g} to {CHAIN_LAGS[-1]:g}: "
+        f"{ends(lag, rb, CHAIN_LAGS[0], CHAIN_LAGS[-1])}, {ends(lag, k3, CHAIN_LAGS[0], CHAIN_LAGS[-1])}, "
+        f"{ends(lag, k1, CHAIN_LAGS[0], CHAIN_LAGS[-1])}. k3 with a differentiated prefix weight, which reads only the sampled tokens, "
+        f"has {closest['noise_ratio'].min():.2f} to {closest['noise_ratio'].max():.2g} times the noise of complete Rao–Blackwell. (d) "
+        f"Effective sample size (E w)²/E w²: the sequence weight's falls as exp({fit:.2f} lag); the prefix weight's is averaged over "
+        f"positions. Verdicts: {sentence(verdicts, '08_growth')} {sentence(verdicts, '08_exponents')}"
+    )
+
+
+study.save_figure("08_growth", gl.plots.worth(growth), growth, growth_caption())
+
+
+# %%
+def winners_caption() -> str:
+    parts = []
+    for panel in PANELS:
+        first = regrets[regrets["panel"] == panel].iloc[0]
+        most = winners.loc[winners["panel"] == panel, "estimator"].value_counts()
+        parts.append(
+            f"{panel}: {most.index[0]} wins most cells ({most.iloc[0]} of {most.sum()}); the least regret at worst has "
+            f"{first['estimator']}, never more than {first['worst']:.2g} times the best error (median {first['median']:.2f})"
+        )
+    lost = int((winners["rmse"] >= 1).sum())
+    return (
+        "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and batch, "
+        f"geometric mean over draws; exact. Trees: {FAMILY}. Chains: 4 tokens, T = {middle}, 1 nat from their reference ({chain_draws} "
+        f"draws), where truncated prefix and sequence weights have no exact moments and are not candidates. Cell: weight (letter), "
+        f"bound on it, error. {'. '.join(parts)}. In {lost} of {len(winners)} cells the best error is above 1, more than dropping the "
+        "regulariser would cost (pale)."
+    )
+
+
+study.save_figure("08_winners", gl.plots.winners(winners), winners, winners_caption())

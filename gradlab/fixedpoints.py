@@ -110,7 +110,9 @@ class Ascent:
 
     def __init__(self, world: World, estimator: Estimator | None, coefficient: float) -> None:
         if estimator is not None and (estimator.grouped or estimator.normalise == "token_mean"):
-            raise ValueError(f"{estimator.name} is no sum over single responses; take the estimator without its baseline or mean")
+            raise ValueError(
+                f"{estimator.name} is no sum over single responses; take the estimator without its baseline or mean"
+            )
         self.world, self.estimator, self.coefficient = world, estimator, coefficient
         self.tokens, self.mask = world.reference.enumerate()
         self.contexts = world.reference.contexts(self.tokens)
@@ -219,7 +221,7 @@ def measure(
 
 
 def _ended(world: World, estimator: Any, coefficient: float) -> FixedPoint:
-    return ascend(world, estimator, coefficient, points=2, tolerance=1e-4)
+    return ascend(world, estimator, coefficient, points=2, tolerance=1e-3)
 
 
 def _row(world: World, name: str, coefficient: float, found: FixedPoint, free: FixedPoint) -> dict[str, Any]:

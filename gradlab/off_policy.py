@@ -150,9 +150,9 @@ def winners(found: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.Dat
     # Errors that agree to rounding are equal, and the estimator named first wins: a bound that never binds wins nothing.
     order = np.log(found["rmse"]).round(9)
     ordered = found.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
-    groups = ordered.groupby([*by, "batch"], sort=False)
-    second = groups.nth(1).rename(columns={"estimator": "runner_up", "regret": "runner_up_regret"}).drop(columns="rmse")
-    best = groups.nth(0).merge(second, on=[*by, "batch"], how="left")
+    place = ordered.groupby([*by, "batch"], sort=False).cumcount()
+    second = ordered[place == 1].rename(columns={"estimator": "runner_up", "regret": "runner_up_regret"}).drop(columns="rmse")
+    best = ordered[place == 0].merge(second, on=[*by, "batch"], how="left")
     return best.sort_values([*by, "batch"], kind="stable", ignore_index=True)
 
 

@@ -60,7 +60,11 @@ def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, 
 
 
 def optimum(
-    reference: Bandit | Tree, reward: npt.ArrayLike, coefficient: float, divergence: str = "reverse_kl", credit: str = "sequence"
+    reference: Bandit | Tree,
+    reward: npt.ArrayLike,
+    coefficient: float,
+    divergence: str = "reverse_kl",
+    credit: str = "sequence",
 ) -> Array:
     """Probabilities `[n]` of all responses (in the order of `reference.enumerate()`) at the regularised optimum.
 

@@ -243,6 +243,14 @@ def test_anytime_intervals_are_wider_and_valid(monkeypatch):
         assert covered.sum() >= lowest
         assert ((rows.bias_low <= rows.bias) & (rows.bias <= rows.bias_high)).all()
     assert np.isfinite(anytime.bias_high).all()
+    target, found = (
+        gl.exact.gradient("reverse_kl", world),
+        montecarlo.moments(gl.ESTIMATORS["k3-loss"], world, 1024, 1, stream=(0,)),
+    )
+    running = intervals.anytime_squared_distance(found.batch_means.numpy(), target.numpy())
+    for end, squared in (("low", running.low[-1]), ("high", running.high[-1])):  # after the last pair of batches
+        assert anytime[f"bias_{end}"][0] == pytest.approx(math.sqrt(squared) / float(target.norm()), rel=1e-12)
+    assert (anytime[anytime.estimator == "k3-loss"].bias_low > 0).any()
     # Fewer than 16 pairs of batches: nothing to say yet.
     assert (gl.measure(names, world, samples=200, anytime=True).bias_high == math.inf).all()
 

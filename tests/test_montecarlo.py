@@ -16,6 +16,7 @@ from worlds import assert_same, scenario
 
 import gradlab as gl
 from gradlab import Rollout, intervals, markov, montecarlo
+from gradlab.moments import gradients
 
 SURE = 1e-4
 E = gl.Estimator
@@ -267,7 +268,7 @@ def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, uni
 
 @pytest.mark.parametrize("losses", [[gl.ESTIMATORS["k2-loss"], half_k2], [GROUPED["loo"]]], ids=["single", "grouped"])
 def test_chunks_add_up(monkeypatch, drawn, losses):
-    """Served the same responses in larger or smaller chunks, the run gives the same result."""
+    """Served the same responses in larger or smaller chunks, the run gives the same result: their sample moments."""
     pool, mask = CHAIN.sample(2048, np.random.default_rng(0))
     monkeypatch.setattr(montecarlo, "BATCHES", 8)
     found = []
@@ -282,6 +283,17 @@ def test_chunks_add_up(monkeypatch, drawn, losses):
         monkeypatch.setattr(gl.Markov, "sample", serve)
         monkeypatch.setattr(montecarlo, "CHUNK", chunk)
         found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 2048))
+    with torch.no_grad():
+        served = 0
+        everything = gradients(losses, Rollout.drawn(CHAIN_WORLD.on_policy(), 2048, np.random.default_rng()))
+    for e, (loss, moments) in enumerate(zip(losses, found[0], strict=True)):
+        group = getattr(loss, "group", None) or 1
+        units = everything.tables(e).flatten(1).view(-1, group, CHAIN.table.numel()).mean(1)
+        assert_same(moments.mean, units.mean(0), tolerance=1e-12)
+        assert moments.trace_cov == pytest.approx(group * float(units.var(0, correction=1).sum()), rel=1e-12)
+        for batch, part in enumerate(units.tensor_split(8)):
+            assert_same(moments.batch_means[batch], part.mean(0), tolerance=1e-12)
+            assert float(moments.batch_traces[batch]) == pytest.approx(group * float(part.var(0).sum()), rel=1e-12)
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert_same(b.batch_means, a.batch_means, tolerance=1e-13)

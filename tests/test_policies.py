@@ -276,6 +276,7 @@ DISCREPANCY = 0.03  # root of the χ²-distance Σ (q − p)²/p between the fre
 def p_value(sampler: Any, policy: Any, key: int) -> float:
     """Significance of the frequencies of the sampler's responses against the policy's probabilities."""
     tokens, mask = sampler.sample(DRAWS, generator(key))
+    assert set(tokens[~mask].tolist()) <= {policy.eos}  # the end token is repeated behind the end
     place = (policy.vocab + 1) ** np.arange(policy.length)  # one number per response, digit 0 behind its end
     counts = np.bincount(torch.where(mask, tokens + 1, 0).numpy() @ place, minlength=(policy.vocab + 1) ** policy.length)
     expected = probabilities(policy)

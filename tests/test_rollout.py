@@ -13,7 +13,7 @@ from worlds import SHAPES, scenario
 
 import gradlab as gl
 from gradlab import Rollout
-from gradlab.moments import cotangent
+from gradlab.moments import cotangent, gradients
 
 SURE = 1e-4  # a statistical test that fails, fails at this significance
 
@@ -189,6 +189,8 @@ def test_differentiable_leaves_the_rollout_alone():
     rollout = Rollout.enumerated(scenario("tree", off_policy=True))
     before = rollout.log_prob.clone()
     leaf = rollout.differentiable()
+    for name in ("log_prob", "reference_log_prob", "behaviour_log_prob"):
+        torch.testing.assert_close(getattr(leaf, name).detach(), getattr(rollout, name), rtol=1e-14, atol=1e-15)
     assert leaf.table.requires_grad
     assert not leaf.reference_table.requires_grad
     assert not leaf.behaviour_table.requires_grad
@@ -200,6 +202,13 @@ def test_differentiable_leaves_the_rollout_alone():
 
 
 # ── Padding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def closed_form(estimator: gl.Estimator, rollout: Rollout) -> tuple[torch.Tensor, ...]:
+    """Mean gradient and mean square, without autograd."""
+    with torch.no_grad():
+        batch = gradients([estimator], rollout)
+        return batch.mean(rollout.weight), batch.square(rollout.weight), batch.score
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["enumerated", "drawn"])
@@ -218,6 +227,8 @@ def test_padding_never_matters(padding, sampled):
         loss = estimator(clean)
         assert torch.equal(estimator(padded), loss), name
         assert float(loss.norm()) > 0, name
+        for of_padded, of_clean in zip(*(closed_form(estimator, r) for r in (padded, clean)), strict=True):
+            assert torch.equal(of_padded, of_clean), name
         gradient = cotangent(estimator, padded)
         assert torch.equal(gradient, cotangent(estimator, clean)), name
         assert not gradient[~mask].any(), name

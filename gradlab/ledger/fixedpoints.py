@@ -22,10 +22,11 @@ def _ends(
 def _weaker(scope: str, kind: str, quantile: float, low: float, high: float) -> Claim:
     where = {"kind": kind, "quantile": quantile}
     name = f"fixed points, closed form: {scope}"
-    return claim("k3-weaker", name, "09_weaker", "ratio", ">", 1, 0.0, *within("coefficient", low, high), **where)  # type: ignore[arg-type]
+    return claim("k3-weaker", name, "09_weaker", "ratio", ">", 1.02, 0.0, *within("coefficient", low, high), **where)  # type: ignore[arg-type]
 
 
 UNIFORM, GOOD, BAD = "uniform rewards", "one rare good token", "one rare bad token"
+TREES = "trees, per token"
 
 CLAIMS: tuple[Claim, ...] = (
     _ends("train-k1-loss", "k1 as loss ends where ascent without a KL term ends", "k1-loss", "to_unregularised", "=", 0, NEARLY),
@@ -48,17 +49,14 @@ CLAIMS: tuple[Claim, ...] = (
     _ends("k3-biased", "per token, trees, the forward-KL optimum of every context by itself", "k3-loss", "to_token_forward", "=",
           family=TREE),
     _ends("k3-reward", "k3 in reward gives up a response, at any coefficient", "k3-reward-to-go", "rarest", "<", 1e-6, 0),
-    _ends("k3-reward", "k3 in reward can end at a response that is not the best", "k3-reward-to-go", "regret", ">", 0.01, 0,
+    _ends("k3-reward", "k3 in reward can end at a worse response than no penalty", "k3-reward-to-go", "regret_over_free", ">", 0.01, 0,
           quantifier="some"),
     _ends("k3-both", "π*", "k3-both", "to_reverse", "="),
     _ends("rao-blackwell", "per token reaches π*, trees", "full-loss", "to_reverse", "=", family=TREE),
     _ends("rao-blackwell", "complete, reaches π*, trees", "full-both", "to_reverse", "=", family=TREE),
-    _ends("k3-weaker", "ends farther from the reference, trees, per token", "k3-loss", "kl_over_k2", ">", 1, 0, family=TREE),
-    _ends("k3-weaker", "ends farther from the reference, trees, a response as one action", "k3-loss-sequence", "kl_over_k2", ">",
-          1, 0, family=TREE),
     *(
-        _weaker(f"farther from the reference, random bandits, {kind}, {part}", kind, 0.5, *ends)
-        for kind in (UNIFORM, GOOD, BAD)
+        _weaker(f"farther from the reference by 2 %, {kind}, {part}", kind, 0.5, *ends)
+        for kind in (UNIFORM, GOOD, BAD, TREES)
         for part, ends in (("β ≤ 0.1, median", (0.0, 0.11)), ("β ≥ 1, median", (0.99, 100.0)))
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
+from gradlab.plots.off_policy import compositions, lags, truncation, winners, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
@@ -23,6 +24,7 @@ __all__ = [
     "batches",
     "catalogue",
     "coefficients",
+    "compositions",
     "credit",
     "crossover",
     "crossovers",
@@ -33,6 +35,7 @@ __all__ = [
     "gap",
     "gradients",
     "growth",
+    "lags",
     "normalisers",
     "objectives",
     "ratios",
@@ -46,5 +49,8 @@ __all__ = [
     "stylesheet",
     "tails",
     "tokens",
+    "truncation",
     "weaker",
+    "winners",
+    "worth",
 ]

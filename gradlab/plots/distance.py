@@ -81,7 +81,9 @@ def catalogue(frame: pd.DataFrame) -> Figure:
     for s, statistic in enumerate(norms):
         axes = grid[s * len(families) : (s + 1) * len(families)]
         for ax, family in zip(axes, families, strict=True):
-            table = frame[frame["family"] == family].pivot_table(index="estimator", columns="kl", values=statistic).reindex(names)
+            table = (
+                frame[frame["family"] == family].pivot_table(index="estimator", columns="kl", values=statistic).reindex(names)
+            )
             cells = np.where(table < ZERO, np.nan, table)
             picture = ax.imshow(cells, norm=norms[statistic], aspect="auto", interpolation="nearest")
             kls = table.columns.to_numpy(dtype=float)
@@ -159,7 +161,9 @@ def batches(frame: pd.DataFrame) -> Figure:
             ax.grid()
         axes[0].set_ylabel("relative rms error")
     lines = [handle(name, marker=style_of(name).marker, markersize=3) for name in names]
-    shown = Line2D([], [], color=NEUTRAL, marker="o", markerfacecolor="white", linestyle="none", markersize=3, label="drawn batches")
+    shown = Line2D(
+        [], [], color=NEUTRAL, marker="o", markerfacecolor="white", linestyle="none", markersize=3, label="drawn batches"
+    )
     figure.legend(handles=[*lines, shown], loc="outside upper center", ncols=len(names) + 1)
     figure.supxlabel("batch size, responses", fontsize=7.5)
     panels(grid.flat)

@@ -25,7 +25,7 @@ def ascents(paths: pd.DataFrame, optima: pd.DataFrame) -> Figure:
     """
     coefficients, names = sorted(paths["coefficient"].unique())[::-1], list(dict.fromkeys(paths["estimator"]))
     figure = Figure(figsize=(PAGE, 2.45))
-    axes = figure.subplots(1, len(coefficients))
+    axes = figure.subplots(1, len(coefficients), squeeze=False)[0]
     marks = {"reverse_kl": "*", "forward_kl": "s"}
     for ax, coefficient in zip(axes, coefficients, strict=True):
         ax.plot(*np.vstack([CORNERS, CORNERS[:1]]).T, color="black", linewidth=0.7)
@@ -43,7 +43,9 @@ def ascents(paths: pd.DataFrame, optima: pd.DataFrame) -> Figure:
         for divergence, marker in marks.items():
             best = optima[(optima["divergence"] == divergence) & np.isclose(optima["coefficient"], coefficient)]
             size = 9 if marker == "*" else 6.5
-            ax.plot(*_flat(best).T, marker, markersize=size, markerfacecolor="none", color="black", markeredgewidth=0.8, zorder=4)
+            ax.plot(
+                *_flat(best).T, marker, markersize=size, markerfacecolor="none", color="black", markeredgewidth=0.8, zorder=4
+            )
         _corners(ax, paths)
         ax.set_title(f"β = {coefficient:g}")
     handles = [handle(name, markersize=3.5) for name in names]
@@ -62,7 +64,9 @@ def _flat(rows: pd.DataFrame) -> Any:
 def _corners(ax: Axes, paths: pd.DataFrame) -> None:
     for v, (corner, offset) in enumerate(zip(CORNERS, ((0, -8), (0, -8), (0, 6)), strict=True)):
         text = f"r = {paths[f'reward_{v}'].iloc[0]:g}"
-        ax.annotate(text, corner, offset, textcoords="offset points", ha="center", va="center", fontsize=7, annotation_clip=False)
+        ax.annotate(
+            text, corner, offset, textcoords="offset points", ha="center", va="center", fontsize=7, annotation_clip=False
+        )
     ax.set(aspect="equal", xlim=(-0.05, 1.05), ylim=(-0.1, 0.95))
     ax.axis("off")
 
@@ -76,13 +80,15 @@ def fixed_points(frame: pd.DataFrame, curves: pd.DataFrame, floor: float = 1e-12
     """
     worlds, names = list(dict.fromkeys(frame["world"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.6))
-    axes = figure.subplots(1, len(worlds), sharey=True)
+    axes = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
     for ax, world in zip(axes, worlds, strict=True):
         ax.axhspan(floor / 5, floor * 5, color="#EEEEEE", linewidth=0)
         for i, name in enumerate(names):
             look, shift = style_of(name), 1.045 ** (i - (len(names) - 1) / 2)
             line = curves[(curves["world"] == world) & (curves["estimator"] == name)].sort_values("coefficient")
-            ax.plot(line["coefficient"], line["kl_reverse"].clip(lower=floor), VIA["closed form"], color=look.colour, linewidth=1)
+            ax.plot(
+                line["coefficient"], line["kl_reverse"].clip(lower=floor), VIA["closed form"], color=look.colour, linewidth=1
+            )
             rows = frame[(frame["world"] == world) & (frame["estimator"] == name)]
             height = rows["kl_reverse"].clip(lower=floor)
             ax.plot(rows["coefficient"] * shift, height, look.marker, color=look.colour, markersize=4)
@@ -113,7 +119,7 @@ def weaker(frame: pd.DataFrame) -> Figure:
         ax.fill_between(rows.index, rows[rows.columns.min()], rows[rows.columns.max()], color=colour, alpha=0.2, linewidth=0)
         ax.plot(rows.index, rows[0.5], VIA["closed form"], color=colour)
         ax.set(title=kind, xscale="log", yscale="log", xlabel="coefficient β")
-        ax.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+        ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["¼", "½", "1", "2", "4", "8", "16", "32"])
         ax.set_yticks([], minor=True)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid()

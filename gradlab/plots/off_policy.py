@@ -124,7 +124,7 @@ def compositions(frame: pd.DataFrame, noises: Sequence[str]) -> Figure:
     same response by response share a row, under the name of the first; `× n` says how many there are.
     """
     kept = frame[frame["unbiased"]]
-    order = kept.drop_duplicates("same_as").sort_values(list(noises)[0], ascending=False)
+    order = kept.drop_duplicates("same_as").sort_values(noises[0], ascending=False)
     figure = Figure(figsize=(PAGE, 0.95 + 0.16 * len(order)))
     left, ax = figure.subplots(1, 2, width_ratios=[1, 0.95])
     _counts(left, frame)
