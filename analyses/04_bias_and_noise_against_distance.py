@@ -35,7 +35,9 @@ scenarios = {
     for family, count in COUNTS.items()
 }
 solved = {name: loss for name, loss in estimators.items() if markov.decomposes(loss)}
-quick_chains = {name: loss for name, loss in solved.items() if not (loss.weight != "none" or loss.baseline or loss.normalise != "sum")}
+quick_chains = {
+    name: loss for name, loss in solved.items() if not (loss.weight != "none" or loss.baseline or loss.normalise != "sum")
+}
 losses = {"bandit": estimators, "tree": estimators, "markov": study.pick(full=solved, quick=quick_chains)}
 measured = pd.concat(
     [gl.measure(losses[family], part, target=[REVERSE, FROZEN], jobs=study.jobs) for family, part in scenarios.items()],
@@ -91,14 +93,18 @@ chosen_kls = [float(f"{kls[np.abs(np.log(kls / kl)).argmin()]:.6g}") for kl in (
 sizes = [int(size) for size in np.geomspace(1, 1e6, 13).round()]
 drawn_sizes = study.pick(full=[1, 10, 100, 1_000, 10_000, 100_000], quick=[1, 100, 10_000])
 at_kls = measured[measured["kl"].isin(chosen_kls) & measured["estimator"].isin(RIVALS) & (measured["target"] == REVERSE)]
-at_kls = at_kls[at_kls["family"] != "markov"].sort_values("estimator", key=lambda column: column.map(RIVALS.index), kind="stable")
+at_kls = at_kls[at_kls["family"] != "markov"].sort_values(
+    "estimator", key=lambda column: column.map(RIVALS.index), kind="stable"
+)
 curves = distance.bands(distance.batches(at_kls, sizes), ["rmse"], ["family", "kl", "estimator", "batch"])
 parts = [described(curves)]
 for family in ("bandit", "tree"):
     for kl in chosen_kls:
         close = [scenario for scenario in scenarios[family] if abs(np.log(scenario.kl() / kl)) < 1e-3]
         found = distance.sampled_rmse(RIVALS, close, drawn_sizes, replicates=study.pick(full=32, quick=8), seed=study.seed)
-        parts.append(found.assign(family=family, kl=kl, scenarios=len(close), scenario=f"{len(close)} random {family} scenarios"))
+        parts.append(
+            found.assign(family=family, kl=kl, scenarios=len(close), scenario=f"{len(close)} random {family} scenarios")
+        )
 batches = pd.concat(parts, ignore_index=True)
 BIASED = {"bandit": ["k3-loss"], "tree": ["k3-loss", "k2-loss", "k3-loss-sequence"]}
 BIASED["markov"] = BIASED["tree"]

@@ -64,9 +64,9 @@ compositions["same_as"] = compositions["estimator"].map(gl.search.twins({n: trie
 
 # %%
 shipped = {name: e for name, (e, _) in gl.off_policy.SHIPPED.items()}
-bandits = [bandit(draw, LAG) for draw in range(study.pick(full=6, quick=3))]
-many = [*trees, *(tree(3, 4, draw, LAG) for draw in range(3, study.pick(full=9, quick=4)))]
-in_use = gl.search.against(shipped, [*bandits, *many])
+bandits = [bandit(draw, LAG) for draw in range(study.pick(full=4, quick=2))]
+many = [*trees, *(tree(3, 4, draw, LAG) for draw in range(3, study.pick(full=6, quick=4)))]
+in_use = gl.search.against(shipped, [*bandits, *many], [GOAL, f"{GOAL}_frozen_prefix"])
 in_use["source"] = in_use["estimator"].map({name: source for name, (_, source) in gl.off_policy.SHIPPED.items()})
 study.save_frame("08_shipped", in_use)
 
@@ -84,8 +84,7 @@ PUBLISHED = {
     **variant("k1-reward-return", "sequence"), **CLIPPED, **variant("full-both", "prefix"),
 }  # fmt: skip
 on_policy = [gl.Scenario(s.policy, s.reference, name=f"{s.name}, on-policy") for s in [*bandits, *many]]
-published = gl.search.against(PUBLISHED, [*bandits, *many, *on_policy])
-study.save_frame("08_published", published)
+published = gl.search.against(PUBLISHED, [*bandits, *many, *on_policy]).merge(gl.search.described(PUBLISHED), on="estimator")
 repulsion = gl.off_policy.repulsion([*bandits, *many])
 study.save_frame("08_repulsion", repulsion)
 
@@ -104,19 +103,19 @@ SAMPLED = {
     **variant("k1-loss"), **variant("k2-loss"), **variant("k3-loss"), **variant("k3-both"), **variant("k1-reward-to-go"),
     **variant("k2-loss", "token"), **variant("k2-loss", "token", True), **variant("k3-loss", "token", True),
     **variant("k3-both", "token"), **variant("k1-reward-to-go", "token"),
-    **variant("k1-reward-to-go", "token", clip=0.2), **CLIPPED, **variant("k2-loss", "prefix"), **variant("k3-loss", "prefix", True), **variant("k3-both", "prefix"),
+    **variant("k1-reward-to-go", "token", clip=0.2), **CLIPPED,
+    **variant("k2-loss", "prefix"), **variant("k3-loss", "prefix", True), **variant("k3-both", "prefix"),
     **variant("k1-reward-to-go", "prefix"), **variant("k3-both", "sequence"), **variant("k1-reward-to-go", "sequence"),
 }  # fmt: skip
 BOUNDED = {
     name: e
     for bound in TRUNCATIONS
-    for part in (
-        variant("full-both", "prefix", truncate=bound), variant("full-both", "sequence", truncate=bound),
-        variant("k2-loss", "token", truncate=bound), variant("k3-loss", "token", True, bound),
-        variant("k3-loss", "prefix", True, bound), variant("k3-both", "prefix", truncate=bound),
-        variant("k3-both", "sequence", truncate=bound), variant("k1-reward-to-go", "sequence", truncate=bound),
+    for base, weight, differentiate in (
+        ("full-both", "prefix", False), ("full-both", "sequence", False), ("k2-loss", "token", False), ("k3-loss", "token", True),
+        ("k3-loss", "prefix", True), ("k3-both", "prefix", False), ("k3-both", "sequence", False),
+        ("k1-reward-to-go", "sequence", False),
     )
-    for name, e in part.items()
+    for name, e in variant(base, weight, differentiate, bound).items()
 }  # fmt: skip
 ALL = {**WHOLE, **SAMPLED, **BOUNDED}
 FIELDS = gl.search.described(ALL)
@@ -229,6 +228,7 @@ found = gl.off_policy.errors(pool, BATCHES, by=("panel", "nominal"))
 regrets = gl.off_policy.regrets(found)
 study.save_frame("08_regrets", regrets)
 winners = gl.off_policy.winners(found, by=("panel", "nominal")).merge(FIELDS, on="estimator")
+winners = winners.sort_values("panel", key=lambda column: column.map(PANELS.index), kind="stable", ignore_index=True)
 
 # %% [markdown]
 # ## Verdicts
@@ -276,14 +276,14 @@ def lag_caption() -> str:
         f"response (below), median and range over {FAMILY}; exact. Between a lag of {near:g} and {far:g} nats the bias of k2 as loss "
         f"without a weight goes {change('k2-loss')}, of k3 as loss {change('k3-loss')}, of full as loss {change('full-loss')}, of k1 "
         f"in reward to go {change('k1-reward-to-go')}. What is unbiased on-policy (full-both, without weight) is biased as the lag to "
-        f"the power {slope:.2f}. Token weights leave k2 (detached) and k3 (differentiated) at one and the same bias, that of frozen "
-        f"prefixes; a PPO clip of 0.2 turns the bias of k1 in reward at a lag of 0.1 from "
-        f"{median('k1-reward-to-go, token weight', 'bias', 0.1):.3g} into "
+        f"the power {slope:.2f}. With token weights the biases of k2 (detached) and k3 (differentiated) at a lag of {far:g} are "
+        f"{median('k2-loss, token weight', 'bias', far):.3g} and "
+        f"{median('k3-loss, differentiated token weight', 'bias', far):.3g}; a PPO clip of 0.2 turns the bias of k1 in reward at a "
+        f"lag of 0.1 from {median('k1-reward-to-go, token weight', 'bias', 0.1):.3g} into "
         f"{median('k1-reward-to-go, token weight, clip 0.2', 'bias', 0.1):.3g}. Unbiased are k3 as loss with a differentiated prefix "
         f"weight (noise {change('k3-loss, differentiated prefix weight', 'noise')}), complete Rao–Blackwell with prefix weights "
         f"({change('full-both, prefix weight', 'noise')}) and k1 in reward with the sequence weight "
-        f"({change('k1-reward-to-go, sequence weight', 'noise')}). Verdicts: {sentence(verdicts, '08_lag')} "
-        f"{sentence(verdicts, '08_published')}"
+        f"({change('k1-reward-to-go, sequence weight', 'noise')}). Verdicts: {sentence(verdicts, '08_lag')}"
     )
 
 
@@ -310,18 +310,34 @@ def truncation_caption() -> str:
         f"over {FAMILY}. Median bias at a lag of {far:g} nats with C = 2, 5, 10: {rows}. The median effective sample size of the "
         f"sequence weight there is {worth_at[np.nan]:.1%} of a batch, truncated {worth_at[2.0]:.0%}, {worth_at[5.0]:.0%} and "
         f"{worth_at[10.0]:.0%}. A differentiated weight has no gradient where its bound binds, so k3 as loss with a truncated prefix "
-        "weight loses more than complete Rao–Blackwell, whose weight is detached. For k2 with a token weight the bound hardly matters "
-        f"beside the bias of frozen prefixes. Verdicts: {sentence(verdicts[verdicts['scope'].str.contains('truncated')])}"
+        "weight loses more than complete Rao–Blackwell, whose weight is detached. k2 with a token weight has a bias of "
+        f"{median(BASES[3], 'bias', far):.2g} without and {median(BASES[3] + ' ≤ 2', 'bias', far):.2g} with C = 2. Verdicts: "
+        f"{sentence(verdicts[verdicts['scope'].str.contains('truncated')])}"
     )
 
 
 study.save_figure("08_truncation", gl.plots.truncation(bounded, BASES), bounded, truncation_caption())
 
 # %%
+off = published[published["off_policy"]]
+study.save_figure(
+    "08_published",
+    gl.plots.weighted(off),
+    published,
+    "**The weight decides the objective.** Largest relative bias as a gradient of the reverse and the forward KL, of whole responses "
+    "or per token with prefixes frozen at the behaviour's (prefix μ) or at the policy's (prefix π), "
+    "from data of another policy (filled: 0 to rounding). "
+    f"(a) {len(bandits)} bandits of 5 tokens; (b) {len(many)} random trees of {off.loc[off['family'] == 'tree', 'length'].min()}–"
+    f"{off['length'].max()} steps; lag {LAG:g} nats, KL 0.5 nats, seed {seed}, exact. Verdicts: {sentence(verdicts, '08_published')} "
+    f"{sentence(verdicts, '08_repulsion')}",
+)
+
+# %%
 kept = compositions[compositions["unbiased"]]
 distinct = kept.drop_duplicates("same_as")
 least = [kept.loc[kept[f"noise_{i}"].idxmin(), "same_as"] for i in range(len(trees))]
 sampled_only = kept[kept["sampled"]].groupby("estimator")[[f"noise_{i}" for i in range(len(trees))]].max().max(axis=1).idxmin()
+shipped_bias = in_use[in_use["target"] == GOAL].pivot_table(index="estimator", columns="family", values="bias", aggfunc="max")
 study.save_figure(
     "08_compositions",
     gl.plots.compositions(compositions, [f"noise_{i}" for i in range(len(trees))]),
@@ -331,8 +347,12 @@ study.save_figure(
     f"0.5 nats, seed {seed}), exact. (a) How many have the gradient of which objective on all of them, to a relative "
     f"{gl.search.UNBIASED:g}. (b) The {len(kept)} that are unbiased for the reverse KL of responses are {len(distinct)} different "
     f"estimators; noise on each tree, × how many compositions are the same, response by response. The least noisy is "
-    f"{' and '.join(dict.fromkeys(least))}, which is also complete Rao–Blackwell with prefix weights; of those that need only the "
-    f"sampled tokens, {sampled_only}. Without a weight, or with token weights, none is unbiased. Verdicts: "
+    f"{' and '.join(dict.fromkeys(least))}; complete Rao–Blackwell with prefix weights is the same as "
+    f"{cell(compositions, 'same_as', estimator=rao_blackwell)}. Of those that need the sampled tokens only it is {sampled_only}. "
+    f"Unbiased are {int((kept['weight'] == 'none').sum())} without a weight, {int((kept['weight'] == 'token').sum())} with token "
+    f"weights. Of {in_use['estimator'].nunique()} compositions that frameworks ship (sums of tokens, no clamp), "
+    f"{int((shipped_bias['tree'] < 1e-9).sum())} are unbiased on trees (bias from {shipped_bias['tree'].min():.2g}) and "
+    f"{int((shipped_bias['bandit'] < 1e-9).sum())} on bandits. Verdicts: "
     f"{sentence(verdicts, '08_compositions')} {sentence(verdicts, '08_shipped')}",
 )
 
@@ -368,19 +388,20 @@ def growth_caption() -> str:
     rb, k3, k1 = "full-both, prefix weight", "k3-loss, differentiated prefix weight", "k1-reward-to-go, sequence weight"
     closest = growth[growth["estimator"] == k3]
     share = growth[growth["sweep"] == lag].drop_duplicates(["x", "draw"])
-    fit = float(np.polyfit(share["lag"], np.log(share["sequence"]), 1)[0])
+    fit = share["sequence"] * np.exp(2 * share["lag"])
     return (
         "**Noise of the unbiased estimators.** Chains of 4 tokens, 1 nat from their reference, by dynamic programming; medians of "
-        f"{growth['draw'].nunique()} draws (seed {seed}). (a) At a lag of {LAG:g} nats per response the length hardly matters: from "
+        f"{growth['draw'].nunique()} draws (seed {seed}). (a) At a lag of {LAG:g} nats per response: from "
         f"T = {lengths[1]} to {lengths[-1]}, {ends(fixed, rb, lengths[1], lengths[-1])} for complete Rao–Blackwell with prefix weights, "
         f"{ends(fixed, k3, lengths[1], lengths[-1])} for k3 as loss with a differentiated prefix weight, "
-        f"{ends(fixed, k1, lengths[1], lengths[-1])} for k1 in reward with the sequence weight. (b) At {RATE:g} nats per token it "
-        f"grows exponentially: {ends(token, rb, lengths[1], lengths[-1])}, {ends(token, k3, lengths[1], lengths[-1])} and "
+        f"{ends(fixed, k1, lengths[1], lengths[-1])} for k1 in reward with the sequence weight. (b) At {RATE:g} nats per token: "
+        f"{ends(token, rb, lengths[1], lengths[-1])}, {ends(token, k3, lengths[1], lengths[-1])} and "
         f"{ends(token, k1, lengths[1], lengths[-1])}. (c) At T = {middle}, lags {CHAIN_LAGS[0]:g} to {CHAIN_LAGS[-1]:g}: "
         f"{ends(lag, rb, CHAIN_LAGS[0], CHAIN_LAGS[-1])}, {ends(lag, k3, CHAIN_LAGS[0], CHAIN_LAGS[-1])}, "
         f"{ends(lag, k1, CHAIN_LAGS[0], CHAIN_LAGS[-1])}. k3 with a differentiated prefix weight, which reads only the sampled tokens, "
         f"has {closest['noise_ratio'].min():.2f} to {closest['noise_ratio'].max():.2g} times the noise of complete Rao–Blackwell. (d) "
-        f"Effective sample size (E w)²/E w²: the sequence weight's falls as exp({fit:.2f} lag); the prefix weight's is averaged over "
+        f"Effective sample size (E w)²/E w²: the sequence weight's is {fit.min():.2f} to {fit.max():.2f} times exp(−2 lag); the "
+        f"prefix weight's is averaged over "
         f"positions. Verdicts: {sentence(verdicts, '08_growth')} {sentence(verdicts, '08_exponents')}"
     )
 
@@ -402,7 +423,8 @@ def winners_caption() -> str:
     return (
         "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and batch, "
         f"geometric mean over draws; exact. Trees: {FAMILY}. Chains: 4 tokens, T = {middle}, 1 nat from their reference ({chain_draws} "
-        f"draws), where truncated prefix and sequence weights have no exact moments and are not candidates. Cell: weight (letter), "
+        f"draws), where truncated prefix and sequence weights have no exact moments and are not candidates. Cell: weight (letter; "
+        f"differentiated in k3 as loss, otherwise detached), "
         f"bound on it, error. {'. '.join(parts)}. In {lost} of {len(winners)} cells the best error is above 1, more than dropping the "
         "regulariser would cost (pale)."
     )

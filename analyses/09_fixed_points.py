@@ -21,11 +21,11 @@ rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(11,)))
 # Two bandits and two trees whose responses have random rewards in [0, 1]; the second tree has an end token.
 
 # %%
-three = gl.fixedpoints.World("3 tokens", gl.Bandit(np.log([0.5, 0.3, 0.2])), torch.tensor([0.0, 0.5, 1.0]))
+three = gl.ascent.World("3 tokens", gl.Bandit(np.log([0.5, 0.3, 0.2])), torch.tensor([0.0, 0.5, 1.0]))
 
 
-def world(name: str, reference: gl.Bandit | gl.Tree) -> gl.fixedpoints.World:
-    return gl.fixedpoints.World(name, reference, torch.from_numpy(rng.random(len(reference.enumerate()[0]))))
+def world(name: str, reference: gl.Bandit | gl.Tree) -> gl.ascent.World:
+    return gl.ascent.World(name, reference, torch.from_numpy(rng.random(len(reference.enumerate()[0]))))
 
 
 ten = world("10 tokens", gl.Bandit.random(10, study.seed))
@@ -103,7 +103,7 @@ parts = []
 for beta in study.pick(full=[1.0, 0.3, 0.1], quick=[0.3]):
     for name in SHOWN:
         for label, start in starts.items():
-            found = gl.fixedpoints.ascend(
+            found = gl.ascent.ascend(
                 three, name, beta, start, points=study.pick(full=400, quick=80), tolerance=study.pick(full=1e-6, quick=1e-2)
             )
             columns = {"coefficient": beta, "estimator": name, "start": label, "via": "exact", "time": found.times}
@@ -209,7 +209,7 @@ def paths_caption(frame: pd.DataFrame, ends: pd.DataFrame) -> str:
         f"{at('kl', 'k2-loss', beta):.3f} and {at('kl', 'k3-loss', beta):.3f} nats from the reference. k1 as loss and k3 in "
         f"reward go to a corner; the best response's is missed by {at('regret', 'k1-loss', beta):.0e} and "
         f"{at('regret', 'k3-reward-to-go', beta):.0e} in reward. Exact, no sampling; integrated to time "
-        f"{gl.fixedpoints.HORIZON:.0e}."
+        f"{gl.ascent.HORIZON:.0e}."
     )
 
 
@@ -261,8 +261,8 @@ def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 as loss "
         f"(line at 1), over the coefficient; above 1 k3 is the weaker regulariser. Bandits of {TOKENS} tokens, {draws} draws a panel "
         f"(median, 10–90 % band, closed form, seed {study.seed}): rewards uniform in [0, 1]; reward 1 for one token of reference "
-        f"probability {RARE:g} and 0 for the others; the other way round; and trees of 3 tokens and 3 steps with uniform rewards, per token. Medians at β = {betas[0]:g} and {betas[-1]:g}: {ratios}. No "
-        f"sampling. Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
+        f"probability {RARE:g} and 0 for the others; the other way round; and trees of 3 tokens and 3 steps with uniform "
+        f"rewards, per token. Medians at β = {betas[0]:g} and {betas[-1]:g}: {ratios}. No sampling. Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
     )
 
 

@@ -11,6 +11,7 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 """
 
 from gradlab import (
+    ascent,
     asymmetry,
     claims,
     exact,
@@ -50,6 +51,7 @@ __all__ = [
     "Rollout",
     "Scenario",
     "Tree",
+    "ascent",
     "asymmetry",
     "claims",
     "components",

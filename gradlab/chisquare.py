@@ -34,7 +34,7 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
     loss, rows = ESTIMATORS[estimator], []
     with one_thread(), torch.no_grad():
         for scenario in scenarios:
-            found, size = exact.moments(loss, scenario), exact.gradient("reverse_kl", scenario).square().sum()
+            found, size = exact.moments(loss, scenario), float(exact.gradient("reverse_kl", scenario).square().sum())
             spread, coefficient = chi2(scenario), float("nan")
             if not isinstance(scenario.policy, Gaussian):
                 rollout = Rollout.enumerated(scenario)
@@ -43,9 +43,19 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
             family = type(scenario.policy).__name__.lower()
             both = np.isinf(spread) and np.isinf(found.trace_cov)
             row = {"chi2": spread, "coefficient_variance": coefficient, "trace_cov": found.trace_cov}
-            row |= {"noise": found.trace_cov / float(size), "coefficient_ratio": coefficient / spread}
-            row |= {"gradient_ratio": float("inf") if both else found.trace_cov / spread}
-            rows.append({"scenario": scenario.label, "family": family, "estimator": estimator, "via": "exact", "kl": scenario.kl(), **row})
+            noise = found.trace_cov / size if size > 0 else float("nan")
+            ratio = float("nan") if both or spread == 0 else found.trace_cov / spread
+            row |= {"noise": noise, "coefficient_ratio": coefficient / spread, "gradient_ratio": ratio}
+            rows.append(
+                {
+                    "scenario": scenario.label,
+                    "family": family,
+                    "estimator": estimator,
+                    "via": "exact",
+                    "kl": scenario.kl(),
+                    **row,
+                }
+            )
     return pd.DataFrame(rows)
 
 

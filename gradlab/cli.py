@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import joblib
 import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from gradlab import claims, gallery, measure, report
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
@@ -61,7 +65,7 @@ def reproduce(
 ) -> None:
     """Regenerate figures, data, captions and verdicts.
 
-    Runs the numbered analyses one after the other. Each writes its results when it has them, so an interrupted run keeps
+    Runs the numbered analyses, `--jobs` of them at a time. Each writes its results when it has them, so an interrupted run keeps
     what is finished, and the next run skips what is unchanged. Ends with the claims ledger as these results settle it, also
     written to `claims.csv`, and with `index.html`, one page that shows everything.
 
@@ -70,36 +74,60 @@ def reproduce(
     scripts = analyses()
     chosen = _choose(scripts, only)
     report.writable(output)
-    options = ["--jobs", str(jobs), "--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
-    console = Console()
-    arguments, finished = sys.argv, list[str]()
+    options = ["--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
+    records = {name: Record(scripts[name], output, {"quick": quick, "seed": seed}) for name in chosen}
+    finished = [] if force else [name for name in chosen if records[name].unchanged()]
+    for name in finished:
+        print(f"{name} is unchanged; --force makes it again")
+    todo = [name for name in chosen if name not in finished]
     try:
-        for i, name in enumerate(chosen, 1):
-            console.rule(f"{i}/{len(chosen)} {name}", align="left")
-            record = Record(scripts[name], output, {"quick": quick, "seed": seed})
-            if not force and record.unchanged():
-                finished.append(name)
-                console.print(f"{name} is unchanged; --force makes it again", style="dim")
-                continue
-            started = time.perf_counter()
-            sys.argv = [str(scripts[name]), *options]
-            runpy.run_path(str(scripts[name]), run_name="__main__")
-            record.save()
+        for name, seconds in _runs({name: scripts[name] for name in todo}, options, joblib.effective_n_jobs(jobs)):
+            records[name].save()
             finished.append(name)
-            console.print(f"{name} took {time.perf_counter() - started:.1f} s", style="dim")
+            print(f"{name} took {seconds:.1f} s ({len(finished)} of {len(chosen)} done)")
     except KeyboardInterrupt:
         kept = ", ".join(finished) or "nothing"
-        print(f"interrupted in {chosen[len(finished)]}; finished and kept: {kept}", file=sys.stderr)
+        print(f"interrupted; finished and kept: {kept}", file=sys.stderr)
         raise
-    finally:
-        sys.argv = arguments
     settled = claims.verify(output)
     with report.written(output / "claims.csv") as part:
         settled.to_csv(part, index=False, lineterminator="\n")
     page = gallery.write(output, settled, {name: _title(path) for name, path in scripts.items()})
-    console.rule("claims", align="left")
     report.show_verdicts(settled)
     print(f"pictures, data and captions are in {output}; {page} shows them all")
+
+
+def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float]]:
+    """Run analyses, several at a time if there are `jobs` for it; yield each one's name and seconds when it is done.
+
+    Alone they run in this process, where their progress is seen; together each is a process whose output is shown at its end.
+    """
+    if jobs == 1:
+        arguments = sys.argv
+        for name, script in scripts.items():
+            Console().rule(name, align="left")
+            started = time.perf_counter()
+            try:
+                sys.argv = [str(script), *options]
+                runpy.run_path(str(script), run_name="__main__")
+            finally:
+                sys.argv = arguments
+            yield name, time.perf_counter() - started
+        return
+
+    def run(name: str) -> tuple[str, float, str]:
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, str(scripts[name]), *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{name} failed; run it alone with --jobs 1. It said: {done.stderr.strip() or done.stdout.strip()}")
+        return name, time.perf_counter() - started, done.stdout
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(run, name) for name in scripts]
+        for future in tqdm(as_completed(waiting), total=len(waiting), unit="analysis", disable=None):
+            name, seconds, printed = future.result()
+            print(printed, end="")
+            yield name, seconds
 
 
 @app.command(name="claims")

@@ -84,9 +84,8 @@ def sharing() -> Scenario:
     logits of their own, it cannot happen.
     """
     first, other = [0.9, 0.1], [0.5, 0.5]
-    policy, reference = ([[row, other], first] for row in ([0.3, 0.7], [0.99, 0.01]))
-    chains = (Markov(np.log(start), np.log(rows), length=3) for rows, start in (policy, reference))
-    return Scenario(*chains, name="sharing chain, 3 steps")
+    policy, reference = (Markov(np.log(first), np.log([row, other]), length=3) for row in ([0.3, 0.7], [0.99, 0.01]))
+    return Scenario(policy, reference, name="sharing chain, 3 steps")
 
 
 def bands(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
@@ -138,18 +137,18 @@ def versus(frame: pd.DataFrame, estimator: str, other: str, target: str = "rever
 
     `norm_ratio` is `‖E g‖ / ‖E g'‖`, `noise_ratio` `tr Σ / tr Σ'`. From a batch of `overtaken` responses on the other one has the
     smaller mean squared error: `b² + n/B = b'² + n'/B` at `B = (n' − n)/(b² − b'²)`; 0 when the other always has, `inf` when it
-    never has. Rows: one per scenario × KL, with `family, scenario, kl, estimator, other, target, via`.
+    does not have it for good. Rows: one per scenario × KL, with `family, scenario, kl, estimator, other, target, via`.
     """
     keys = ["family", "scenario", "kl", "target", "via"]
     chosen = frame[frame["target"] == target]
     left, right = (chosen[chosen["estimator"] == name].set_index(keys) for name in (estimator, other))
-    both = left.join(right, rsuffix="_other", how="inner")
+    both = left.join(right.add_suffix("_other"), how="inner")
     gain, cost = both["bias"] ** 2 - both["bias_other"] ** 2, both["noise_other"] - both["noise"]
     # Biases of two estimators of one mean differ by rounding only.
     gain = gain.where(gain.abs() > ROUNDING * (both["bias"] + both["bias_other"]), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         meet = (cost / gain).to_numpy()
-    overtaken = np.where(gain > 0, np.maximum(meet, 0.0), np.where(cost < 0, 0.0, np.inf))
+    overtaken = np.where(gain > 0, np.maximum(meet, 0.0), np.where((gain == 0) & (cost < 0), 0.0, np.inf))
     columns = {
         "estimator": estimator,
         "other": other,
@@ -157,7 +156,7 @@ def versus(frame: pd.DataFrame, estimator: str, other: str, target: str = "rever
         "noise_ratio": both["trace_cov"] / both["trace_cov_other"],
         "overtaken": overtaken,
     }
-    return both[[]].assign(**columns).reset_index()
+    return pd.DataFrame(columns, index=both.index).reset_index()
 
 
 def batches(frame: pd.DataFrame, sizes: Sequence[int]) -> pd.DataFrame:

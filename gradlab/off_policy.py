@@ -42,10 +42,7 @@ def _shipped() -> dict[str, tuple[Estimator, str]]:
         "k2-loss+reward": (e("k2", "loss+reward"), "NeMo-RL, kl_type k2: value-1 weight exp(x − sg(x)), differentiated"),
         "k1-reward-clipped": (e("k1", "reward", "to_go", "token", clip=0.2), "PPO, arXiv 1707.06347; verl use_kl_in_reward"),
         "k3-reward-clipped": (e("k3", "reward", "to_go", "token", clip=0.2), "verl use_kl_in_reward, kl_penalty=low_var_kl"),
-        "k1-reward-clipped-sequence": (
-            e("k1", "reward", "return", "sequence", clip=0.2),
-            "TRL RLOOTrainer, before its baseline",
-        ),
+        "k1-reward-clipped-sequence": (e("k1", "reward", "sequence", "sequence", clip=0.2), "TRL RLOOTrainer, no baseline"),
     }
     return table
 
@@ -140,9 +137,10 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
         log_error = 0.5 * np.log(frame["bias"] ** 2 + frame["noise"] / batch)
         mean = frame.assign(rmse=log_error).groupby([*by, "estimator"], sort=False)["rmse"].mean()
         parts.append(np.exp(mean).reset_index().assign(batch=batch))
-    found = pd.concat(parts, ignore_index=True)
+    found: pd.DataFrame = pd.concat(parts, ignore_index=True)
     least = found.groupby([*by, "batch"])["rmse"].transform("min")
-    return found.assign(regret=found["rmse"] / least)[[*by, "batch", "estimator", "rmse", "regret"]]
+    found = found.assign(regret=found["rmse"] / least)
+    return found[[*by, "batch", "estimator", "rmse", "regret"]]
 
 
 def winners(found: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:

@@ -7,6 +7,7 @@ it. `E_π[δ 1_A] = ref(A)`: an event of probability 1/n under the policy takes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import joblib
@@ -69,7 +70,9 @@ def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, floa
     assert isinstance(reference, Gaussian)
     a, b = policy.std**-2, reference.std**-2
     if not a > b:
-        raise ValueError(f"δ is unbounded where the policy is narrower than the reference; got std {policy.std} and {reference.std}")
+        raise ValueError(
+            f"δ is unbounded where the policy is narrower than the reference; got std {policy.std} and {reference.std}"
+        )
     p, q = stats.norm(policy.mean, policy.std), stats.norm(reference.mean, reference.std)
     centre = (a * policy.mean - b * reference.mean) / (a - b)  # where δ is smallest
 
@@ -83,11 +86,11 @@ def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, floa
     radius = optimize.brentq(lambda r: np.log(max(outside(p, r), 1e-300) / probability), 0, far, xtol=1e-14)
 
     def k3(x: float) -> float:
-        log_ratio = float(p.logpdf(x) - q.logpdf(x))
-        return float(np.exp(p.logpdf(x)) * VALUES["k3"](np.float64(log_ratio)))
+        log_ratio = np.asarray(p.logpdf(x) - q.logpdf(x), dtype=np.float64)
+        return float(p.pdf(x) * VALUES["k3"](log_ratio))
 
     ends = np.unique(np.clip([centre - radius, policy.mean, centre, centre + radius], centre - radius, centre + radius))
-    seen = sum(integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in zip(ends, ends[1:], strict=False))
+    seen = sum(integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in pairwise(ends))
     return scenario.kl() - seen, outside(q, radius)
 
 
@@ -132,7 +135,9 @@ def running(
     return pd.DataFrame(rows)
 
 
-def _run(kernels: Sequence[str], scenario: Scenario, sizes: Sequence[int], entropy: np.random.SeedSequence) -> list[dict[str, Any]]:
+def _run(
+    kernels: Sequence[str], scenario: Scenario, sizes: Sequence[int], entropy: np.random.SeedSequence
+) -> list[dict[str, Any]]:
     policy, reference = scenario.policy, scenario.reference
     assert isinstance(policy, Gaussian)
     assert isinstance(reference, Gaussian)
@@ -170,7 +175,13 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
         runs = len(part)
         rank = int(stats.binom.ppf((1 - level) / 2, runs, 0.5))
         inner = max(rank - 1, 0)
-        row: dict[str, Any] = {"scenario": scenario, "kernel": kernel, "samples": samples, "via": "sampled", "kl": part["kl"].iloc[0]}
+        row: dict[str, Any] = {
+            "scenario": scenario,
+            "kernel": kernel,
+            "samples": samples,
+            "via": "sampled",
+            "kl": part["kl"].iloc[0],
+        }
         for column in columns:
             values = np.sort(part[column].to_numpy())
             ends = {"": np.median(values), "_low": values[inner], "_high": values[runs - 1 - inner]}
@@ -200,12 +211,14 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
         row: dict[str, Any] = {"scenario": scenario.label, "kernel": "k3", "kl": kl, "probability": probability, "samples": n}
         if runs is None:
             counts = stats.binom(n, probability).ppf([0.5, 0.1, 0.9])
-            row |= dict(zip(("mean_ratio", "mean_ratio_q10", "mean_ratio_q90"), (low + (high - low) * counts / n) / kl, strict=True))
+            row |= dict(
+                zip(("mean_ratio", "mean_ratio_q10", "mean_ratio_q90"), (low + (high - low) * counts / n) / kl, strict=True)
+            )
             row |= {"via": "exact", "runs": pd.NA}
         else:
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(13, int(n))))
             means = rng.multinomial(n, p / p.sum(), size=runs) @ value / n
             drawn = pd.DataFrame({"scenario": scenario.label, "kernel": "k3", "kl": kl, "samples": n, "mean_ratio": means / kl})
-            row |= over_runs(drawn, ["mean_ratio"]).iloc[0].to_dict()
+            row |= {str(key): value for key, value in over_runs(drawn, ["mean_ratio"]).iloc[0].items()}
         rows.append({**row, "unmet": float(np.exp(n * np.log1p(-probability)))})
     return pd.DataFrame(rows)

@@ -140,13 +140,23 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, capsys, tmp_path
     (scripts / "02_planted.py").write_text(broken.replace("study.save_frame", "None and study.save_frame"), encoding="utf-8")
     output = tmp_path / "figures"
     assert run(monkeypatch, "reproduce", "--output", output) == 130
-    assert "interrupted in 02_planted; finished and kept: 01_planted" in capsys.readouterr().err
+    assert "interrupted; finished and kept: 01_planted" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == [".reproduced", "01_numbers.csv"]
 
     (scripts / "02_planted.py").write_text(SCRIPT.format(number="02", last=""), encoding="utf-8")
     assert run(monkeypatch, "reproduce", "--output", output) == 0
     assert capsys.readouterr().out.count("01_planted is unchanged") == 1
     assert (output / "02_numbers.csv").is_file()
+
+
+def test_several_analyses_at_a_time_leave_the_same_bytes_and_a_failure_is_told(monkeypatch, capsys, tmp_path, scripts):
+    for jobs in (1, 2):
+        assert run(monkeypatch, "reproduce", "--jobs", jobs, "--output", tmp_path / str(jobs)) == 0
+    for name in ("01_numbers.csv", "02_numbers.csv", "claims.csv"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    (scripts / "02_planted.py").write_text("raise RuntimeError('planted')", encoding="utf-8")
+    assert run(monkeypatch, "reproduce", "--jobs", 2, "--output", tmp_path / "3") == 2
+    assert "02_planted failed" in capsys.readouterr().err
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -276,6 +276,19 @@ def test_dynamic_programming_is_enumeration(world):
 
 
 @laws
+@given(worlds(off_policy=True), st.sampled_from([None, 0.9]))
+def test_closed_forms_are_autograd(world, truncate):
+    """The catalogue, and weights that are differentiated through every kind of product."""
+    losses = [e for e in CATALOGUE if not e.grouped]
+    for kernel in ("k3", "full"):
+        for weight in ("token", "prefix", "sequence"):
+            losses.append(E(kernel, weight=weight, differentiate_weight=True, truncate=truncate))
+    closed = gl.exact.moments(losses, world.scenario)
+    autograd = gl.exact.moments([lambda rollout, e=e: e(rollout) for e in losses], world.scenario)
+    assert_same_moments(closed, autograd, losses)
+
+
+@laws
 @given(worlds(), st.lists(st.sampled_from(CATALOGUE), min_size=1, max_size=5))
 def test_company_does_not_matter(world, losses):
     """Estimators measured together get what each gets alone."""

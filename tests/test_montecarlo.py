@@ -116,7 +116,7 @@ def runs() -> dict[tuple[str, str], tuple[list[Any], Any, torch.Tensor]]:
     names = ["k3-loss", "k1-reward-to-go"]  # biased, unbiased
     losses, found = [gl.ESTIMATORS[name] for name in names], {}
     with pytest.MonkeyPatch.context() as patch:
-        for world, batches, label in ((scenario("tree", seed=3), 24, "tree"), (CHAIN_WORLD.on_policy(), 16, "chain")):
+        for world, batches, label in ((scenario("tree", seed=3), 16, "tree"), (CHAIN_WORLD.on_policy(), 16, "chain")):
             patch.setattr(montecarlo, "BATCHES", batches)
             patch.setattr(montecarlo, "COUNTED_RESPONSES", 0 if label == "chain" else 2**15)
             sampled = [montecarlo.moments(losses, world, 32 * batches, seed=5, stream=(run,)) for run in range(REPLICATES)]

@@ -6,9 +6,11 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,30 @@ def test_imports_point_backwards():
     result = lint(ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 broken" in result.stdout
+
+
+def test_questions_stand_on_measure_and_nothing_stands_on_them():
+    """Modules that the contract does not list: frames out of scenarios, off the way of the data."""
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("gradlab", cache_dir=None)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+    measure = layers.index({"measure"})
+    above, way = set().union(*layers[:measure]), set().union(*layers)
+    modules = {name.removeprefix("gradlab.") for name in graph.find_children("gradlab")}
+    questions = modules - way
+    assert way <= modules, f"layers without a module: {way - modules}"
+    assert len(questions) >= 5
+
+    def top(name: str) -> str:
+        return name.split(".")[1]
+
+    for name in sorted(graph.modules - {"gradlab"}):
+        imported = {top(other) for other in graph.find_modules_directly_imported_by(name) if other != "gradlab"}
+        if top(name) in questions:
+            assert not imported & above, f"{name} imports {imported & above}, which come after it"
+        elif top(name) != "cli":
+            assert not imported & questions, f"{name} imports {imported & questions}; only the command line may"
 
 
 def test_a_forward_import_is_caught(tmp_path):

@@ -1,6 +1,6 @@
 """The claims themselves, as data: one row per claim and scope, grouped by the analysis that measures it."""
 
-from gradlab.ledger import asymmetry, bandits, coefficients, distance, fixedpoints, off_policy, sequences, values
+from gradlab.ledger import asymmetry, bandits, coefficients, distance, fixedpoints, off_policy, sequences, tails, values
 from gradlab.ledger.form import Claim, Condition, among, claim, within
 from gradlab.ledger.statements import STATEMENTS
 
@@ -10,6 +10,7 @@ CLAIMS: tuple[Claim, ...] = (
     *bandits.CLAIMS,
     *distance.CLAIMS,
     *asymmetry.CLAIMS,
+    *tails.CLAIMS,
     *sequences.CLAIMS,
     *off_policy.CLAIMS,
     *fixedpoints.CLAIMS,

@@ -19,6 +19,7 @@ STATEMENTS: dict[str, tuple[str, str]] = {
         "the value of k3 can have infinite variance, its sample mean lies far from its expectation",
         f"{_P}, App. I",
     ),
+    "value-std": ("one value of k1 and of k3 has a standard deviation of 0.691 and 8.82 on the Gaussian pair", f"{_P}, App. I"),
     "value-implies-gradient": (
         "an unbiased, low-variance estimate of the KL gives the gradient of the KL when it is used as a loss",
         "implied by the use of k3 as loss, e.g. GRPO, arXiv 2402.03300",

@@ -6,9 +6,11 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 from gradlab.plots.asymmetry import dropped, restoring, sides, tails
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
+from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
-from gradlab.plots.off_policy import compositions, lags, truncation, winners, worth
+from gradlab.plots.heavy import chi2, rare_token, running, variance_map
+from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
@@ -23,6 +25,7 @@ __all__ = [
     "baselines",
     "batches",
     "catalogue",
+    "chi2",
     "coefficients",
     "compositions",
     "credit",
@@ -38,8 +41,10 @@ __all__ = [
     "lags",
     "normalisers",
     "objectives",
+    "rare_token",
     "ratios",
     "restoring",
+    "running",
     "schulman",
     "shifted",
     "sides",
@@ -50,7 +55,9 @@ __all__ = [
     "tails",
     "tokens",
     "truncation",
+    "variance_map",
     "weaker",
+    "weighted",
     "winners",
     "worth",
 ]
