@@ -22,8 +22,8 @@ ROUNDING = distance.ROUNDING
 # enumerated, chains are solved by dynamic programming, so nothing here is sampled.
 
 # %%
-COUNTS = {"bandit": study.pick(full=40, quick=8), "tree": study.pick(full=40, quick=6), "markov": study.pick(full=8, quick=2)}
-kls = np.geomspace(1e-4, 5, study.pick(full=14, quick=7))
+COUNTS = {"bandit": study.pick(full=40, quick=8), "tree": study.pick(full=40, quick=5), "markov": study.pick(full=8, quick=2)}
+kls = np.geomspace(1e-4, 5, study.pick(full=12, quick=6))
 points = study.pick(full=4, quick=3)
 estimators = {
     **gl.ESTIMATORS,

@@ -145,12 +145,15 @@ for draw in range(study.pick(full=3, quick=1)):
     scenarios += [("length, KL per token", x, gl.sequences.shortened(full_length, x)) for x in lengths]
     scenarios += [("length, KL per response", x, dense(4, x, 1.0, draw, "")) for x in lengths]
     scenarios += [
-        ("KL", x, dense(4, study.pick(64, 8), x, draw, "")) for x in study.pick((0.01, 0.03, 0.1, 0.3, 1, 3, 10), (0.01, 0.1, 1))
+        ("KL", x, dense(4, study.pick(64, 8), x, draw, ""))
+        for x in study.pick((0.01, 0.03, 0.1, 0.3, 1, 3, 10), (0.01, 0.1, 1))
     ]
     scenarios += [("vocabulary", x, dense(x, study.pick(32, 8), 1.0, draw, "")) for x in study.pick((2, 4, 8, 16), (2, 4))]
 named = [gl.Scenario(s.policy, s.reference, name=f"{sweep} {x:g} #{i}") for i, (sweep, x, s) in enumerate(scenarios)]
 growth = gl.measure(GROWTH, named, jobs=study.jobs)
-keys = pd.DataFrame({"scenario": [s.name for s in named], "sweep": [k for k, *_ in scenarios], "x": [x for _, x, _ in scenarios]})
+keys = pd.DataFrame(
+    {"scenario": [s.name for s in named], "sweep": [k for k, *_ in scenarios], "x": [x for _, x, _ in scenarios]}
+)
 growth = keys.merge(growth, on="scenario")
 LARGE = {"length, KL per token": lengths[-4], "length, KL per response": lengths[-4], "KL": 0.1, "vocabulary": 2}
 median = growth.groupby(["sweep", "estimator", "x"], sort=False)["noise"].median().reset_index()
@@ -296,7 +299,9 @@ def credit_caption(frame: pd.DataFrame) -> str:
         return float(cell(frame, column, estimator=name, target="reverse_kl", via="exact"))
 
     inside, sampled = (rows.set_index(["estimator", "target"]) for _, rows in frame.groupby("via"))
-    hits = {c: ((sampled[f"{c}_low"] <= inside[c] + 1e-12) & (inside[c] <= sampled[f"{c}_high"])).mean() for c in ("bias", "noise")}
+    hits = {
+        c: ((sampled[f"{c}_low"] <= inside[c] + 1e-12) & (inside[c] <= sampled[f"{c}_high"])).mean() for c in ("bias", "noise")
+    }
     return (
         f"**Credit on one chain.** {chain.label}, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses "
         "(a) and of "

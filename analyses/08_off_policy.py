@@ -366,7 +366,7 @@ def one_caption() -> str:
         f"**One tree, exact and sampled.** {one.name}, KL {one.kl():.3g} nats: bias as a gradient of the reverse KL of responses (a) "
         f"and of its form with frozen prefixes of the behaviour (b), and noise (c), from data of another policy; exact (filled) and "
         f"from {samples:,} responses (open, 95 % intervals, seed {seed}). The intervals hold {covered:.0%} of the exact biases and "
-        f"{hit:.0%} of the exact noises. Unbiased for the first: "
+        f"{hit:.0%} of the exact noises; all rows share one draw of responses, so they hit or miss together. Unbiased for the first: "
         f"{', '.join(n for n in NAMES if inside.loc[(n, 'reverse_kl'), 'bias'] < 1e-9)}; for the second: "
         f"{', '.join(n for n in NAMES if inside.loc[(n, 'reverse_kl_frozen_prefix'), 'bias'] < 1e-9)}."
     )

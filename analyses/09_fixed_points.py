@@ -262,7 +262,8 @@ def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"(line at 1), over the coefficient; above 1 k3 is the weaker regulariser. Bandits of {TOKENS} tokens, {draws} draws a panel "
         f"(median, 10–90 % band, closed form, seed {study.seed}): rewards uniform in [0, 1]; reward 1 for one token of reference "
         f"probability {RARE:g} and 0 for the others; the other way round; and trees of 3 tokens and 3 steps with uniform "
-        f"rewards, per token. Medians at β = {betas[0]:g} and {betas[-1]:g}: {ratios}. No sampling. Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
+        f"rewards, per token. Medians at β = {betas[0]:g} and {betas[-1]:g}: {ratios}. No sampling. "
+        f"Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
     )
 
 

@@ -138,7 +138,9 @@ def ascend(
 
     estimator: catalogue name or `Estimator`; `None` for no regulariser. The flow `dθ/dτ = F(θ)` is integrated by `BDF` with the
     exact Jacobian, to a relative `tolerance` per step; a rest inside the simplex is then solved for, with the last logit of
-    every context held, by scipy's hybrid Powell method. `points` is the length of the path. Raises `ValueError` for an unknown name and as `World` and `Ascent` do.
+    every context held, by scipy's hybrid Powell method. `points` is the length of the path.
+
+    Raises `ValueError` for an unknown name and as `World` and `Ascent` do.
     """
     chosen = by_name(estimator).popitem()[1] if isinstance(estimator, str) else estimator
     assert chosen is None or isinstance(chosen, Estimator)

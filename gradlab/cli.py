@@ -119,7 +119,9 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
         started = time.perf_counter()
         done = subprocess.run([sys.executable, str(scripts[name]), *options], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"{name} failed; run it alone with --jobs 1. It said: {done.stderr.strip() or done.stdout.strip()}")
+            raise ValueError(
+                f"{name} failed; run it alone with --jobs 1. It said: {done.stderr.strip() or done.stdout.strip()}"
+            )
         return name, time.perf_counter() - started, done.stdout
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -28,7 +28,10 @@ def test_a_sweep_keeps_the_policy_and_the_direction(family):
 def test_families_and_seeds_have_policies_of_their_own():
     first, again, other = (distance.random_policies("bandit", 4, seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[name].table, again[name].table) for name in first)
-    assert not any(x.table.shape == y.table.shape and torch.equal(x.table, y.table) for x, y in zip(first.values(), other.values()))
+    assert not any(
+        x.table.shape == y.table.shape and torch.equal(x.table, y.table)
+        for x, y in zip(first.values(), other.values(), strict=True)
+    )
     with pytest.raises(ValueError, match="'bandit', 'tree' or 'markov'"):
         distance.random_policies("gaussian", 1)
 
@@ -50,7 +53,14 @@ def test_slopes_recover_planted_power_laws(exponent):
         for kl in np.geomspace(1e-4, 1, 7):
             bias = 0.3 * kl**exponent * np.exp(0.02 * rng.normal()) * (1 if kl < 0.01 else 50)
             rows.append(
-                {"family": "bandit", "scenario": f"s{i}", "estimator": "k3-loss", "target": "reverse_kl", "kl": kl, "bias": bias}
+                {
+                    "family": "bandit",
+                    "scenario": f"s{i}",
+                    "estimator": "k3-loss",
+                    "target": "reverse_kl",
+                    "kl": kl,
+                    "bias": bias,
+                }
             )
     frame = pd.DataFrame(rows).sample(frac=1, random_state=0)
     found = distance.slopes(frame, points=3)

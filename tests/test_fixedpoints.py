@@ -37,7 +37,9 @@ def test_closed_forms_are_maximisers(divergence, coefficient):
     found = optima.tilted(reward, ref, coefficient, divergence)
     assert found.sum() == pytest.approx(1, abs=1e-12)
     constraint = {"type": "eq", "fun": lambda p: p.sum() - 1}
-    other = minimize(loss, ref, bounds=[(0, 1)] * 6, constraints=constraint, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500})
+    other = minimize(
+        loss, ref, bounds=[(0, 1)] * 6, constraints=constraint, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500}
+    )
     assert found == pytest.approx(other.x, abs=2e-5)
     assert loss(found) <= other.fun + 1e-9
 

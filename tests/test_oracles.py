@@ -395,9 +395,7 @@ def compensating(free_layers):
 def test_rao_blackwell_value_can_be_ten_times_as_noisy_as_monte_carlo():
     """Identity 13 of math.md holds per position, not for Σ_t KL_t: the KL_t do not condition on one σ-algebra."""
     policy, reference = compensating(0)
-    (sampled, variance), (full, variance_full) = (
-        oracles.value_moments(kernel, policy, reference) for kernel in ("k1", "full")
-    )
+    (sampled, variance), (full, variance_full) = (oracles.value_moments(kernel, policy, reference) for kernel in ("k1", "full"))
     assert sampled == pytest.approx(full, rel=1e-12)
     assert variance_full > 10 * variance > 0.2
 

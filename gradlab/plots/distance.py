@@ -91,8 +91,8 @@ def catalogue(frame: pd.DataFrame) -> Figure:
             ax.set_xticks(at, ["$10^{-4}$", ".01", "1"])
             ax.set_title(family)
             ax.tick_params(length=0, axis="y")
-            for x, y in np.argwhere(table.isna().to_numpy().T & table.isna().all(axis=1).to_numpy()):
-                ax.text(x, y, "·", ha="center", va="center", fontsize=7, color="#999999")
+            unsolved = np.argwhere(np.repeat(table.isna().all(axis=1).to_numpy()[:, None], len(kls), axis=1))
+            ax.plot(unsolved[:, 1], unsolved[:, 0], ".", color="#999999", markersize=1.5)
         bar = figure.colorbar(picture, ax=list(axes), location="bottom", aspect=30, pad=0.02, extend="both")
         bar.set_label(f"{_ROWS[statistic]} (white: 0)")
     grid[0].set_yticks(range(len(names)), names)
