@@ -149,7 +149,8 @@ def dropped_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"alike. The rare token brings {at('expected_share', 'k3-loss'):.2%} of k3's pull along the true gradient and "
         f"{at('second_share', 'k3-loss'):.2%} of its second moment ({at('expected_share', 'k2-loss'):.2%} and "
         f"{at('second_share', 'k2-loss'):.2%} with k2), and {(1 - probability) ** 64:.1%} of all batches of 64 do not hold it. "
-        f"Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}). "
+        f"Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}; "
+        "in (b) of the noise alone, without the error of the signal it is divided by). "
         f"Verdicts: {gl.report.sentence(verdicts, '05_dropped')}"
     )
 

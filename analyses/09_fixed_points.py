@@ -157,22 +157,23 @@ def of_bandit(kind: str) -> list[float]:
     return [k3 / k2 for k3, k2 in zip(*pair, strict=True)]
 
 
-def of_tree(seed: int) -> list[float]:
-    """The same on a random tree of 3 tokens and 3 steps with uniform rewards, every context by itself."""
-    reference, reward = gl.Tree.random(3, 3, seed), rng.random(27)
+def of_tree(reference: gl.Tree, reward: np.ndarray, credit: str) -> list[float]:
+    """The same on a tree, every context by itself (`token`) or the response as one action (`sequence`)."""
     responses = gl.Rollout.enumerated(gl.Scenario(reference, reference)).weight.numpy()
     pair = [
-        [nats(gl.optima.optimum(reference, reward, beta, f"{d}_kl", "token"), responses) for beta in betas]
+        [nats(gl.optima.optimum(reference, reward, beta, f"{d}_kl", credit), responses) for beta in betas]
         for d in ("forward", "reverse")
     ]
     return [k3 / k2 for k3, k2 in zip(*pair, strict=True)]
 
 
 betas = np.geomspace(0.03, 10, study.pick(full=16, quick=6))
-ratios = {
-    kind: [of_bandit(kind) for _ in range(draws)] for kind in ("uniform rewards", "one rare good token", "one rare bad token")
-}
-ratios["trees, per token"] = [of_tree(study.seed + 100 + draw) for draw in range(study.pick(full=50, quick=10))]
+# With two levels of reward the ratio depends on the rare token's probability alone: there is nothing to draw.
+cases = {"uniform rewards": draws, "one rare good token": 1, "one rare bad token": 1}
+ratios = {kind: [of_bandit(kind) for _ in range(count)] for kind, count in cases.items()}
+forest = [(gl.Tree.random(3, 3, study.seed + 100 + i), rng.random(27)) for i in range(study.pick(full=50, quick=10))]
+ratios["trees, per token"] = [of_tree(*case, "token") for case in forest]
+ratios["trees, one action"] = [of_tree(*case, "sequence") for case in forest]
 rows = [
     [kind, beta, quantile, "closed form", value, len(found)]
     for kind, found in ratios.items()
@@ -257,13 +258,15 @@ def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     ratios = "; ".join(
         f"{kind} {median(kind, betas[0]):.2f} and {median(kind, betas[-1]):.2f}" for kind in dict.fromkeys(frame["kind"])
     )
+    counts = frame.drop_duplicates("kind").set_index("kind")["count"]
     return (
         "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 as loss "
-        f"(line at 1), over the coefficient; above 1 k3 is the weaker regulariser. Bandits of {TOKENS} tokens, {draws} draws a panel "
-        f"(median, 10–90 % band, closed form, seed {study.seed}): rewards uniform in [0, 1]; reward 1 for one token of reference "
-        f"probability {RARE:g} and 0 for the others; the other way round; and trees of 3 tokens and 3 steps with uniform "
-        f"rewards, per token. Medians at β = {betas[0]:g} and {betas[-1]:g}: {ratios}. No sampling. "
-        f"Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
+        "(line at 1), over the coefficient; above 1 k3 is the weaker regulariser. (a) "
+        f"{counts['uniform rewards']} bandits of {TOKENS} tokens with rewards uniform in [0, 1]. (b, c) Reward 1 for one token of "
+        f"reference probability {RARE:g} and 0 for the others, or the other way round: a single case each, which that probability "
+        f"fixes. (d, e) {counts['trees, per token']} trees of 3 tokens and 3 steps with uniform rewards, per token and with the "
+        f"response as one action. Median and 10–90 % band, closed form, seed {study.seed}; medians at β = {betas[0]:g} and "
+        f"{betas[-1]:g}: {ratios}. No sampling. Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
     )
 
 

@@ -78,6 +78,13 @@ def test_the_mean_coefficient_of_k3_is_split_evenly(shape):
         assert found.loc["k3-loss", f"under_{what}"] > found.loc["k2-loss", f"under_{what}"]
 
 
+def test_planted_mistakes_lose_the_even_split():
+    """The ratio upside down and a clamp both break E[1 − δ] = 0, which the even split rests on."""
+    wrong = {"upside down": gl.Estimator("k3_swapped"), "clamped": gl.Estimator("k3", clamp_log_ratio=0.3)}
+    found = asymmetry.measure(wrong, scenario("bandit")).set_index("estimator")
+    assert (found["under_mass"] - 0.5).abs().min() > 0.02
+
+
 def test_nothing_has_no_shares():
     row = asymmetry.measure("k1-loss", scenario("bandit")).iloc[0]
     assert np.isnan(row["under_expected"])

@@ -26,12 +26,14 @@ def _weaker(scope: str, kind: str, quantile: float, low: float, high: float) -> 
 
 
 UNIFORM, GOOD, BAD = "uniform rewards", "one rare good token", "one rare bad token"
-TREES = "trees, per token"
+TREES, WHOLE = "trees, per token", "trees, one action"
 
 CLAIMS: tuple[Claim, ...] = (
     _ends("train-k1-loss", "k1 as loss ends where ascent without a KL term ends", "k1-loss", "to_unregularised", "=", 0, NEARLY),
     _ends("train-k1-loss", "k1 as loss gives all to the best response, bandits, at any coefficient", "k1-loss", "regret", "=", 0, NEARLY,
           family=BANDIT),
+    _ends("train-k1-loss", "k1 as loss gives all to the best response, trees, by the horizon", "k1-loss", "regret", "=", 0, NEARLY,
+          family=TREE),
     _ends("train-k1-loss", "k1 as loss ends farther from the reference than k2 as loss", "k1-loss", "kl_over_k2", ">", 1, 0),
     _ends("k1-reward", "π*, bandits", "k1-reward", "to_reverse", "=", family=BANDIT),
     _ends("k1-reward", "π*, trees, credit to_go and return", ("k1-reward-to-go", "k1-reward-return"), "to_reverse", "=", family=TREE),
@@ -56,7 +58,7 @@ CLAIMS: tuple[Claim, ...] = (
     _ends("rao-blackwell", "complete, reaches π*, trees", "full-both", "to_reverse", "=", family=TREE),
     *(
         _weaker(f"farther from the reference by 2 %, {kind}, {part}", kind, 0.5, *ends)
-        for kind in (UNIFORM, GOOD, BAD, TREES)
+        for kind in (UNIFORM, GOOD, BAD, TREES, WHOLE)
         for part, ends in (("β ≤ 0.1, median", (0.0, 0.11)), ("β ≥ 1, median", (0.99, 100.0)))
     ),
 )  # fmt: skip

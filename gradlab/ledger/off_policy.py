@@ -26,13 +26,14 @@ def _none(scope: str, **where: Value | tuple[Value, ...]) -> Claim:
     return claim("open-off-policy", scope, "08_compositions", "bias_reverse_kl", "≠", 0, 1e-10, **where)  # type: ignore[arg-type]
 
 
-def _noisier(scope: str, estimator: str) -> Claim:
-    return claim("off-policy-noise", scope, "08_growth", "noise_ratio", ">", 1, estimator=estimator)
+def _noisier(scope: str, estimator: str, *ranges: Condition, by: float = 1) -> Claim:
+    return claim("off-policy-noise", scope, "08_growth", "noise_ratio", ">", by, 0, *ranges, estimator=estimator)
 
 
 _FAR = within("nominal", low=0.1)
 _NEAR = within("nominal", high=0.1)
 _K1_SEQUENCE, _RB = "k1-reward-to-go, sequence weight", "full-both, prefix weight"
+_K3_PREFIX = "k3-loss, differentiated prefix weight"
 _CLIPPED = "k1-reward-sequence, sequence weight, clip 0.2"
 
 _BIAS = (
@@ -127,7 +128,10 @@ _OPEN = (
           unbiased=True),
     _noisier("chains, against k1 in reward with a sequence weight", _K1_SEQUENCE),
     _noisier("chains, against k1 as loss with a differentiated prefix weight", "k1-loss, differentiated prefix weight"),
-    _noisier("chains, against k3 as loss with a differentiated prefix weight", "k3-loss, differentiated prefix weight"),
+    _noisier("chains of at most 8 tokens, against k3 as loss with a differentiated prefix weight", _K3_PREFIX,
+             *within("length", high=8)),
+    _noisier("chains of 64 tokens and more, against k3 as loss with a differentiated prefix weight, by a quarter", _K3_PREFIX,
+             *within("length", low=64), by=1.25),
     _noisier("chains, against itself with a sequence weight", "full-both, sequence weight"),
     claim("off-policy-growth", "fixed lag per response", "08_exponents", "exponent", ">", 0.3, sweep="length, fixed lag per response"),
     claim("off-policy-growth", "fixed lag per token", "08_exponents", "last", ">", 0.3, sweep="length, fixed lag per token"),
