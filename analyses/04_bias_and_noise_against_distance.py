@@ -187,7 +187,8 @@ def bands_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the reverse KL, "
         f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band) over "
         f"{POLICIES}. All exact. Median relative bias of k3 as loss at KL near 0.01, 0.1 and 1 nats: {told}. "
-        f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')}"
+        f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')} "
+        f"{gl.report.sentence(verdicts[verdicts['id'] == 'k3-reward'], '04_versus')}"
     )
 
 
