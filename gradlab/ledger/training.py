@@ -1,6 +1,6 @@
 """What training runs would settle. The rules are fixed before the runs exist, so until there are any these claims are OPEN."""
 
-from gradlab.ledger.form import Claim, Relation, claim
+from gradlab.ledger.form import Claim, Relation, among, claim
 
 #: A final KL within this factor of another counts as the same.
 ALIKE = 0.1
@@ -12,9 +12,9 @@ def _runs(
     identifier: str, scope: str, estimator: str, statistic: str, relation: Relation, margin: float = 0.0, **where: str
 ) -> Claim:
     """`statistic` is the run's figure over that of the run it is compared with, so the value to hold against is 1."""
-    where = {"data": ONE_EPOCH, "budget": COEFFICIENT, **where}
+    where = {"estimator": estimator, "data": ONE_EPOCH, "budget": COEFFICIENT, **where}
     scope = f"training a small language model: {scope}"
-    return claim(identifier, scope, "13_training", statistic, relation, 1, margin, estimator=estimator, **where)
+    return claim(identifier, scope, "13_training", statistic, relation, 1, margin, *among(**where))
 
 
 CLAIMS: tuple[Claim, ...] = (
