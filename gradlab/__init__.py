@@ -27,6 +27,7 @@ from gradlab import (
     search,
     sequences,
 )
+from gradlab.audit import audit
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.components import components, values
 from gradlab.estimators import Estimator
@@ -53,6 +54,7 @@ __all__ = [
     "Tree",
     "ascent",
     "asymmetry",
+    "audit",
     "claims",
     "components",
     "exact",

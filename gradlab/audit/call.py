@@ -1,0 +1,71 @@
+"""One guarded call of an audited loss: what it returns is checked, what it does to its inputs too, and its errors are its own."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradlab.audit.batch import Batch, Subject
+
+_OURS = str(Path(__file__).parents[1])
+
+
+class LossError(ValueError):
+    """The audited loss raised. `trace` is its traceback without the frames of gradlab in front."""
+
+    def __init__(self, subject: Subject, error: Exception) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        while frames and frames[0].filename.startswith(_OURS):
+            del frames[0]
+        lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
+        self.trace = "".join([*lines, *traceback.format_exception_only(error)])
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        summary = str(error).strip().splitlines()
+        super().__init__(f"{subject.name} raised {type(error).__name__}: {summary[0] if summary else ''}{where}")
+
+
+def evaluate(subject: Subject, batch: Batch) -> Tensor:
+    """`subject.loss(batch)`, a scalar; it may lack a gradient, which is a finding and no error.
+
+    Raises `LossError` when the loss raises, and `ValueError` when it does not return a scalar tensor of floating point or
+    changes its inputs in place.
+    """
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    try:
+        with torch.enable_grad():
+            loss = subject.loss(batch)
+    except Exception as error:
+        raise LossError(subject, error) from error
+    changed = [name for name, tensor in tensors.items() if tensor._version != versions[name]]
+    if changed:
+        raise ValueError(
+            f"{subject.name} changes its input {', '.join(changed)} in place, so whatever reads it next gets other numbers and "
+            "no gradient can be trusted; work on a copy (x = x - y instead of x -= y)"
+        )
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{subject.name} is not differentiable: it returned {type(loss).__name__}, not a tensor; leave out .item(), float() "
+            "and .numpy()"
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"{subject.name} must return a scalar loss, got shape {list(loss.shape)}; reduce it over the batch")
+    if not loss.is_floating_point():
+        raise ValueError(f"{subject.name} is not differentiable: it returned {loss.dtype}, not floating-point numbers")
+    return loss.reshape(())
+
+
+def gradient(subject: Subject, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the loss with respect to `leaf`, zero where none reaches it, and the value of the loss."""
+    loss = evaluate(subject, batch)
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf), loss
+    try:
+        (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    except RuntimeError as error:
+        raise LossError(subject, error) from error
+    return torch.zeros_like(leaf) if found is None else found, loss.detach()

@@ -1,0 +1,63 @@
+"""What has to be known about a loss before it is audited: is it random, how precise is it, does it couple its samples?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradlab.audit.batch import Subject
+from gradlab.audit.call import evaluate, gradient
+from gradlab.audit.worlds import PADDING, World, batch
+
+
+def is_random(subject: Subject, world: World) -> bool:
+    """Whether two calls with the same batch differ."""
+    columns = world.columns(PADDING)
+    rows = list(range(min(2, len(columns["mask"]))))
+    first, second = (gradient(subject, *batch(columns, rows)) for _ in range(2))
+    return not all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in zip(first, second, strict=True))
+
+
+def precision(subject: Subject, world: World) -> torch.dtype:
+    """The precision a loss computes in, whatever it is given: found by whether it sees a change that it would round away."""
+
+    def response(step: float) -> Tensor:
+        columns = dict(world.columns(PADDING))
+        nudge = torch.linspace(1, 2, columns["logits"].shape[-1], dtype=torch.float64)
+        columns["reference_logits"] = columns["reference_logits"] * (1 + step * nudge)
+        columns["logits"] = columns["logits"] * (1 - step * nudge)
+        made, _ = batch(columns, [1, 4])
+        loss = evaluate(subject, made)
+        slope = torch.autograd.grad(loss, made.log_prob, allow_unused=True)[0] if loss.requires_grad else None
+        numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
+        return torch.cat(numbers)
+
+    base = response(0.0)
+    for step, dtype in ((1e-11, torch.float64), (1e-6, torch.float32)):
+        if not torch.equal(base, response(step)):
+            return dtype
+    # Nothing that changes: a constant loss is as precise as can be, anything else is in half precision.
+    return torch.float64 if torch.equal(base, response(0.1)) else torch.bfloat16
+
+
+def couples(subject: Subject, world: World, tolerance: float) -> bool:
+    """Whether the gradient at one response depends on the others in its batch, beyond one constant factor."""
+    columns = world.columns(PADDING)
+    n = len(columns["mask"])
+    picked = sorted({0, 1, n // 2, n - 1})
+    alone, together = [], []
+    for i in picked:
+        single = gradient(subject, *batch(columns, [i]))[0][0]
+        for j in picked:
+            alone.append(single)
+            together.append(gradient(subject, *batch(columns, [i, j]))[0][0])
+    x, y = torch.stack(alone).flatten(), torch.stack(together).flatten()
+    if not math.isfinite(float(x.sum())):
+        return True
+    size = float(y.norm())
+    if float(x.norm()) <= 1e-12 * size or size == 0:
+        return size > 0
+    factor = float(x @ y) / float(x @ x)
+    return float((y - factor * x).norm()) > 10 * tolerance * size
