@@ -25,6 +25,7 @@ AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token
 WHOLE = (("low_var_kl", "token-mean"), ("k2", "seq-mean-token-sum"), ("k3+", "seq-mean-token-sum"))
 #: Penalty in the reward, advantage estimator, whether GRPO divides by the group's standard deviation, aggregation.
 REWARDS = (
+    ("kl", "rloo", False, "token-mean large-batch"),
     ("kl", "rloo", False, "seq-mean-token-sum"),
     ("kl", "rloo", False, "token-mean"),
     ("low_var_kl", "rloo", False, "seq-mean-token-sum"),
@@ -60,11 +61,13 @@ def subjects() -> list[Subject]:
         found.append(Subject(name, partial(whole, **options), "verl", shipped, "verl.workers.utils.losses.ppo_loss", options))
     function = "verl.trainer.ppo.ray_trainer.apply_kl_penalty, compute_advantage; core_algos.compute_policy_loss_vanilla"
     for penalty, estimator, divided, aggregation in REWARDS:
+        mode, _, large = aggregation.partition(" ")
         options = {
             "kl_penalty": penalty,
             "adv_estimator": estimator,
             "norm_adv_by_std_in_grpo": divided,
-            "loss_agg_mode": aggregation,
+            "loss_agg_mode": mode,
+            **({"large_batch": True} if large else {}),
         }
         name = f"verl reward {penalty} {estimator}{'-std' if divided else ''} {aggregation}"
         found.append(Subject(name, partial(in_reward, **options), "verl", shipped, function, options, group=2))
@@ -112,9 +115,18 @@ def whole(batch: Batch, *, kl_loss_type: str, loss_agg_mode: str) -> Tensor:
 
 
 def in_reward(
-    batch: Batch, *, kl_penalty: str, adv_estimator: str, norm_adv_by_std_in_grpo: bool, loss_agg_mode: str
+    batch: Batch,
+    *,
+    kl_penalty: str,
+    adv_estimator: str,
+    norm_adv_by_std_in_grpo: bool,
+    loss_agg_mode: str,
+    large_batch: bool = False,
 ) -> Tensor:
-    """The penalty subtracted from the reward of a group of responses, their advantages, and the clipped policy loss."""
+    """The penalty subtracted from the reward of a group of responses, their advantages, and the clipped policy loss.
+
+    `large_batch` as in `as_loss`.
+    """
     import numpy as np
     from verl import DataProto
     from verl.trainer.config import AlgoConfig
@@ -132,8 +144,10 @@ def in_reward(
     data = ray_trainer.compute_advantage(
         data, adv_estimator, norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo, config=AlgoConfig(adv_estimator=adv_estimator)
     )
+    config = _actor(loss_agg_mode)
+    config.global_batch_info["batch_num_tokens"] = len(batch.mask) if large_batch else None
     loss: Tensor = core_algos.compute_policy_loss_vanilla(
-        batch.behaviour_log_prob, batch.log_prob, data.batch["advantages"], batch.mask, loss_agg_mode, _actor(loss_agg_mode)
+        batch.behaviour_log_prob, batch.log_prob, data.batch["advantages"], batch.mask, loss_agg_mode, config
     )[0]
     return loss
 
