@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Subject
-from gradlab.audit.call import evaluate, gradient
+from gradlab.audit.call import LossError, evaluate, gradient
+from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.worlds import PADDING, World, batch
 
 
@@ -20,7 +22,7 @@ def is_random(subject: Subject, world: World) -> bool:
     return not all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in zip(first, second, strict=True))
 
 
-def precision(subject: Subject, world: World) -> torch.dtype:
+def precision(subject: Subject, world: World) -> Precision:
     """The precision a loss computes in, whatever it is given: found by whether it sees a change that it would round away."""
 
     def response(step: float) -> Tensor:
@@ -35,11 +37,11 @@ def precision(subject: Subject, world: World) -> torch.dtype:
         return torch.cat(numbers)
 
     base = response(0.0)
-    for step, dtype in ((1e-11, torch.float64), (1e-6, torch.float32)):
+    for step, found in zip((1e-11, 1e-6), PRECISIONS, strict=False):
         if not torch.equal(base, response(step)):
-            return dtype
+            return found
     # Nothing that changes: a constant loss is as precise as can be, anything else is in half precision.
-    return torch.float64 if torch.equal(base, response(0.1)) else torch.bfloat16
+    return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
 
 
 def couples(subject: Subject, world: World, tolerance: float) -> bool:
@@ -48,15 +50,16 @@ def couples(subject: Subject, world: World, tolerance: float) -> bool:
     n = len(columns["mask"])
     picked = sorted({0, 1, n // 2, n - 1})
     alone, together = [], []
-    for i in picked:
-        single = gradient(subject, *batch(columns, [i]))[0][0]
-        for j in picked:
-            alone.append(single)
-            together.append(gradient(subject, *batch(columns, [i, j]))[0][0])
+    for i, j in itertools.product(picked, repeat=2):
+        together.append(gradient(subject, *batch(columns, [i, j]))[0][0])
+        try:
+            alone.append(gradient(subject, *batch(columns, [i]))[0][0])
+        except LossError:
+            return True  # it wants a group
     x, y = torch.stack(alone).flatten(), torch.stack(together).flatten()
-    if not math.isfinite(float(x.sum())):
-        return True
     size = float(y.norm())
+    if not math.isfinite(float(x.sum())):
+        return math.isfinite(size)
     if float(x.norm()) <= 1e-12 * size or size == 0:
         return size > 0
     factor = float(x @ y) / float(x @ x)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from gradlab.audit.batch import Subject
 from gradlab.audit.hand import Tokens, coefficients, responses
+from gradlab.audit.precision import Precision
 
 #: The range of log-ratios looked at, and the step between them.
 REACH, STEP = 40.0, 0.5
@@ -22,8 +23,8 @@ Response = Callable[[float], tuple[float, float]]
 class Event:
     """Something that happens to a coefficient `c(x)` when `x` passes `at`, away from 0.
 
-    kind: `not finite`, `dead` (exactly 0 from there on), `flat` (constant from there on, with a kink). level: the coefficient
-    just inside; value: the loss just outside.
+    kind: `not finite`, `dead` (exactly 0 from there on), `flat` (constant from there on, with a kink), `lost` (smaller than
+    the rounding of the terms that it is the difference of). level: the coefficient just inside; value: the loss just outside.
     """
 
     kind: str
@@ -70,12 +71,12 @@ def sweep(response: Response, reach: float = REACH, step: float = STEP) -> pd.Da
     return pd.DataFrame([(x, *response(float(x))) for x in grid], columns=["log_ratio", "coefficient", "value"])
 
 
-def events(response: Response, frame: pd.DataFrame, tolerance: float = 1e-10) -> list[Event]:
+def events(response: Response, frame: pd.DataFrame, precision: Precision) -> list[Event]:
     """What happens on each side of 0, located by bisection."""
-    return [event for sign in (-1, 1) for event in _on_side(response, frame, sign, tolerance)]
+    return [event for sign in (-1, 1) for event in _on_side(response, frame, sign, precision)]
 
 
-def _on_side(response: Response, frame: pd.DataFrame, sign: int, tolerance: float) -> Iterator[Event]:
+def _on_side(response: Response, frame: pd.DataFrame, sign: int, precision: Precision) -> Iterator[Event]:
     side = frame[sign * frame["log_ratio"] > 0].sort_values("log_ratio", ascending=sign > 0)
     # The first point stands for 0, where many coefficients vanish anyway.
     grid = [sign * 1e-3, *(float(x) for x in side["log_ratio"])]
@@ -89,7 +90,7 @@ def _on_side(response: Response, frame: pd.DataFrame, sign: int, tolerance: floa
     last = level[broken - 1]
 
     def settled(c: float) -> bool:
-        return abs(c - last) <= tolerance * abs(last)
+        return abs(c - last) <= precision.level * abs(last)
 
     first = broken - 1
     while first > 0 and settled(level[first - 1]):
@@ -97,10 +98,13 @@ def _on_side(response: Response, frame: pd.DataFrame, sign: int, tolerance: floa
     if first in (0, broken - 1):
         return  # the same all along, or still moving at the end
     at = _bisect(lambda x: not settled(response(x)[0]), grid[first - 1], grid[first])
-    inside, value = response(at - sign * 1e-2)[0], response(at + sign * 1e-6)[1]
-    if last == 0:
-        yield Event("dead", at, response(at - sign * 1e-6)[0], value)
-    elif abs(inside - last) > 1e-4 * abs(last):
+    inside, value = response(at - sign * 1e-6)[0], response(at + sign * 1e-6)[1]
+    slope = abs(response(at - sign * 0.1)[0] - inside) / 0.1
+    if abs(inside) <= 32 * precision.eps * abs(value):
+        yield Event("lost", at, inside, value)
+    elif last == 0:
+        yield Event("dead", at, inside, value)
+    elif slope > max(10 * precision.level, 1e-4) * abs(last):
         yield Event("flat", at, last, value)  # a kink; a curve that levels off smoothly has none
 
 

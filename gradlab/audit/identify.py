@@ -12,13 +12,11 @@ from torch import Tensor
 from gradlab.audit.candidates import CANDIDATES, WORDS, gradients
 from gradlab.audit.engine import Field
 
-#: A match is exact up to rounding in the precision the loss computes in.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 3e-2}
 #: Scopes in which a match can hold, from the widest; each says what it excludes.
 SCOPES = {
     "everywhere": "",
     "not far": "near and at a moderate distance from the reference, but not far from it",
-    "near": "near the reference only",
+    "near": "close to the reference and the sampler only",
     "equal lengths": "as long as all responses have one length",
     "equal lengths, near": "near the reference, as long as all responses have one length",
 }

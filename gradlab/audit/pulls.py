@@ -28,9 +28,9 @@ def gradient(s: Setting) -> Probe:
         )
     c, _ = s.coefficients(row)
     slopes = value_slopes(s, row)
-    if near(c[0, :3], slopes[0]):
+    if near(s, c[0, :3], slopes[0]):
         found = "the gradient is that of the value: nothing is detached"
-    elif near(c[0, :3], slopes[1]):
+    elif near(s, c[0, :3], slopes[1]):
         found = "the gradient is that of the value at a fixed importance ratio: only the ratio is detached"
     else:
         found = "the gradient is not that of the value: something is detached, as for a KL in the reward"
@@ -56,7 +56,7 @@ def sign(s: Setting) -> Probe:
     for f in s.on_policy:
         policy, size = f.world.scenario.policy, float(f.mean.norm())
         before = f.world.scenario.kl()
-        if not f.finite or size <= s.tolerance * f.size or size == 0:
+        if not f.finite or size <= s.precision.match * f.size or size == 0:
             return Probe(
                 "sign", False, "minimising it does not move the policy in expectation", f"KL {before:.4g}, gradient {size:.1g}"
             )
@@ -89,7 +89,7 @@ def action(s: Setting) -> Probe:
             spread = max(spread, float(here.max() - here.min()))
     if scale == 0:
         return Probe("action", None, "there is no gradient to compare", "")
-    if spread <= 1e2 * s.tolerance * scale:
+    if spread <= s.precision.slack * scale:
         finding = "every token of a prefix is pulled alike, whatever was drawn: the pulls cancel"
         return Probe("action", False, finding, f"coefficient {scale:.4g}")
     return Probe("action", True, "the pull depends on the token drawn", f"coefficients of one prefix differ by {spread:.4g}")
@@ -105,9 +105,11 @@ def dtype(s: Setting, kind: torch.dtype) -> Probe:
     except ValueError as problem:
         return Probe(name, False, f"fails in {name}", str(problem))
     # The inputs are rounded for both, so that only the loss's own arithmetic differs.
-    exact = field(_rounded(s.subject, kind), world, s.group).mean
-    size = float(exact.norm())
-    error = float((low - exact).norm()) / size if size else float(low.norm())
+    exact = field(_rounded(s.subject, kind), world, s.group)
+    # A mean that is 0 is compared with the pulls that cancel in it.
+    size = float(exact.mean.norm())
+    size = size if size > 1e-10 * exact.size else exact.size
+    error = float((low - exact.mean).norm()) / size if size else float(low.norm())
     finding = f"relative error of the expected gradient {error:.1e}"
     good = math.isfinite(error) and error <= bound
     return Probe(

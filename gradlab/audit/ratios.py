@@ -13,7 +13,9 @@ def finite(s: Setting) -> Probe:
     broken = [e for e in _events(s) if e.kind == "not finite"]
     if not broken:
         worst = s.curve.iloc[int(s.curve["coefficient"].abs().to_numpy().argmax())]
-        return Probe("finite", True, "finite over ±40", f"ℓ = {worst['log_ratio']:g}: coefficient {worst['coefficient']:.3g}")
+        lost = " and ".join(f"ℓ {event.where}" for event in _events(s) if event.kind == "lost")
+        finding = "finite over ±40" + (f", but lost to rounding for {lost}" if lost else "")
+        return Probe("finite", True, finding, f"ℓ = {worst['log_ratio']:g}: coefficient {worst['coefficient']:.3g}")
     places = " and ".join(f"ℓ {event.where}" for event in broken)
     at = 1.01 * broken[0].at
     seen = curve.of_token(s.subject, s.group - 1)(at)[0]
@@ -39,7 +41,7 @@ def clamps(s: Setting) -> Probe:
 
 
 def _events(s: Setting) -> list[curve.Event]:
-    return curve.events(curve.of_token(s.subject, s.group - 1), s.curve, max(10 * s.tolerance, 1e-10))
+    return curve.events(curve.of_token(s.subject, s.group - 1), s.curve, s.precision)
 
 
 def asymmetry(s: Setting) -> Probe:

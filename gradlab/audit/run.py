@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-import torch
 
 from gradlab.audit import checks, curve
 from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
+from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
 from gradlab.audit.engine import Field, field
 from gradlab.audit.forms import Form, form
-from gradlab.audit.identify import TOLERANCE, Verdict, cosine, identify
+from gradlab.audit.identify import Verdict, cosine, identify
+from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
 from gradlab.audit.setting import Probe, Setting
 from gradlab.audit.worlds import World, equal_lengths, standard
@@ -40,7 +41,7 @@ class Audit:
     cosine: float
     probes: tuple[Probe, ...]
     group: int
-    precision: torch.dtype
+    precision: Precision
     random: bool
     curve: pd.DataFrame
     cosines: pd.DataFrame
@@ -77,7 +78,7 @@ class Audit:
                 "verdict": verdict.name, "scale": verdict.scale, "error": verdict.error, "scope": verdict.scope,
                 "cosine": cosine, "closest": verdict.closest, "cosine_closest": verdict.cosine,
                 "form": self.form.name if self.form else "", "group": self.group,
-                "precision": str(self.precision).removeprefix("torch."),
+                "precision": self.precision.name,
                 "failures": ";".join(probe.name for probe in self.failures), "text": verdict.text,
             }
             for policy, verdict, cosine in (("on", self.on_policy, self.cosine), ("off", self.off_policy, self._off_cosine))
@@ -123,20 +124,20 @@ def _audit(subject: Subject) -> Audit:
     random = checks.is_random(subject, moderate)
     if random:
         warnings.warn(f"{subject.name} is random: two calls with one batch differ; its gradients are averaged", stacklevel=3)
-    precision = torch.float64 if random else checks.precision(subject, moderate)
-    tolerance = TOLERANCE[precision]
-    coupled = not random and checks.couples(subject, moderate, tolerance)
+    precision = PRECISIONS[0] if random else checks.precision(subject, moderate)
+    coupled = (subject.group or 1) > 1 or (
+        not random and subject.group is None and checks.couples(subject, moderate, precision.match)
+    )
     group = subject.group or (2 if coupled else 1)
     fields = _Fields(subject, group, random)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
-    on_policy, off_policy = (identify(fields.scopes(away), tolerance) for away in (False, True))
-    # The form is that of single responses, whatever they are combined with.
-    alone = fields if group == 1 else _Fields(subject, 1, random)
-    singles = [alone.at(world) for world in worlds if world.name != "far"]
+    on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
     response = curve.of_token(subject, group - 1)
-    setting = Setting(subject, group, tolerance, on, off, coupled, curve.sweep(response))
+    # Weights are missing where off-policy data change what is descended.
+    needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
+    setting = Setting(subject, group, precision, on, off, coupled, needs_weight, curve.sweep(response))
     return Audit(
-        subject, on_policy, off_policy, form(singles, tolerance), cosine(on, "reverse_kl"), probes(setting), group, precision,
+        subject, on_policy, off_policy, _form(fields, precision.match), cosine(on, "reverse_kl"), probes(setting), group, precision,
         random, setting.curve, _cosines(on, off),
     )  # fmt: skip
 
@@ -162,6 +163,18 @@ class _Fields:
             ("equal lengths", even), ("equal lengths, near", even[:2]),
         ):  # fmt: skip
             yield scope, [self.at(world) for world in worlds]
+
+
+def _form(fields: _Fields, tolerance: float) -> Form | None:
+    """The form of single responses, whatever they are combined with; none for a loss that needs a group."""
+    if fields.group != 1:
+        fields = _Fields(fields.subject, 1, fields.random)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a standard deviation of one response, for example
+            return form([fields.at(world) for world in standard() if world.name != "far"], tolerance)
+    except LossError:
+        return None
 
 
 def _cosines(on: Sequence[Field], off: Sequence[Field]) -> pd.DataFrame:

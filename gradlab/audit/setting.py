@@ -12,6 +12,7 @@ from torch import Tensor
 from gradlab.audit.batch import Subject
 from gradlab.audit.engine import Field
 from gradlab.audit.hand import Tokens, coefficients, responses
+from gradlab.audit.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Setting:
 
     subject: Subject
     group: int
-    tolerance: float
+    precision: Precision
     on_policy: Sequence[Field]
     off_policy: Sequence[Field]
     coupled: bool
+    needs_weight: bool
     curve: pd.DataFrame
 
     def at(self, *rows: Tokens, columns: int = 5, garbage: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,12 +52,12 @@ class Setting:
 
     def same(self, x: Tensor, y: Tensor) -> bool:
         """Whether two tensors agree to rounding."""
-        return bool((x - y).abs().max() <= 1e2 * self.tolerance * max(float(x.abs().max()), float(y.abs().max()), 1e-300))
+        return bool((x - y).abs().max() <= self.precision.slack * max(float(x.abs().max()), float(y.abs().max()), 1e-300))
 
 
 def value_slopes(s: Setting, row: Tokens) -> tuple[Tensor, Tensor]:
     """Slopes of the value in each `log π`, with the behaviour held, and with it moved along so that ρ stays put."""
-    h = 1e-2 if s.tolerance > 1e-8 else 1e-5
+    h = s.precision.step
     found = []
     for moves in (True, False):
         slopes = []
@@ -73,5 +75,6 @@ def value_slopes(s: Setting, row: Tokens) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def near(x: Tensor, y: Tensor, tolerance: float = 2e-3) -> bool:
-    return float((x - y).abs().max()) <= tolerance * max(float(x.abs().max()), float(y.abs().max()))
+def near(s: Setting, x: Tensor, y: Tensor) -> bool:
+    """Whether a gradient and finite differences agree as well as these can."""
+    return float((x - y).abs().max()) <= s.precision.slope * max(float(x.abs().max()), float(y.abs().max()))

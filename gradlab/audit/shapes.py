@@ -20,7 +20,7 @@ def mask(s: Setting) -> Probe:
     example = f"padding {'changes' if moved else 'leaves'} the coefficient {float(x[0, 0]):.4g}" + (
         f" → {float(y[0, 0]):.4g}" if moved else ""
     )
-    if leak > 1e2 * s.tolerance:
+    if leak > s.precision.slack:
         pull = float(x[0, 2:].abs().max())
         return Probe(
             "mask", False, f"padded positions get a gradient, {leak:.3g} of what live ones get: the mask is not applied",
@@ -47,7 +47,7 @@ def composition(s: Setting) -> Probe:
     """Does what else is in the batch change the gradient of a response?"""
     row = Tokens.at(0.5, 0.3)
     others = {
-        "plain": Tokens.at(0.2, -0.1), "longer": Tokens.at(0.2, -0.1, 0.0, 0.0), "other numbers": Tokens.at(-0.4, 0.6),
+        "plain": Tokens.at(0.2, -0.1), "longer": Tokens.at(0.2, -0.1, 0.0, 0.0), "other numbers": Tokens.at(0.9, 0.6),
     }  # fmt: skip
     c = {name: s.at(row, other)[0, :2] for name, other in others.items()}
     example = "companion " + ", ".join(f"{name}: {float(x[0]):.4g}" for name, x in c.items())

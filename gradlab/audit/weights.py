@@ -22,9 +22,11 @@ def weight(s: Setting) -> Probe:
         return Probe("weight", None, "there is no gradient to weight", "")
     moved = torch.stack([s.at(_off_policy(u))[0, :3] for u in range(3)], -1)  # [t, u]: token t when ρ_u moves
     growth = (moved / base[:, None]).log() / MOVE
-    reached = (moved - base[:, None]).abs() > 1e3 * s.tolerance * base.abs()[:, None]
+    reached = (moved - base[:, None]).abs() > s.precision.slack * base.abs()[:, None]
     example = f"ρ = e^{MOVE:g} at the last token: coefficients {_row(base)} → {_row(moved[:, 2])}"
     if not bool(reached.any()):
+        if not s.needs_weight:
+            return Probe("weight", True, "no importance weight, and none is needed: off-policy it descends the same", example)
         return Probe("weight", False, "no importance weight: off-policy data are used as if they were on-policy", example)
     level = _level(reached)
     parts = [level, _detached(s), *_bounds(s)]
@@ -53,9 +55,9 @@ def _detached(s: Setting) -> str:
     row = Tokens.at(*RATIOS, log_weight=[MOVE, -MOVE, 2 * MOVE])
     c = s.at(row)[0, :3]
     with_ratio, without = value_slopes(s, row)
-    if near(c, with_ratio):
+    if near(s, c, with_ratio):
         return "differentiated"
-    if near(c, without):
+    if near(s, c, without):
         return "detached"
     return "on a detached coefficient, as a policy loss has it"
 
@@ -66,7 +68,7 @@ def _bounds(s: Setting) -> list[str]:
     for log_ratio in (0.5, -0.5):
         response = curve.of_weight(s.subject, log_ratio, s.group - 1)
         frame = curve.sweep(response, reach=6.0, step=0.25)
-        for event in curve.events(response, frame, max(10 * s.tolerance, 1e-10)):
+        for event in curve.events(response, frame, s.precision):
             what = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}[event.kind]
             found[f"{what} {'below' if event.at < 0 else 'above'} ρ = {math.exp(event.at):.4g}"] = None
     return list(found)
