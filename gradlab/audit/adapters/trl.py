@@ -135,6 +135,7 @@ def rloo(batch: Batch, *, normalize_advantages: bool) -> Tensor:
         eos_token_ids=[],
         log_multimodal=False,
         _tokenizer=SimpleNamespace(pad_token_id=0),
+        processing_class=SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)),  # up to 1.9
         _generate=lambda prompts: ([[0]] * size, completions, [""] * size),
         _calculate_rewards=lambda *_: batch.rewards[:, None],
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)),
