@@ -26,6 +26,7 @@ from gradlab import (
     restoring,
     search,
     sequences,
+    testing,
 )
 from gradlab.audit import audit
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
@@ -72,5 +73,6 @@ __all__ = [
     "search",
     "sequences",
     "simplex",
+    "testing",
     "values",
 ]

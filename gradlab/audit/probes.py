@@ -14,14 +14,27 @@ from gradlab.audit.shapes import composition, length, mask, padding
 from gradlab.audit.weights import weight
 
 #: The gravest questions first.
-QUESTIONS: tuple[Callable[[Setting], Probe], ...] = (
-    gradient, reference, sign, finite, mask, clamps, action, weight, padding, composition, length, asymmetry,
-    lambda s: dtype(s, torch.float32), lambda s: dtype(s, torch.bfloat16),
-)  # fmt: skip
+QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
+    "gradient": gradient,
+    "reference": reference,
+    "sign": sign,
+    "finite": finite,
+    "mask": mask,
+    "clamps": clamps,
+    "action": action,
+    "weight": weight,
+    "padding": padding,
+    "batch": composition,
+    "length": length,
+    "asymmetry": asymmetry,
+    "float32": lambda s: dtype(s, torch.float32),
+    "bfloat16": lambda s: dtype(s, torch.bfloat16),
+}
+#: What probes are called, in that order.
+NAMES = tuple(QUESTIONS)
 
 
 def probes(setting: Setting) -> tuple[Probe, ...]:
     """The answers to all questions; of a loss that is NaN at ordinary tokens only whether it is finite is asked."""
     broken = not bool(setting.at(Tokens.at(0.5, 0.3, -0.2)).isfinite().all())
-    asked = [question for question in QUESTIONS if not broken or question is finite]
-    return tuple(question(setting) for question in asked)
+    return tuple(question(setting) for name, question in QUESTIONS.items() if not broken or name == "finite")

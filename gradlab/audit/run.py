@@ -65,8 +65,8 @@ class Audit:
             if not verdict.descends(target):
                 worst = "".join(f"; {probe.name}: {probe.finding}" for probe in self.failures[:1])
                 return f"{self.subject.name} does not descend {target} {where}: its expected gradient {verdict.text}{worst}"
-        leak = self.probe("mask")
-        return f"{self.subject.name} does not descend {target}: {leak.finding}" if leak.passed is False else None
+        leaks = [probe.finding for probe in self.failures if probe.name == "mask"]
+        return f"{self.subject.name} does not descend {target}: {leaks[0]}" if leaks else None
 
     def rows(self) -> list[dict[str, Any]]:
         """One row on-policy and one off-policy, see `frame`."""

@@ -4,6 +4,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 """
 
 from gradlab.plots.asymmetry import dropped, restoring, sides, tails
+from gradlab.plots.audit import matches, pulls
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -39,8 +40,10 @@ __all__ = [
     "gradients",
     "growth",
     "lags",
+    "matches",
     "normalisers",
     "objectives",
+    "pulls",
     "rare_token",
     "ratios",
     "restoring",
