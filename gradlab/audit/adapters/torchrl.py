@@ -7,6 +7,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Batch, Subject
@@ -64,18 +65,20 @@ def distillation(batch: Batch, *, kl_direction: str, normalize_by_seq_length: bo
     from tensordict import TensorDict, lazy_stack
     from torchrl.objectives.llm import DistillationLoss
 
-    def rows(**columns: Tensor) -> Any:
-        live = batch.lengths.tolist()
-        return lazy_stack([TensorDict({k: v[i, :n] for k, v in columns.items()}) for i, n in enumerate(live)])
+    def rows(**columns: Tensor) -> list[Any]:
+        # Without padding, as the package has it; the conversation is read only where masks are missing.
+        lengths, no_history = batch.lengths.tolist(), torch.zeros(1)
+        return [TensorDict({"history": no_history, **{k: v[i, :n] for k, v in columns.items()}}) for i, n in enumerate(lengths)]
 
     mask = batch.mask.bool()
-    student = rows(log_prob=batch.log_prob)
+    student = lazy_stack(rows(log_prob=batch.log_prob))
     module = DistillationLoss(
         lambda data: student, tokenizer=object(), kl_direction=kl_direction, normalize_by_seq_length=normalize_by_seq_length
     )
-    module.set_keys(log_probs="log_prob", teacher_log_prob="teacher", history="tokens")
-    data = rows(tokens=batch.tokens, teacher=batch.reference_log_prob, assistant=mask, attention=mask)
-    data = data.rename_key_("assistant", ("masks", "all_assistant_mask"))
-    data = data.rename_key_("attention", ("masks", "all_attention_mask"))
-    loss: Tensor = module(data).loss_distill
+    module.set_keys(log_probs="log_prob", teacher_log_prob="teacher", history="history")
+    data = rows(teacher=batch.reference_log_prob, assistant=mask, attention=mask)
+    for row in data:
+        for kind in ("assistant", "attention"):
+            row["masks", f"all_{kind}_mask"] = row.pop(kind)
+    loss: Tensor = module(lazy_stack(data)).loss_distill
     return loss
