@@ -195,7 +195,7 @@ def _reduced(result: Any, batch: Batch, returns: str) -> tuple[Any, str]:
         return (torch.where(batch.mask.bool(), found, 0.0)).sum(-1).mean(), "sum over live tokens, mean over responses"
     if found.dim() == 1 and found.shape == batch.mask.shape[:1] and len(found) > 1:
         return found.mean(), "mean over responses"
-    return (found.mean(), "") if found.numel() == 1 else (found, "")
+    return found, ""
 
 
 def _policy_loss(found: Tensor, batch: Batch, returns: str) -> tuple[Tensor, str]:

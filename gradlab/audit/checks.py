@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.audit.batch import Subject
+from gradlab.audit.batch import Batch, Subject
 from gradlab.audit.call import LossError, evaluate, gradient
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.worlds import PADDING, World, batch
 
+#: How often a loss is called to see whether it is random; dropout may spare a small batch now and then.
+CALLS = 8
+
 
 def is_random(subject: Subject, world: World) -> bool:
-    """Whether two calls with the same batch differ."""
+    """Whether calls with the same batch differ."""
     columns = world.columns(PADDING)
     rows = list(range(min(2, len(columns["mask"]))))
-    first, second = (gradient(subject, *batch(columns, rows)) for _ in range(2))
-    return not all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in zip(first, second, strict=True))
+    first, *others = (gradient(subject, *batch(columns, rows)) for _ in range(CALLS))
+    pairs = (pair for other in others for pair in zip(first, other, strict=True))
+    return not all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in pairs)
+
+
+def seeded(subject: Subject) -> Subject:
+    """The same loss with torch's and numpy's global generators set alike before every call, and restored after it.
+
+    A loss that draws from them answers alike twice; one with a generator of its own does not.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        state = np.random.get_state()  # noqa: NPY002 - the user's generator, not ours
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            try:
+                return subject.loss(batch)
+            finally:
+                np.random.set_state(state)  # noqa: NPY002
+
+    return replace(subject, loss=loss)
 
 
 def precision(subject: Subject, world: World) -> Precision:

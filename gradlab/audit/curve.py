@@ -66,8 +66,9 @@ def of_weight(subject: Subject, log_ratio: float, companions: int = 0) -> Respon
 
 
 def sweep(response: Response, reach: float = REACH, step: float = STEP) -> pd.DataFrame:
-    """`log_ratio, coefficient, value` on an even grid over ±reach."""
-    grid = np.linspace(-reach, reach, 2 * round(reach / step) + 1)
+    """`log_ratio, coefficient, value` over ±reach, four times as fine within ±4."""
+    coarse, fine = np.arange(0, reach + step / 2, step), np.arange(0, min(reach, 4.0), step / 4)
+    grid = np.unique(np.concatenate([coarse, -coarse, fine, -fine]))
     return pd.DataFrame([(x, *response(float(x))) for x in grid], columns=["log_ratio", "coefficient", "value"])
 
 

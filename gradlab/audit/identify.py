@@ -22,6 +22,10 @@ SCOPES = {
 }
 
 
+#: The largest relative error that the randomness of a loss can excuse.
+NOISE = 0.1
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What an expected gradient is.
@@ -81,15 +85,22 @@ def identify(groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float) ->
                     {}, float("inf"), "everywhere", "", cosine, "is not a number: the loss has NaN or infinite gradients"
                 )
             closest, cosine = _closest(fields)
-        bound = max(tolerance, *(5 * field.error / (float(field.mean.norm()) or field.size or 1.0) for field in fields))
-        if all(float(field.mean.norm()) <= max(tolerance * field.size, 5 * field.error) for field in fields):
+        noise = max(5 * field.error / (float(field.mean.norm()) or field.size or 1.0) for field in fields)
+        bound = max(tolerance, min(noise, NOISE))
+        if all(
+            float(field.mean.norm()) <= max(tolerance * field.size, min(5 * field.error, NOISE * field.size))
+            for field in fields
+        ):
             silent = all(field.size == 0 for field in fields)
             reason = "no gradient reaches the policy at all" if silent else "single responses pull, but the pulls cancel"
             return Verdict({"zero": 1.0}, 0.0, scope, "zero", float("nan"), f"is zero: {reason}")
         found = _fit(fields, bound)
         if found is not None:
             combination, error = found
-            return Verdict(combination, error, scope, closest, cosine, _words(combination, error, scope))
+            text = _words(combination, error, scope)
+            if bound > tolerance:
+                text = text.replace("equals", "agrees, within the noise of a random loss, with", 1)
+            return Verdict(combination, error, scope, closest, cosine, text)
     text = f"equals the gradient of no known objective; the closest is {WORDS[closest]}, cosine {cosine:.4f}"
     return Verdict({}, float("nan"), "everywhere", closest, cosine, text)
 

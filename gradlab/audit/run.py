@@ -14,7 +14,7 @@ from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import Field, field
+from gradlab.audit.engine import REPEATS, Field, field
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
 from gradlab.audit.precision import PRECISIONS, Precision
@@ -124,20 +124,25 @@ def _audit(subject: Subject) -> Audit:
     random = checks.is_random(subject, moderate)
     if random:
         warnings.warn(f"{subject.name} is random: two calls with one batch differ; its gradients are averaged", stacklevel=3)
-    precision = PRECISIONS[0] if random else checks.precision(subject, moderate)
-    coupled = (subject.group or 1) > 1 or (
-        not random and subject.group is None and checks.couples(subject, moderate, precision.match)
-    )
+    # Checks and probes compare calls with each other, which takes the same draws in both.
+    steady = checks.seeded(subject) if random else subject
+    unsteady = random and checks.is_random(steady, moderate)
+    precision = PRECISIONS[0] if unsteady else checks.precision(steady, moderate)
+    coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
     fields = _Fields(subject, group, random)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
     on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
-    response = curve.of_token(subject, group - 1)
     # Weights are missing where off-policy data change what is descended.
     needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
-    setting = Setting(subject, group, precision, on, off, coupled, needs_weight, curve.sweep(response))
+    setting = Setting(steady, group, precision, on, off, needs_weight, curve.sweep(curve.of_token(steady, group - 1)))
+    found = () if unsteady else probes(setting)
+    if random:
+        # In another dtype the draws are others: that comparison would tell nothing.
+        found = tuple(probe for probe in found if probe.name not in ("float32", "bfloat16"))
+        found = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"), *found)
     return Audit(
-        subject, on_policy, off_policy, _form(fields, precision.match), cosine(on, "reverse_kl"), probes(setting), group, precision,
+        subject, on_policy, off_policy, _form(fields, precision.match), cosine(on, "reverse_kl"), found, group, precision,
         random, setting.curve, _cosines(on, off),
     )  # fmt: skip
 

@@ -34,7 +34,6 @@ class Setting:
     precision: Precision
     on_policy: Sequence[Field]
     off_policy: Sequence[Field]
-    coupled: bool
     needs_weight: bool
     curve: pd.DataFrame
 

@@ -69,7 +69,9 @@ def _bounds(s: Setting) -> list[str]:
         response = curve.of_weight(s.subject, log_ratio, s.group - 1)
         frame = curve.sweep(response, reach=6.0, step=0.25)
         for event in curve.events(response, frame, s.precision):
-            what = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}[event.kind]
+            what = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}.get(event.kind)
+            if what is None:
+                continue
             found[f"{what} {'below' if event.at < 0 else 'above'} ρ = {math.exp(event.at):.4g}"] = None
     return list(found)
 
