@@ -30,6 +30,11 @@ def subjects() -> list[Subject]:
         options: dict[str, Any] = {"loss": name}
         function = f"torchrl.objectives.llm.{name}"
         found.append(Subject(f"torchrl {name} kl_to_ref", partial(kl_to_ref, **options), "torchrl", shipped, function, options))
+    for name in ("per-step", "sum"):
+        options = {"trajectory_return": None if name == "per-step" else name}
+        function = "torchrl.envs.llm.transforms.KLComputation; torchrl.objectives.llm.MCAdvantage, GRPOLoss"
+        label = f"torchrl reward k1 MCAdvantage {name}"
+        found.append(Subject(label, partial(in_reward, **options), "torchrl", shipped, function, options, group=2))
     if hasattr(llm, "DistillationLoss"):
         for direction in ("reverse", "forward"):
             for normalised in (True, False):
@@ -42,22 +47,57 @@ def subjects() -> list[Subject]:
 
 def kl_to_ref(batch: Batch, *, loss: str) -> Tensor:
     """The whole loss with `kl_to_ref_coeff=1`, of which advantages of 0 leave the regulariser: a scalar."""
+    reference = {("next", "ref_log_probs", "full"): batch.reference_log_prob}
+    out = _loss(batch, loss, batch.advantages, reference, kl_to_ref_coeff=1.0)
+    total: Tensor = out.loss_objective + out.loss_kl_to_ref
+    return total
+
+
+def in_reward(batch: Batch, *, trajectory_return: str | None) -> Tensor:
+    """`KLComputation` subtracts k1 from every token's reward, `MCAdvantage` standardises over the group, `GRPOLoss`: a scalar."""
+    from tensordict import TensorDict, lazy_stack
+    from torchrl.envs.llm.transforms.kl import KLComputation
+    from torchrl.objectives.llm import MCAdvantage
+
+    group = MCAdvantage(grpo_size=len(batch.tokens), prompt_key="prompt", trajectory_return=trajectory_return)
+    done = torch.ones(1, 1, dtype=torch.bool)
+    scored = None
+    for i, n in enumerate(batch.lengths.tolist()):
+        row = TensorDict(
+            {
+                ("log_probs", "full"): batch.behaviour_log_prob[i, :n],
+                ("ref_log_probs", "full"): batch.reference_log_prob[i, :n],
+                "reward": batch.advantages[i, :n, None],
+            }
+        )
+        # A response is one step of the environment, with a reward for every token.
+        answered = KLComputation()(lazy_stack([row]))
+        rewards = answered.get("reward", as_list=True)
+        step = TensorDict({"prompt": torch.zeros(1), "next": {"reward": torch.stack(list(rewards)), "done": done}}, [1])
+        scored = group.inv(step)
+    assert scored is not None
+    advantages = torch.zeros_like(batch.advantages)
+    for i, row in enumerate(scored.get("advantage", as_list=True)):
+        advantages[i, : len(row)] = row[:, 0]
+    loss: Tensor = _loss(batch, "GRPOLoss", advantages, {}).loss_objective
+    return loss
+
+
+def _loss(batch: Batch, loss: str, advantages: Tensor, more: dict[Any, Tensor], **options: Any) -> Any:
     from tensordict import TensorDict
     from torchrl.objectives import llm
 
-    module = getattr(llm, loss)(None, entropy_bonus=False, kl_to_ref_coeff=1.0)
+    module = getattr(llm, loss)(None, entropy_bonus=False, **options)
     mask = batch.mask.bool()
     # The actor is the one part that is not the loss's own: what it would answer is in the batch.
     module._get_cur_log_prob = lambda data: (batch.log_prob, SimpleNamespace(mask=mask), False)
     data = {
         ("tokens", "full"): batch.tokens,
-        "advantage": batch.advantages[..., None],
+        "advantage": advantages[..., None],
         ("log_probs", "full"): batch.behaviour_log_prob,
-        ("next", "ref_log_probs", "full"): batch.reference_log_prob,
+        **more,
     }
-    out = module(TensorDict(data, batch_size=[len(batch.tokens)]))
-    total: Tensor = out.loss_objective + out.loss_kl_to_ref
-    return total
+    return module(TensorDict(data, batch_size=[len(batch.tokens)]))
 
 
 def distillation(batch: Batch, *, kl_direction: str, normalize_by_seq_length: bool) -> Tensor:
