@@ -48,7 +48,7 @@ def seeded(subject: Subject) -> Subject:
 
 
 def precision(subject: Subject, world: World) -> Precision:
-    """The precision a loss computes in, whatever it is given: found by whether it sees a change that it would round away."""
+    """The precision a loss computes in, whatever it is given: told by how smoothly it answers to small changes."""
 
     def response(step: float) -> Tensor:
         columns = dict(world.columns(PADDING))
@@ -61,12 +61,13 @@ def precision(subject: Subject, world: World) -> Precision:
         numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
         return torch.cat(numbers)
 
-    base = response(0.0)
-    for step, found in zip((1e-11, 1e-6), PRECISIONS, strict=False):
-        if not torch.equal(base, response(step)):
-            return found
-    # Nothing that changes: a constant loss is as precise as can be, anything else is in half precision.
-    return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
+    base, small = response(0.0), 1e-6
+    if torch.equal(base, response(small)):
+        # Constants are as precise as can be; what answers to large changes alone is in half precision.
+        return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
+    # A second difference is of the order of the step squared, 1e-12, and of rounding, 1e-16 or 1e-7.
+    rough = [float((response(h) - 2 * base + response(-h)).abs().max()) for h in (small, 1.7 * small, 3.1 * small)]
+    return PRECISIONS[0 if max(rough) <= 1e-9 * float(base.abs().max()) else 1]
 
 
 def couples(subject: Subject, world: World, tolerance: float) -> bool:

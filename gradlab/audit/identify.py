@@ -17,8 +17,8 @@ SCOPES = {
     "everywhere": "",
     "not far": "near and at a moderate distance from the reference, but not far from it",
     "near": "close to the reference and the sampler only",
-    "equal lengths": "as long as all responses have one length",
-    "equal lengths, near": "near the reference, as long as all responses have one length",
+    "equal lengths": "as long as all responses have one length, here 2",
+    "equal lengths, near": "near the reference, as long as all responses have one length, here 2",
 }
 
 
@@ -118,7 +118,8 @@ def _fit(fields: Sequence[Field], tolerance: float) -> tuple[dict[str, float], f
         twins = (float((column - known).norm()) <= 1e-12 * float(known.norm()) for known in columns.values())
         if float(column.norm()) > 1e-12 * float(goal.norm()) and not any(twins):
             columns[name] = column
-    for size in (1, 2):
+    # In one world a pair can fit by accident: any function of the length is a sum of the length and its inverse there.
+    for size in (1, 2) if len(fields) > 1 else (1,):
         matches = []
         for names in itertools.combinations(columns, size):
             basis = torch.stack([columns[name] for name in names], -1)
