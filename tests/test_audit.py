@@ -67,7 +67,14 @@ def test_pairs_are_those_of_loops_over_groups(baseline, share):
         return ((kl - other) * (batch.log_prob * batch.mask).sum(-1)).mean()
 
     mean, _ = oracles.moments(estimator, *arrays(world))
-    assert_same(engine.field(Subject("pairs", loss), world, 2).mean, mean)
+    subject = Subject("pairs", loss)
+    found = engine.field(subject, world, 2)
+    assert_same(found.mean, mean)
+    assert checks.exchangeable(subject, world, 2, 1e-10)
+    half = engine.field(subject, world, 2, exchangeable=True)
+    assert len(half.weight) == 120 < len(found.weight) == 225
+    assert_same(half.mean, mean)
+    assert half.size == pytest.approx(found.size, rel=1e-12)
     audited = gl.audit(Subject("pairs", loss))
     assert audited.group == 2
     assert audited.on_policy.combination == {"reverse_kl": pytest.approx(share, rel=1e-12)}
@@ -80,7 +87,19 @@ def test_a_group_of_three_is_enumerated_when_asked_for():
 
     world = worlds.standard()[0]
     truth = gl.exact.gradient("reverse_kl", world.scenario)
-    assert_same(engine.field(Subject("threes", loss), world, 3).mean, 2 / 3 * truth)
+    subject = Subject("threes", loss)
+    assert_same(engine.field(subject, world, 3).mean, 2 / 3 * truth)
+    assert_same(engine.field(subject, world, 3, exchangeable=True).mean, 2 / 3 * truth)
+
+
+def test_the_order_of_a_group_is_kept_where_it_matters():
+    def first(batch):
+        return ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[0].sum() / 2
+
+    subject, world = Subject("first", first), worlds.standard()[2]
+    assert not checks.exchangeable(subject, world, 2, 1e-10)
+    audited = gl.audit(subject, group=2)
+    assert audited.on_policy.combination == {"reverse_kl_frozen_prefix": pytest.approx(1.0, rel=1e-12)}
 
 
 def test_padding_is_misleading_and_its_pull_is_measured():

@@ -90,3 +90,16 @@ def couples(subject: Subject, world: World, tolerance: float) -> bool:
         return size > 0
     factor = float(x @ y) / float(x @ x)
     return float((y - factor * x).norm()) > 10 * tolerance * size
+
+
+def exchangeable(subject: Subject, world: World, group: int, tolerance: float) -> bool:
+    """Whether the order of the responses in a batch makes no difference."""
+    columns = world.columns(PADDING)
+    n = len(columns["mask"])
+    for start in range(3):
+        rows = [(start + 5 * k) % n for k in range(group)]
+        x = gradient(subject, *batch(columns, rows))[0]
+        y = gradient(subject, *batch(columns, rows[::-1]))[0].flip(0)
+        if not float((x - y).norm()) <= tolerance * float(x.norm()):
+            return False
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +44,24 @@ class Field:
         return math.isfinite(float(self.mean.sum()))
 
 
-def field(subject: Subject, world: World, group: int, random: bool = False, dtype: torch.dtype = torch.float64) -> Field:
-    """Enumerate all groups of `group` responses and average their gradients, weighted by the sampler's probabilities."""
+def _product(items: Iterable[int], size: int) -> Iterable[tuple[int, ...]]:
+    return itertools.product(items, repeat=size)
+
+
+def field(subject: Subject, world: World, group: int, random: bool = False, exchangeable: bool = False) -> Field:
+    """Enumerate all groups of `group` responses and average their gradients, weighted by the sampler's probabilities.
+
+    exchangeable: the order of the responses makes no difference, so that one order stands for all.
+    """
     rollout, columns = world.rollout, world.columns(PADDING)
     n = len(rollout.weight)
-    groups = torch.tensor(list(itertools.product(range(n), repeat=group)))
-    weight = rollout.weight[groups].prod(-1)
+    listed = list((itertools.combinations_with_replacement if exchangeable else _product)(range(n), group))
+    groups = torch.tensor(listed)
+    orders = [math.factorial(group) // math.prod(map(math.factorial, Counter(rows).values())) for rows in listed]
+    weight = rollout.weight[groups].prod(-1) * (torch.tensor(orders, dtype=torch.float64) if exchangeable else 1.0)
     cotangents, values, spread = [], [], 0.0
     for rows, share in zip(groups, weight, strict=True):
-        draws = [gradient(subject, *batch(columns, rows, dtype)) for _ in range(REPEATS if random else 1)]
+        draws = [gradient(subject, *batch(columns, rows)) for _ in range(REPEATS if random else 1)]
         drawn = torch.stack([cotangent for cotangent, _ in draws])
         cotangents.append(drawn.mean(0))
         values.append(float(sum(value for _, value in draws)) / len(draws))

@@ -130,7 +130,8 @@ def _audit(subject: Subject) -> Audit:
     precision = PRECISIONS[0] if unsteady else checks.precision(steady, moderate)
     coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
-    fields = _Fields(subject, group, random)
+    orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
+    fields = _Fields(subject, group, random, orderless)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
     on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
     # Weights are missing where off-policy data change what is descended.
@@ -150,13 +151,13 @@ def _audit(subject: Subject) -> Audit:
 class _Fields:
     """The fields of a loss, computed when first asked for."""
 
-    def __init__(self, subject: Subject, group: int, random: bool) -> None:
-        self.subject, self.group, self.random = subject, group, random
+    def __init__(self, subject: Subject, group: int, random: bool, exchangeable: bool = False) -> None:
+        self.subject, self.group, self.random, self.exchangeable = subject, group, random, exchangeable
         self.known: dict[World, Field] = {}
 
     def at(self, world: World) -> Field:
         if world not in self.known:
-            self.known[world] = field(self.subject, world, self.group, self.random)
+            self.known[world] = field(self.subject, world, self.group, self.random, self.exchangeable)
         return self.known[world]
 
     def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[Field]]]:
