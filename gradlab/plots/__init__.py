@@ -13,6 +13,7 @@ from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
+from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -50,6 +51,8 @@ __all__ = [
     "running",
     "schulman",
     "shifted",
+    "shipped_kinds",
+    "shipped_settings",
     "sides",
     "slopes",
     "style_of",
