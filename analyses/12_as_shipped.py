@@ -32,6 +32,7 @@ claimed = {
 subjects = [subject for subject in adapters.subjects() if study.pick(full=True, quick=subject.name in claimed)]
 audited = shipped.audits(subjects, study.jobs)
 frame, directions, curves = shipped.configurations(audited), shipped.directions(audited), shipped.curves(audited)
+directions = directions[directions["target"].isin(gl.plots.shipped.TARGETS)].reset_index(drop=True)
 settings, kinds = shipped.settings(frame), shipped.by_kind(frame, directions)
 study.save_frame("12_configurations", frame)
 study.save_frame("12_directions", directions)

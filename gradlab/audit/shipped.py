@@ -134,20 +134,20 @@ def settings(found: pd.DataFrame) -> pd.DataFrame:
     """What to set in each framework to descend each of `GOALS`: one row per framework and goal.
 
     Of the configurations that descend a goal without leaking into padding: those that do so everywhere before those whose
-    clamps bind far from the reference (`scope`); then the fewest failed probes, and the shortest name. `others` counts the
-    rest of that scope. Where none does, `subject` is empty.
+    clamps bind far from the reference (`scope`); then the fewest failed probes, then the framework's own order. `others`
+    counts the rest of that scope. Where none does, `subject` is empty.
     """
     rows = []
     for framework, part in found.groupby("framework", sort=False):
         for target, policy in GOALS:
             fits = part[(part["policy"] == policy) & ~part["failures"].str.contains("mask")]
-            fits = fits.assign(count=fits["failures"].str.split(";").str.len(), length=fits["subject"].str.len())
+            fits = fits.assign(count=fits["failures"].str.count(";") + (fits["failures"] != ""))
             best, scope = pd.DataFrame(), ""
             for scope in SCOPES:
                 best = fits[fits["verdict"] == (target if scope == "everywhere" else f"{target} [{scope}]")]
                 if len(best):
                     break
-            best = best.sort_values(["count", "large_batch", "length"]) if len(best) else best
+            best = best.sort_values(["count", "large_batch"], kind="stable") if len(best) else best
             row = best.iloc[0] if len(best) else pd.Series({"subject": "", "configuration": "", "scale": float("nan")})
             rows.append(
                 {

@@ -81,7 +81,7 @@ GOALS = {
 
 #: Scope → colour of its cell, and what limits it in words.
 SHADES = {"everywhere": "#B9D6EA", "not far": "#E4EFF7", "near": "#E4EFF7", "": "#EEEEEE"}
-LIMITS = {"not far": "until a clamp binds", "near": "near the reference and the sampler"}
+LIMITS = {"not far": "until a clamp binds", "near": "near the sampler only"}
 
 
 @styled
