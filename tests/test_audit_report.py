@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 
+import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
 import gradlab as gl
 from gradlab import cli
 from gradlab.audit import report
+from gradlab.plots import PAGE, stylesheet
 from gradlab.testing import assert_descends
 
 pytest_plugins = ["pytester"]
@@ -191,6 +196,62 @@ def test_heat_and_curves_carry_what_was_audited():
     assert heat[heat["equal"]]["cosine"].to_list() == pytest.approx([1.0], rel=1e-12)
     curves = report.curves([audited])
     assert curves["coefficient"].to_list() == pytest.approx(curves["log_ratio"].to_list(), abs=1e-12)
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------------
+
+
+def curves_frame() -> pd.DataFrame:
+    x = np.linspace(-40, 40, 33)
+    pulls = {"a": x, "b": x, "c": np.where(x > 20, np.nan, -np.expm1(-x)), **{f"d{k}": k * np.sign(x) for k in range(9)}}
+    return pd.concat(
+        [pd.DataFrame({"subject": n, "log_ratio": x, "coefficient": y}) for n, y in pulls.items()], ignore_index=True
+    )
+
+
+def heat_frame() -> pd.DataFrame:
+    rows = [
+        (subject, policy, target, value, value == 1)
+        for policy in ("on", "off")
+        for subject, values in (("a", (1.0, -0.2)), ("b", (np.nan, np.nan)), ("a rather long name " * 5, (0.5, 1.0)))
+        for target, value in zip(("reverse_kl", "forward_kl_frozen_prefix"), values, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["subject", "policy", "target", "cosine", "equal"])
+
+
+def test_curves_that_agree_share_a_line_and_the_rest_is_counted():
+    figure = gl.plots.pulls(curves_frame())
+    whole, close = figure.axes
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[1] == "a and 1 more"
+    assert len(whole.lines) == 1 + 8
+    assert "3 further curves not shown" in close.get_title(loc="left")
+    (gap,) = [line for line in whole.lines if line.get_label() == "c"]
+    assert np.isnan(gap.get_ydata()).sum() == 8
+
+
+def test_equal_cells_are_framed_and_missing_ones_blank():
+    figure = gl.plots.matches(heat_frame())
+    on, off, *_ = figure.axes
+    for ax in (on, off):
+        assert [(patch.get_x(), patch.get_y()) for patch in ax.patches] == [(-0.5, -0.5), (0.5, 1.5)]
+        shown = np.ma.filled(ax.images[0].get_array(), np.nan)
+        assert np.array_equal(shown, [[1, -0.2], [np.nan, np.nan], [0.5, 1]], equal_nan=True)
+
+
+@pytest.mark.parametrize(("draw", "make"), [(gl.plots.pulls, curves_frame), (gl.plots.matches, heat_frame)])
+def test_figures_are_pure_legible_and_print_sized(draw, make):
+    frame = make()
+    before, settings = frame.copy(deep=True), dict(mpl.rcParams)
+    figure = draw(frame)
+    pd.testing.assert_frame_equal(frame, before)
+    assert dict(mpl.rcParams) == settings
+    with stylesheet(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    assert figure.get_figwidth() == PAGE
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert min(text.get_fontsize() for text in texts) >= 7
 
 
 # ---- for other people's test suites -------------------------------------------------------------------------------------

@@ -180,6 +180,10 @@ def length_penalty(log_probs, ref_log_probs, mask):
     return reduced(reward.detach() * log_probs, mask)
 
 
+def pointwise_kl_div(log_probs, ref_log_probs, mask):
+    return reduced(torch.nn.functional.kl_div(log_probs, ref_log_probs, log_target=True, reduction="none"), mask)
+
+
 @dataclass(frozen=True)
 class Case:
     """A loss, what it descends on- and off-policy, its form, and which probes fail with which finding."""
@@ -202,6 +206,7 @@ REVERSE, FORWARD = {"reverse_kl_frozen_prefix": 1.0}, {"forward_kl_frozen_prefix
 GROWING = "at |ℓ| = 4 under-sampled tokens are pulled 54.6 times as hard as over-sampled ones, growing as e^|ℓ|"
 UNWEIGHTED = {"weight": NO_WEIGHT}
 NOTHING_MOVES = "minimising it does not move the policy in expectation"
+MOVED = "even a policy that equals the reference is moved: no divergence from it does that"
 NO_REFERENCE = "the reference does not enter the gradient at all"
 
 ZOO = [
@@ -252,7 +257,7 @@ ZOO = [
     Case(
         padding_in_the_return, None, None, None,
         {
-            **UNWEIGHTED, "mask": "what stands in the padding changes the gradient of live tokens",
+            **UNWEIGHTED, "rest": MOVED, "mask": "what stands in the padding changes the gradient of live tokens",
             "padding": "the gradient depends on how far the batch is padded",
             "length": "the pull of a token depends on the length of its response", "asymmetry": "",
         },
@@ -276,7 +281,7 @@ ZOO = [
     Case(
         per_length_k1, {"inverse_length": 1.0}, {"behaviour_kl": -0.5}, "k1-loss-by-length", off_scope="equal lengths",
         failures={
-            **UNWEIGHTED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios",
+            **UNWEIGHTED, "rest": MOVED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios",
             "length": "every response is weighted by 1/L",
         },
     ),
@@ -321,10 +326,12 @@ ZOO = [
     Case(
         forgotten_reference, {"entropy_frozen_prefix": -1.0}, None, None,
         {
-            **UNWEIGHTED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios", "asymmetry": "",
+            **UNWEIGHTED, "rest": MOVED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios",
+            "asymmetry": "",
         },
     ),
     Case(wrong_direction, FORWARD, FORWARD, None, {"asymmetry": ""}),
+    Case(pointwise_kl_div, None, None, None, {**UNWEIGHTED, "rest": MOVED, "asymmetry": GROWING}),
     Case(absolute_value, {"total_variation_frozen_prefix": 2.0}, None, "abs-loss", UNWEIGHTED),
     Case(
         half_precision, FORWARD, None, "k3-loss", {**UNWEIGHTED, "finite": "NaN or infinite for ℓ below -11.09", "asymmetry": GROWING},
@@ -339,7 +346,7 @@ ZOO = [
     Case(group_standard_deviation, None, None, None, {**UNWEIGHTED, "batch": "a group baseline"}),
     Case(
         length_penalty, {"reverse_kl": 1.0, "length": 0.3}, None, None,
-        {**UNWEIGHTED, "length": "the pull of a token depends on the length of its response", "asymmetry": ""},
+        {**UNWEIGHTED, "rest": MOVED, "length": "the pull of a token depends on the length of its response", "asymmetry": ""},
     ),
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gradlab.audit.hand import Tokens
-from gradlab.audit.pulls import action, dtype, gradient, reference, sign
+from gradlab.audit.pulls import action, dtype, gradient, reference, rest, sign
 from gradlab.audit.ratios import asymmetry, clamps, finite
 from gradlab.audit.setting import Probe, Setting
 from gradlab.audit.shapes import composition, length, mask, padding
@@ -18,6 +18,7 @@ QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
     "gradient": gradient,
     "reference": reference,
     "sign": sign,
+    "rest": rest,
     "finite": finite,
     "mask": mask,
     "clamps": clamps,

@@ -96,6 +96,17 @@ def action(s: Setting) -> Probe:
     return Probe("action", True, "the pull depends on the token drawn", f"coefficients of one prefix differ by {spread:.4g}")
 
 
+def rest(s: Setting) -> Probe:
+    """Is a policy that equals the reference left where it is?"""
+    pull, scale = float(s.at_reference.mean.norm()), s.on_policy[1].size
+    if not scale:
+        return Probe("rest", None, "there is no gradient at all", "")
+    example = f"π = ref: expected gradient of norm {pull:.2g}"
+    if pull <= s.precision.slack * scale:
+        return Probe("rest", True, "a policy that equals the reference stays there", example)
+    return Probe("rest", False, "even a policy that equals the reference is moved: no divergence from it does that", example)
+
+
 def dtype(s: Setting, kind: torch.dtype) -> Probe:
     """Does the loss keep its gradient in lower precision?"""
     name = str(kind).removeprefix("torch.")

@@ -20,7 +20,7 @@ from gradlab.audit.identify import Verdict, cosine, identify
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
 from gradlab.audit.setting import Probe, Setting
-from gradlab.audit.worlds import World, equal_lengths, standard
+from gradlab.audit.worlds import World, at_reference, equal_lengths, standard
 from gradlab.measure import one_thread
 
 
@@ -136,7 +136,16 @@ def _audit(subject: Subject) -> Audit:
     on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
     # Weights are missing where off-policy data change what is descended.
     needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
-    setting = Setting(steady, group, precision, on, off, needs_weight, curve.sweep(curve.of_token(steady, group - 1)))
+    setting = Setting(
+        steady,
+        group,
+        precision,
+        on,
+        off,
+        fields.at(at_reference()),
+        needs_weight,
+        curve.sweep(curve.of_token(steady, group - 1)),
+    )
     found = () if unsteady else probes(setting)
     if random:
         # In another dtype the draws are others: that comparison would tell nothing.

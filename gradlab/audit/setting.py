@@ -34,6 +34,7 @@ class Setting:
     precision: Precision
     on_policy: Sequence[Field]
     off_policy: Sequence[Field]
+    at_reference: Field
     needs_weight: bool
     curve: pd.DataFrame
 

@@ -94,6 +94,13 @@ def equal_lengths() -> tuple[World, ...]:
     return _worlds(eos=None, length=2)
 
 
+@lru_cache(maxsize=1)
+def at_reference() -> World:
+    """A policy that is its own reference, on-policy, with responses of two lengths."""
+    policy = Tree.random(vocab=3, length=2, seed=13, eos=0)
+    return World("at the reference", Scenario(policy, policy))
+
+
 def _worlds(eos: int | None, length: int) -> tuple[World, ...]:
     found = []
     for name, (kl, lag, seed, to_reference) in DISTANCES.items():
