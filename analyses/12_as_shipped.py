@@ -58,12 +58,12 @@ def counted(rows: pd.DataFrame, verdict: str) -> int:
     return int((rows["verdict"] == verdict).sum())
 
 
-WORLDS = "Exact: all responses (or pairs) of trees of up to three tokens, at three distances from the reference, no sampling"
+WORLDS = "Exact: all responses, or all pairs of them (a group is a pair), of small trees at three distances from the reference"
 
 
 def kinds_caption(frame: pd.DataFrame, kinds: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     on, off = (frame[frame["policy"] == policy] for policy in ("on", "off"))
-    lost = on[on["failures"].str.contains("reference")]
+    lost = on[on["failures"].str.contains("reference") & (on["verdict"] != "none")]
     leaks = ", ".join(on.loc[on["failures"].str.contains("mask"), "subject"]) or "none"
     return (
         f"**What {len(on)} shipped configurations descend.** One row for each of {kinds['kind'].nunique()} kinds with the same "
@@ -106,7 +106,7 @@ study.save_figure("12_settings", gl.plots.shipped_settings(settings), settings, 
 def curves_caption(curves: pd.DataFrame, shown: pd.DataFrame, frame: pd.DataFrame) -> str:
     dead = []
     for name, part in shown.groupby("subject", sort=False):
-        zero = part[part["coefficient"] == 0]["log_ratio"]
+        zero = part[(part["coefficient"] == 0) & part["coefficient"].any()]["log_ratio"]
         below, above = zero[zero < 0], zero[zero > 0]
         sides = ([f"ℓ ≤ {below.max():g}"] if len(below) else []) + ([f"ℓ ≥ {above.min():g}"] if len(above) else [])
         dead += [f"{name}, {' and '.join(sides)}"] if sides else []
