@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -280,11 +281,35 @@ def test_two_objectives_are_told_apart_with_their_coefficients(first, second):
     for world in worlds.standard()[::2]:
         gradients = candidates.gradients(world)
         mean = 0.7 * gradients[first] - 1.3 * gradients[second]
-        one = torch.ones(1, dtype=torch.float64)
-        fields.append(engine.Field(world, mean, 1.0, 0.0, 0.0, one, one, one))
+        fields.append(made_up(world, mean))
     verdict = identify([("everywhere", fields)], 1e-10)
     assert verdict.combination == pytest.approx({first: 0.7, second: -1.3}, rel=1e-8)
     assert f"{first} − 1.3·{second}" in verdict.name
+
+
+def made_up(world: worlds.World, mean: torch.Tensor) -> engine.Field:
+    """A field with a given mean."""
+    one = torch.ones(1, dtype=torch.float64)
+    return engine.Field(world, mean, 1.0, 0.0, 0.0, one, one, one)
+
+
+def test_a_match_has_to_hold_in_every_world():
+    on = worlds.standard()[::2]
+    truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+    fields = [made_up(world, truth) for world, truth in zip(on, truths, strict=True)]
+    assert identify([("everywhere", fields)], 1e-7).name == "reverse_kl"
+    aside = torch.ones_like(truths[2])
+    aside = aside - (aside @ truths[2]) / (truths[2] @ truths[2]) * truths[2]  # so that the common factor stays 1
+    off = made_up(on[2], truths[2] + 1e-4 * float(truths[2].norm()) * aside / float(aside.norm()))
+    assert identify([("everywhere", [*fields[:2], off])], 1e-7).name == "none"
+    assert identify([("everywhere", [*fields[:2], off]), ("not far", fields[:2])], 1e-7).name == "reverse_kl [not far]"
+
+
+def test_one_world_fits_no_pair():
+    near = worlds.standard()[0]
+    gradients = candidates.gradients(near)
+    field = made_up(near, 0.3 * gradients["length"] + 0.2 * gradients["inverse_length"])
+    assert identify([("near", [field])], 1e-7).name == "none"
 
 
 def test_the_frame_has_one_row_on_policy_and_one_off():
@@ -351,6 +376,8 @@ def test_a_loss_that_raises_shows_its_own_traceback():
     assert "return log_probs @ ref_log_probs" in caught.value.trace
     assert "gradlab/audit" not in caught.value.trace
     assert len(str(caught.value).splitlines()) == 1
+    twin = pickle.loads(pickle.dumps(caught.value))  # as it comes back from a worker process
+    assert (str(twin), twin.trace) == (str(caught.value), caught.value.trace)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +446,26 @@ def test_a_loss_that_wants_a_group_gets_one():
     assert audited.group == 2
     assert audited.form is None
     assert audited.on_policy.descends("reverse_kl")
+
+
+def test_a_flipped_sign_does_not_descend():
+    def flipped(log_probs, ref_log_probs, mask):
+        return -(0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean()
+
+    audited = gl.audit(flipped)
+    assert "equals minus the gradient of the reverse KL" in audited.unmet("reverse_kl_frozen_prefix")
+    assert not audited.on_policy.descends("reverse_kl_frozen_prefix")
+
+
+def test_a_loss_that_is_nan_with_a_gradient_is_found_out():
+    def loss(batch):
+        ratio = batch.log_prob - batch.reference_log_prob
+        broken = torch.where(ratio > 7.3, float("nan"), 0.0)  # no gradient, but NaN in every log
+        return ((0.5 * ratio**2 + broken) * batch.mask).sum(-1).mean()
+
+    response = curve.of_token(Subject("logs nan", loss))
+    (event,) = curve.events(response, curve.sweep(response), PRECISIONS[0])
+    assert (event.kind, event.at) == ("not finite", pytest.approx(7.3, abs=1e-8))
 
 
 def test_what_is_unmet_says_what_is_there_instead():

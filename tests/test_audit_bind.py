@@ -136,6 +136,11 @@ def test_functions_are_bound_however_they_are_written(function):
     assert reduced == expected.get(function.__name__)
 
 
+def test_compiled_functions_are_called_uncompiled():
+    compiled = torch.compile(plain)
+    assert gl.audit(compiled, name="compiled").on_policy.descends("forward_kl_frozen_prefix")
+
+
 def test_roles_and_settings_decide_what_names_cannot():
     def obscure(a, b, kind, scale=1.0):
         return scale * {"k3": k3, "k2": lambda x: x**2 / 2}[kind](a - b)
@@ -221,6 +226,14 @@ def package(tmp_path):
         "def kl_loss(logprob, ref_logprob, mask):\n    return (k3(logprob - ref_logprob) * mask).sum(-1).mean()\n"
     )
     return folder
+
+
+def test_a_file_leaves_no_module_behind_and_hides_none(tmp_path):
+    import json
+
+    (tmp_path / "json.py").write_text("def kl_loss(logprob, ref_logprob):\n    return logprob - ref_logprob\n")
+    assert load(f"{tmp_path / 'json.py'}:kl_loss").__name__ == "kl_loss"
+    assert sys.modules["json"] is json
 
 
 @pytest.mark.parametrize("name", ["kl_loss", "Losses.kl"])

@@ -82,8 +82,9 @@ def test_one_loss_is_told_in_words_with_every_probe(monkeypatch, capsys, losses)
     assert out.count("FAIL") == 2  # weight, asymmetry
 
 
-def test_several_losses_have_a_line_each(monkeypatch, capsys, losses):
-    assert run(monkeypatch, f"{losses}:k2", f"{losses}:k3") == 0
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_several_losses_have_a_line_each(monkeypatch, capsys, losses, jobs):
+    assert run(monkeypatch, f"{losses}:k2", f"{losses}:k3", "--jobs", jobs) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("│")[1:4] for line in lines if re.match(r"│ k[23] ", line)] == [
         [" k2            ", " reverse_kl_frozen_prefix ", "     1 "], [" k3            ", " forward_kl_frozen_prefix ", "     1 "],

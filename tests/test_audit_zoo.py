@@ -162,7 +162,7 @@ def float32_inside(log_probs, ref_log_probs, old_log_probs, mask):
 
 def not_a_number(log_probs, ref_log_probs, mask):
     ratio = log_probs - ref_log_probs
-    return reduced(torch.where(ratio < 12, k2(ratio), torch.log(12 - ratio)), mask)
+    return reduced(torch.where(ratio < 12, k2(ratio), torch.sqrt(12 - ratio)), mask)
 
 
 def group_mean(log_probs, ref_log_probs, mask):
@@ -182,6 +182,11 @@ def length_penalty(log_probs, ref_log_probs, mask):
 
 def pointwise_kl_div(log_probs, ref_log_probs, mask):
     return reduced(torch.nn.functional.kl_div(log_probs, ref_log_probs, log_target=True, reduction="none"), mask)
+
+
+def overflows_far_away(log_probs, ref_log_probs, mask):
+    ratio = log_probs - ref_log_probs
+    return reduced(torch.where(ratio < 6, k2(ratio), torch.sqrt(6 - ratio)), mask)
 
 
 @dataclass(frozen=True)
@@ -342,6 +347,12 @@ ZOO = [
         not_a_number, REVERSE, None, "k2-loss",
         {**UNWEIGHTED, "finite": "NaN or infinite for ℓ above 12"},
     ),
+    Case(
+        overflows_far_away, REVERSE, None, "k2-loss", scope="not far",
+        failures={
+            **UNWEIGHTED, "sign": "its expected gradient is not a number (far)", "finite": "NaN or infinite for ℓ above 6",
+        },
+    ),
     Case(group_mean, {"reverse_kl": 0.5}, None, None, {**UNWEIGHTED, "batch": "a group baseline"}),
     Case(group_standard_deviation, None, None, None, {**UNWEIGHTED, "batch": "a group baseline"}),
     Case(
@@ -394,6 +405,19 @@ def test_the_cause_and_nothing_else_is_found(case, audited):
     for name, finding in case.failures.items():
         assert finding in failures[name]
     assert all(probe.example for probe in audited(case).failures)
+
+
+def test_what_the_reference_does_not_enter_is_said(audited):
+    texts = {case.name: audited(case).on_policy.text for case in ZOO}
+    free = {name for name, text in texts.items() if "in which the reference does not enter at all" in text}
+    assert free == {"per_length_k1", "forgotten_reference"}
+
+
+def test_saturation_is_located(audited):
+    found = {case.name: audited(case).probe("clamps").finding for case in ZOO}
+    assert found["ratio_upside_down"] == "no clamp within ±40; it saturates at -1 for ℓ below -4.5"
+    assert found["detached_weight_on_k3"] == "no clamp within ±40; it saturates at 1 for ℓ above 4.5"
+    assert found["healthy_k2"] == "no clamp within ±40"
 
 
 def test_levels_and_kinds_of_weight_are_told_apart(audited):

@@ -93,6 +93,7 @@ def bind(
     """
     check_name("kind of result", returns, RETURNS)
     roles, settings = dict(roles or {}), dict(settings or {})
+    function = getattr(function, "_torchdynamo_orig_callable", function)  # compiling for tiny batches would take minutes
     label = name or str(getattr(function, "__name__", type(function).__name__))
     bound = _bound(function, label, roles, settings)
     package, number = version(str(getattr(function, "__module__", "") or ""))
@@ -119,7 +120,7 @@ def bind(
         if reduction:
             configuration["reduced"] = reduction
         return Subject(label, loss, package, number, where, configuration)
-    raise LossError(Subject(label, lambda batch: batch.mask), problems[0]) from problems[0]
+    raise LossError.of(Subject(label, lambda batch: batch.mask), problems[0]) from problems[0]
 
 
 def _bound(function: Callable[..., Any], label: str, roles: dict[str, str], settings: dict[str, object]) -> dict[str, str]:

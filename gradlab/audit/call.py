@@ -17,15 +17,24 @@ _OURS = str(Path(__file__).parents[1])
 class LossError(ValueError):
     """The audited loss raised. `trace` is its traceback without the frames of gradlab in front."""
 
-    def __init__(self, subject: Subject, error: Exception) -> None:
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message, trace)
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def of(cls, subject: Subject, error: Exception) -> LossError:
+        """The error of a subject, in one line and as a traceback."""
         frames = traceback.extract_tb(error.__traceback__)
         while frames and frames[0].filename.startswith(_OURS):
             del frames[0]
         lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
-        self.trace = "".join([*lines, *traceback.format_exception_only(error)])
         where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        summary = str(error).strip().splitlines()
-        super().__init__(f"{subject.name} raised {type(error).__name__}: {summary[0] if summary else ''}{where}")
+        summary = [*str(error).strip().splitlines(), ""][0]
+        trace = "".join([*lines, *traceback.format_exception_only(error)])
+        return cls(f"{subject.name} raised {type(error).__name__}: {summary}{where}", trace)
 
 
 def evaluate(subject: Subject, batch: Batch) -> Tensor:
@@ -40,7 +49,7 @@ def evaluate(subject: Subject, batch: Batch) -> Tensor:
         with torch.enable_grad():
             loss = subject.loss(batch)
     except Exception as error:
-        raise LossError(subject, error) from error
+        raise LossError.of(subject, error) from error
     changed = [name for name, tensor in tensors.items() if tensor._version != versions[name]]
     if changed:
         raise ValueError(
@@ -67,5 +76,5 @@ def gradient(subject: Subject, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tens
     try:
         (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     except RuntimeError as error:
-        raise LossError(subject, error) from error
+        raise LossError.of(subject, error) from error
     return torch.zeros_like(leaf) if found is None else found, loss.detach()

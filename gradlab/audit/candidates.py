@@ -95,6 +95,10 @@ WORDS = {
 }
 
 
+#: Objectives that do not know the reference.
+WITHOUT_REFERENCE = ("inverse_length", "behaviour_kl", "length", "entropy", "entropy_frozen_prefix")
+
+
 def check(name: str) -> None:
     """Raise `ValueError` for the name of an objective that no audit can find, with the nearest ones."""
     check_name("target", name, CANDIDATES)

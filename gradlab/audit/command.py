@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import joblib
 import typer
 from tqdm import tqdm
 
@@ -17,7 +18,6 @@ from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.load import load
 from gradlab.audit.run import audit
-from gradlab.measure import one_thread
 
 
 class Returns(StrEnum):
@@ -42,6 +42,7 @@ def audit_command(
     only: Annotated[str | None, typer.Option("--only", help="Configurations whose name contains this.")] = None,
     expect: Annotated[str | None, typer.Option("--expect", help="Exit 1 unless the gradient is that of this target.")] = None,
     off_policy: Annotated[bool, typer.Option("--off-policy", help="Expect it off-policy, too.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write audit.html, .csv and .json to this folder.")
@@ -56,14 +57,12 @@ def audit_command(
     """
     if expect is not None:
         candidates.check(expect)
-    audits = []
-    with one_thread():
-        chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value, group)
-        chosen = [subject for subject in chosen if only is None or only in subject.name]
-        if not chosen:
-            raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
-        for subject in tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True):
-            audits.append(audit(subject))
+    chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value, group)
+    chosen = [subject for subject in chosen if only is None or only in subject.name]
+    if not chosen:
+        raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
+    progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
+    audits = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(audit)(subject) for subject in progress))
     if json:
         print(report.to_json(audits))
     else:

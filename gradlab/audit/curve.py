@@ -23,8 +23,9 @@ Response = Callable[[float], tuple[float, float]]
 class Event:
     """Something that happens to a coefficient `c(x)` when `x` passes `at`, away from 0.
 
-    kind: `not finite`, `dead` (exactly 0 from there on), `flat` (constant from there on, with a kink), `lost` (smaller than
-    the rounding of the terms that it is the difference of). level: the coefficient just inside; value: the loss just outside.
+    kind: `not finite` (the coefficient or the loss), `dead` (exactly 0 from there on), `flat` (constant from there on, with a
+    kink), `lost` (smaller than the rounding of the terms that it is the difference of). level: the coefficient just inside;
+    value: the loss just outside.
     """
 
     kind: str
@@ -82,9 +83,10 @@ def _on_side(response: Response, frame: pd.DataFrame, sign: int, precision: Prec
     # The first point stands for 0, where many coefficients vanish anyway.
     grid = [sign * 1e-3, *(float(x) for x in side["log_ratio"])]
     level = [response(grid[0])[0], *(float(c) for c in side["coefficient"])]
-    broken = next((k for k, c in enumerate(level) if not math.isfinite(c)), len(level))
+    value = [response(grid[0])[1], *(float(v) for v in side["value"])]
+    broken = next((k for k, pair in enumerate(zip(level, value, strict=True)) if not _finite(pair)), len(level))
     if broken < len(level):
-        at = _bisect(lambda x: math.isfinite(response(x)[0]), grid[max(broken - 1, 0)], grid[broken])
+        at = _bisect(lambda x: _finite(response(x)), grid[max(broken - 1, 0)], grid[broken])
         yield Event("not finite", at, level[max(broken - 1, 0)], response(at)[1])
     if broken < 2:
         return
@@ -99,14 +101,18 @@ def _on_side(response: Response, frame: pd.DataFrame, sign: int, precision: Prec
     if first in (0, broken - 1):
         return  # the same all along, or still moving at the end
     at = _bisect(lambda x: not settled(response(x)[0]), grid[first - 1], grid[first])
-    inside, value = response(at - sign * 1e-6)[0], response(at + sign * 1e-6)[1]
+    inside, outside = response(at - sign * 1e-6)[0], response(at + sign * 1e-6)[1]
     slope = abs(response(at - sign * 0.1)[0] - inside) / 0.1
-    if abs(inside) <= 32 * precision.eps * abs(value):
-        yield Event("lost", at, inside, value)
+    if abs(inside) <= 32 * precision.eps * abs(outside):
+        yield Event("lost", at, inside, outside)
     elif last == 0:
-        yield Event("dead", at, inside, value)
+        yield Event("dead", at, inside, outside)
     elif slope > max(10 * precision.level, 1e-4) * abs(last):
-        yield Event("flat", at, last, value)  # a kink; a curve that levels off smoothly has none
+        yield Event("flat", at, last, outside)  # a kink; a curve that levels off smoothly has none
+
+
+def _finite(pair: tuple[float, float]) -> bool:
+    return math.isfinite(pair[0]) and math.isfinite(pair[1])
 
 
 def _bisect(inside: Callable[[float], bool], low: float, high: float) -> float:

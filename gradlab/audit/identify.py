@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradlab.audit.candidates import CANDIDATES, WORDS, gradients
+from gradlab.audit.candidates import CANDIDATES, WITHOUT_REFERENCE, WORDS, gradients
 from gradlab.audit.engine import Field
 
 #: Scopes in which a match can hold, from the widest; each says what it excludes.
@@ -79,11 +79,9 @@ def identify(groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float) ->
     """
     closest, cosine = "", float("nan")
     for scope, fields in groups:
+        if not all(field.finite for field in fields):
+            continue
         if not closest:
-            if not all(field.finite for field in fields):
-                return Verdict(
-                    {}, float("inf"), "everywhere", "", cosine, "is not a number: the loss has NaN or infinite gradients"
-                )
             closest, cosine = _closest(fields)
         noise = max(5 * field.error / (float(field.mean.norm()) or field.size or 1.0) for field in fields)
         bound = max(tolerance, min(noise, NOISE))
@@ -101,7 +99,10 @@ def identify(groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float) ->
             if bound > tolerance:
                 text = text.replace("equals", "agrees, within the noise of a random loss, with", 1)
             return Verdict(combination, error, scope, closest, cosine, text)
-    text = f"equals the gradient of no known objective; the closest is {WORDS[closest]}, cosine {cosine:.4f}"
+    if not closest:
+        text = "is not a number: the loss has NaN or infinite gradients near and far from the reference"
+    else:
+        text = f"equals the gradient of no known objective; the closest is {WORDS[closest]}, cosine {cosine:.4f}"
     return Verdict({}, float("nan"), "everywhere", closest, cosine, text)
 
 
@@ -158,7 +159,8 @@ def cosine(fields: Sequence[Field], name: str) -> float:
 
 def _words(combination: dict[str, float], error: float, scope: str) -> str:
     where = f" {SCOPES[scope]}" if SCOPES[scope] else ""
-    tail = f"{where}, relative error {error:.0e}"
+    free = ", in which the reference does not enter at all" if set(combination) <= set(WITHOUT_REFERENCE) else ""
+    tail = f"{free}{where}, relative error {error:.0e}"
     if len(combination) == 1:
         name, scale = next(iter(combination.items()))
         turned = "" if scale > 0 else "minus "

@@ -71,7 +71,7 @@ def _file(path: Path) -> types.ModuleType:
     while (path.parents[len(parents)] / "__init__.py").is_file():
         parents.insert(0, path.parents[len(parents)])
     name = ".".join([*(folder.name for folder in parents), path.stem])
-    with _stand_ins(parents):
+    with _stand_ins(parents, name):
         found = importlib.util.spec_from_file_location(name, path)
         assert found is not None
         assert found.loader is not None
@@ -89,14 +89,22 @@ def _file(path: Path) -> types.ModuleType:
 
 
 @contextmanager
-def _stand_ins(folders: list[Path]) -> Iterator[None]:
-    """Empty packages in place of those around a file, so that only what it imports itself is run."""
-    kept = dict(sys.modules)
-    top = folders[0].name if folders else ""
+def _stand_ins(folders: list[Path], name: str) -> Iterator[None]:
+    """Empty packages in place of those around the module `name`, so that only what it imports itself is run.
+
+    Afterwards no module of that name is left behind: the user's `utils.py` is to stand in nobody's way, and what is not
+    imported is taken along whole when it goes to a worker process.
+    """
+    top = name.partition(".")[0]
+
+    def taken() -> dict[str, types.ModuleType]:
+        return {key: item for key, item in sys.modules.items() if key == top or key.startswith(f"{top}.")}
+
+    kept = taken()
     sys.path.insert(0, str(folders[0].parent) if folders else "")
     try:
-        for name in [key for key in sys.modules if top and (key == top or key.startswith(f"{top}."))]:
-            del sys.modules[name]
+        for key in kept:
+            del sys.modules[key]
         for depth, folder in enumerate(folders):
             stub = types.ModuleType(".".join(part.name for part in folders[: depth + 1]))
             stub.__path__ = [str(folder)]
@@ -104,6 +112,6 @@ def _stand_ins(folders: list[Path]) -> Iterator[None]:
         yield
     finally:
         del sys.path[0]
-        for name in [key for key in sys.modules if top and (key == top or key.startswith(f"{top}."))]:
-            del sys.modules[name]
-        sys.modules.update({key: item for key, item in kept.items() if top and (key == top or key.startswith(f"{top}."))})
+        for key in taken():
+            del sys.modules[key]
+        sys.modules.update(kept)

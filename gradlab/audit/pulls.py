@@ -57,7 +57,9 @@ def sign(s: Setting) -> Probe:
     for f in s.on_policy:
         policy, size = f.world.scenario.policy, float(f.mean.norm())
         before = f.world.scenario.kl()
-        if not f.finite or size <= s.precision.match * f.size or size == 0:
+        if not f.finite:
+            return Probe("sign", False, f"its expected gradient is not a number ({f.world.name})", f"KL {before:.4g}")
+        if size <= s.precision.match * f.size or size == 0:
             return Probe(
                 "sign", False, "minimising it does not move the policy in expectation", f"KL {before:.4g}, gradient {size:.1g}"
             )
@@ -76,7 +78,7 @@ def sign(s: Setting) -> Probe:
 def action(s: Setting) -> Probe:
     """Does the pull on a token depend on which token was drawn?"""
     spread = scale = 0.0
-    for f in s.on_policy:
+    for f in (f for f in s.on_policy if f.finite):
         if f.cotangents.shape[1] != 1:
             return Probe("action", None, "only asked of losses that do not couple responses", "")
         rollout, p = f.world.rollout, f.world.rollout.table.softmax(-1)

@@ -18,8 +18,8 @@ def finite(s: Setting) -> Probe:
         return Probe("finite", True, finding, f"ℓ = {worst['log_ratio']:g}: coefficient {worst['coefficient']:.3g}")
     places = " and ".join(f"ℓ {event.where}" for event in broken)
     at = 1.01 * broken[0].at
-    seen = curve.of_token(s.subject, s.group - 1)(at)[0]
-    return Probe("finite", False, f"NaN or infinite for {places}", f"ℓ = {at:.4g}: coefficient {seen}")
+    seen, loss = curve.of_token(s.subject, s.group - 1)(at)
+    return Probe("finite", False, f"NaN or infinite for {places}", f"ℓ = {at:.4g}: coefficient {seen:.4g}, loss {loss:.4g}")
 
 
 def clamps(s: Setting) -> Probe:
@@ -28,7 +28,8 @@ def clamps(s: Setting) -> Probe:
         return Probe("clamps", None, "there is no gradient to clamp", "")
     found = [e for e in _events(s) if e.kind in ("dead", "flat")]
     if not found:
-        return Probe("clamps", True, "no clamp within ±40", "")
+        settled = _saturation(s)
+        return Probe("clamps", True, f"no clamp within ±40{settled}", "")
     parts = []
     for kind, what in (("dead", "the gradient is 0 for"), ("flat", "the coefficient is constant for")):
         some = [e for e in found if e.kind == kind]
@@ -38,6 +39,18 @@ def clamps(s: Setting) -> Probe:
     just = curve.of_token(s.subject, s.group - 1)(first.at * 1.001)[0]
     example = f"ℓ = {first.at * 1.001:.4g}: coefficient {just:.4g}, just inside {first.level:.4g}"
     return Probe("clamps", False, "; ".join(parts), example)
+
+
+def _saturation(s: Setting) -> str:
+    """Where the coefficient levels off without a clamp, to within a hundredth of its last value."""
+    parts = []
+    for sign, where in ((-1, "below"), (1, "above")):
+        side = s.curve[sign * s.curve["log_ratio"] > 0].sort_values("log_ratio", ascending=sign > 0)
+        last = float(side["coefficient"].iloc[-1])
+        off = (side["coefficient"] - last).abs() > 0.01 * abs(last)
+        if last and off.any() and not off[side["log_ratio"].abs() > curve.REACH / 2].any():
+            parts.append(f"it saturates at {last:.4g} for ℓ {where} {float(side['log_ratio'][off].iloc[-1]):.3g}")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _events(s: Setting) -> list[curve.Event]:

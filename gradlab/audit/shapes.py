@@ -12,7 +12,7 @@ from gradlab.audit.setting import Probe, Setting
 
 def mask(s: Setting) -> Probe:
     """Do padded positions get a gradient, or change that of live ones?"""
-    fields = [*s.on_policy, *s.off_policy]
+    fields = [f for f in [*s.on_policy, *s.off_policy] if f.finite]
     leak = max((f.leak / f.size if f.size else math.inf if f.leak else 0.0) for f in fields)
     row = Tokens.at(0.5, 0.3)
     x, y = s.at(row, garbage=0), s.at(row, garbage=1)
