@@ -9,7 +9,7 @@
 import pandas as pd
 
 import gradlab as gl
-from gradlab.audit import adapters, shipped
+from gradlab.audit import adapters, report, shipped
 from gradlab.ledger.shipped import CLAIMS
 
 #: Without these `gradlab reproduce` leaves the results as they are.
@@ -122,3 +122,12 @@ on = frame[(frame["policy"] == "on") & ~frame["failures"].str.contains("length|p
 summed = curves[curves["subject"].isin(on["subject"])]
 shown = shipped.distinct(summed)
 study.save_figure("12_pulls", gl.plots.pulls(shown), shown, curves_caption(summed, shown, frame))
+
+# %% [markdown]
+# ## The page
+#
+# All of it, with the probes, as `gradlab audit --installed --output figures` writes it: audit.html, .csv and .json.
+
+# %%
+if not study.quick:
+    report.write(audited, study.output)

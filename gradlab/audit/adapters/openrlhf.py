@@ -21,7 +21,7 @@ from torch import Tensor
 from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "openrlhf"
-INSTALL = "pip install --no-deps openrlhf==0.11.2 && pip install ray"
+INSTALL = "pip install --no-deps openrlhf==0.11.2 && pip install ray transformers"
 
 ESTIMATORS = ("k1", "k2", "k3")
 #: Reduction in the report → whether tokens are averaged, and over the optimiser's whole, large batch or over this one.

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "trinity"
-INSTALL = "pip install ray omegaconf tensordict codetiming && pip install --no-deps trinity-rft==0.6.0 verl==0.9.1"
+INSTALL = "pip install ray omegaconf tensordict codetiming transformers orjson && pip install --no-deps trinity-rft==0.6.0 verl==0.9.1"
 
 FUNCTIONS = ("k1", "k2", "k3", "low_var_kl", "abs", "corrected_k3", "none")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")

@@ -13,7 +13,7 @@ from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "verl"
 INSTALL = (
-    "pip install tensordict ray omegaconf codetiming torchdata transformers cachetools uvicorn fastapi "
+    "pip install tensordict ray omegaconf codetiming torchdata transformers orjson cachetools uvicorn fastapi "
     "&& pip install --no-deps peft verl==0.9.1"
 )
 
