@@ -26,7 +26,9 @@ from gradlab import (
     restoring,
     search,
     sequences,
+    testing,
 )
+from gradlab.audit import audit
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.components import components, values
 from gradlab.estimators import Estimator
@@ -53,6 +55,7 @@ __all__ = [
     "Tree",
     "ascent",
     "asymmetry",
+    "audit",
     "claims",
     "components",
     "exact",
@@ -70,5 +73,6 @@ __all__ = [
     "search",
     "sequences",
     "simplex",
+    "testing",
     "values",
 ]

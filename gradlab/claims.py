@@ -22,7 +22,20 @@ from gradlab.names import check_name
 VerdictName = Literal["HOLDS", "FAILS", "UNDECIDED", "OPEN"]
 
 #: Columns that say which row decided, in the order in which they are read out.
-EVIDENCE = ("scenario", "estimator", "kernel", "clamp", "parameter", "target", "via", "samples", "kl", "log_ratio")
+EVIDENCE = (
+    "subject",
+    "policy",
+    "scenario",
+    "estimator",
+    "kernel",
+    "clamp",
+    "parameter",
+    "target",
+    "via",
+    "samples",
+    "kl",
+    "log_ratio",
+)
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,8 @@ def _describe(row: pd.Series[Any]) -> str:
     for key in EVIDENCE:
         if key not in row.index or pd.isna(row[key]):
             continue
-        form = {"kl": "KL {:.4g}", "samples": "{:.0f} samples", "log_ratio": "log-ratio {:.3g}"}.get(key, "{}")
+        form = {"policy": "{}-policy", "kl": "KL {:.4g}", "samples": "{:.0f} samples", "log_ratio": "log-ratio {:.3g}"}.get(
+            key, "{}"
+        )
         parts.append(form.format(row[key]))
     return ", ".join(parts)

@@ -20,6 +20,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from gradlab import claims, gallery, measure, report
+from gradlab.audit import LossError
+from gradlab.audit.command import audit_command
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.ledger import CLAIMS
@@ -198,6 +200,9 @@ def measure_command(
     show(frame)
 
 
+app.command(name="audit")(audit_command)
+
+
 class Listing(StrEnum):
     """What `gradlab list` can list."""
 
@@ -301,6 +306,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
+        if isinstance(error, LossError):
+            print(error.trace, end="", file=sys.stderr)
         print(f"gradlab: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:

@@ -57,7 +57,10 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
             chapters.append({"name": name, "title": title, "plates": chapter})
     rows = settled.astype(object).where(settled.notna(), None).to_dict("records")
     page = environment.get_template("gallery.html").render(
-        chapters=chapters, rows=rows, counts=settled["verdict"].value_counts().to_dict()
+        chapters=chapters,
+        rows=rows,
+        audit=(folder / "audit.html").is_file(),
+        counts=settled["verdict"].value_counts().to_dict(),
     )
     path = folder / "index.html"
     with written(path) as part:

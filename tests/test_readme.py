@@ -34,6 +34,9 @@ def test_the_python_of_the_readme_runs_and_shows_what_it_says():
     mine = gl.measure([names["my_loss"], "k2-loss"], scenario)
     assert mine.bias[0] == pytest.approx(mine.bias[1], rel=1e-10)
     unbiased = gl.exact.moments(names["complete"], names["lagging"]).mean
+    assert names["audited"].on_policy.text.startswith("equals the gradient of the forward KL with frozen prefixes near ")
+    assert "ℓ below -2.611 and ℓ above 11: the value is clamped, " in names["audited"].probe("clamps").finding
+    names["test_my_kl_loss"]()
     assert (unbiased - gl.exact.gradient("reverse_kl", names["lagging"])).norm() < 1e-12
 
 

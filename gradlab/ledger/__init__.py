@@ -8,6 +8,7 @@ from gradlab.ledger import (
     fixedpoints,
     off_policy,
     sequences,
+    shipped,
     tails,
     training,
     values,
@@ -25,6 +26,7 @@ CLAIMS: tuple[Claim, ...] = (
     *sequences.CLAIMS,
     *off_policy.CLAIMS,
     *fixedpoints.CLAIMS,
+    *shipped.CLAIMS,
     *training.CLAIMS,
 )
 

@@ -18,7 +18,7 @@ def _band(
     identifier: str, scope: str, estimator: str | tuple[str, ...], statistic: str, relation: Relation, value: float, margin: float,
     *ranges: Condition, target: str = REVERSE, family: str | tuple[str, ...] = tuple(FAMILIES), quantifier: Quantifier = "every",
 ) -> Claim:  # fmt: skip
-    where = {"estimator": estimator, "family": family, "target": target}
+    where: dict[str, str | tuple[str, ...]] = {"estimator": estimator, "family": family, "target": target}
     return claim(identifier, scope, "04_bands", statistic, relation, value, margin, *ranges, quantifier=quantifier, **where)
 
 

@@ -4,6 +4,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 """
 
 from gradlab.plots.asymmetry import dropped, restoring, sides, tails
+from gradlab.plots.audit import matches, pulls
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -12,6 +13,7 @@ from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
+from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -39,14 +41,18 @@ __all__ = [
     "gradients",
     "growth",
     "lags",
+    "matches",
     "normalisers",
     "objectives",
+    "pulls",
     "rare_token",
     "ratios",
     "restoring",
     "running",
     "schulman",
     "shifted",
+    "shipped_kinds",
+    "shipped_settings",
     "sides",
     "slopes",
     "style_of",

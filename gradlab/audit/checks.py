@@ -1,0 +1,105 @@
+"""What has to be known about a loss before it is audited: is it random, how precise is it, does it couple its samples?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradlab.audit.batch import Batch, Subject
+from gradlab.audit.call import LossError, evaluate, gradient
+from gradlab.audit.precision import PRECISIONS, Precision
+from gradlab.audit.worlds import PADDING, World, batch
+
+#: How often a loss is called to see whether it is random; dropout may spare a small batch now and then.
+CALLS = 8
+
+
+def is_random(subject: Subject, world: World) -> bool:
+    """Whether calls with the same batch differ."""
+    columns = world.columns(PADDING)
+    rows = list(range(min(2, len(columns["mask"]))))
+    first, *others = (gradient(subject, *batch(columns, rows)) for _ in range(CALLS))
+    pairs = (pair for other in others for pair in zip(first, other, strict=True))
+    return not all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)) for x, y in pairs)
+
+
+def seeded(subject: Subject) -> Subject:
+    """The same loss with torch's and numpy's global generators set alike before every call, and restored after it.
+
+    A loss that draws from them answers alike twice; one with a generator of its own does not.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        state = np.random.get_state()  # noqa: NPY002 - the user's generator, not ours
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            try:
+                return subject.loss(batch)
+            finally:
+                np.random.set_state(state)  # noqa: NPY002
+
+    return replace(subject, loss=loss)
+
+
+def precision(subject: Subject, world: World) -> Precision:
+    """The precision a loss computes in, whatever it is given: told by how smoothly it answers to small changes."""
+
+    def response(step: float) -> Tensor:
+        columns = dict(world.columns(PADDING))
+        nudge = torch.linspace(1, 2, columns["logits"].shape[-1], dtype=torch.float64)
+        columns["reference_logits"] = columns["reference_logits"] * (1 + step * nudge)
+        columns["logits"] = columns["logits"] * (1 - step * nudge)
+        made, _ = batch(columns, [1, 4])
+        loss = evaluate(subject, made)
+        slope = torch.autograd.grad(loss, made.log_prob, allow_unused=True)[0] if loss.requires_grad else None
+        numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
+        return torch.cat(numbers)
+
+    base, small = response(0.0), 1e-6
+    if torch.equal(base, response(small)):
+        # Constants are as precise as can be; what answers to large changes alone is in half precision.
+        return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
+    # A second difference is of the order of the step squared, 1e-12, and of rounding, 1e-16 or 1e-7.
+    rough = [float((response(h) - 2 * base + response(-h)).abs().max()) for h in (small, 1.7 * small, 3.1 * small)]
+    return PRECISIONS[0 if max(rough) <= 1e-9 * float(base.abs().max()) else 1]
+
+
+def couples(subject: Subject, world: World, tolerance: float) -> bool:
+    """Whether the gradient at one response depends on the others in its batch, beyond one constant factor."""
+    columns = world.columns(PADDING)
+    n = len(columns["mask"])
+    picked = sorted({0, 1, n // 2, n - 1})
+    alone, together = [], []
+    for i, j in itertools.product(picked, repeat=2):
+        together.append(gradient(subject, *batch(columns, [i, j]))[0][0])
+        try:
+            alone.append(gradient(subject, *batch(columns, [i]))[0][0])
+        except LossError:
+            return True  # it wants a group
+    x, y = torch.stack(alone).flatten(), torch.stack(together).flatten()
+    size = float(y.norm())
+    if not math.isfinite(float(x.sum())):
+        return math.isfinite(size)
+    if float(x.norm()) <= 1e-12 * size or size == 0:
+        return size > 0
+    factor = float(x @ y) / float(x @ x)
+    return float((y - factor * x).norm()) > 10 * tolerance * size
+
+
+def exchangeable(subject: Subject, world: World, group: int, tolerance: float) -> bool:
+    """Whether the order of the responses in a batch makes no difference."""
+    columns = world.columns(PADDING)
+    n = len(columns["mask"])
+    for start in range(3):
+        rows = [(start + 5 * k) % n for k in range(group)]
+        x = gradient(subject, *batch(columns, rows))[0]
+        y = gradient(subject, *batch(columns, rows[::-1]))[0].flip(0)
+        if not float((x - y).norm()) <= tolerance * float(x.norm()):
+            return False
+    return True

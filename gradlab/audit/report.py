@@ -1,0 +1,148 @@
+"""What an audit leaves behind: a table in the terminal, JSON, and a page with the curves and the heat map."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from rich.markup import escape
+from rich.table import Table
+
+from gradlab.audit.run import Audit, frame
+from gradlab.plots import stylesheet
+from gradlab.plots.audit import matches, pulls
+from gradlab.provenance import versions
+from gradlab.report import wide_console, writable, written
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def show(audits: Sequence[Audit]) -> None:
+    """Print one line per configuration, and for a single one the verdicts in words and every probe."""
+    table = Table(header_style="bold")
+    for heading in ("configuration", "descends on-policy", "scale", "cosine", "descends off-policy", "cosine", "failed probes"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("scale", "cosine") else "left")
+    for audited in audits:
+        on, off = audited.rows()
+        cells = (
+            on["subject"], on["verdict"], number(on["scale"]), number(on["cosine"]), off["verdict"], number(off["cosine"]),
+            on["failures"].replace(";", ", ") or "none",
+        )  # fmt: skip
+        table.add_row(*map(escape, cells))
+    console = wide_console()
+    console.print(table)
+    console.print("cosine: of the expected gradient with that of the sequence reverse KL", style="dim")
+    if len(audits) == 1:
+        _show_one(audits[0])
+
+
+def _show_one(audited: Audit) -> None:
+    console = wide_console()
+    console.print(f"on-policy, the expected gradient {audited.on_policy.text}", markup=False, highlight=False)
+    console.print(f"off-policy, it {audited.off_policy.text}", markup=False, highlight=False)
+    if audited.form:
+        console.print(f"response by response it is {audited.form.name}", markup=False, highlight=False)
+    if reduced := audited.subject.configuration.get("reduced"):
+        console.print(f"the values it returns are reduced here: {reduced}", markup=False, highlight=False)
+    table = Table(header_style="bold")
+    for heading in ("probe", "", "finding", "example"):
+        table.add_column(heading, overflow="fold")
+    marks = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[dim]n/a[/]"}
+    for probe in audited.probes:
+        table.add_row(probe.name, marks[probe.passed], escape(probe.finding), escape(probe.example))
+    console.print(table)
+
+
+def to_json(audits: Sequence[Audit]) -> str:
+    """Every audit as JSON: an array with subject, verdicts, form, probes; NaN and infinities are null."""
+    return json.dumps([_plain(audited) for audited in audits], ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def _plain(audited: Audit) -> dict[str, Any]:
+    on, off = audited.rows()
+    keys = ("verdict", "scale", "error", "scope", "cosine", "closest", "cosine_closest", "text")
+    shared = ("subject", "package", "version", "function", "form", "group", "precision")
+    verdicts = (("on_policy", on, audited.on_policy), ("off_policy", off, audited.off_policy))
+    found: dict[str, Any] = {key: on[key] for key in shared}
+    found["configuration"] = {key: str(value) for key, value in audited.subject.configuration.items()}
+    for name, row, verdict in verdicts:
+        found[name] = {key: row[key] for key in keys} | {"combination": verdict.combination}
+    found["probes"] = [vars(probe) for probe in audited.probes]
+    found["curve"] = audited.curve[["log_ratio", "coefficient"]].to_dict("list")
+    return dict(_finite(found))
+
+
+def _finite(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {key: _finite(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_finite(value) for value in item]
+    return None if isinstance(item, float) and not math.isfinite(item) else item
+
+
+def curves(audits: Sequence[Audit]) -> pd.DataFrame:
+    """`subject, log_ratio, coefficient, value` of every audit, one below the other."""
+    return pd.concat([audited.curve.assign(subject=audited.subject.name) for audited in audits], ignore_index=True)
+
+
+def heat(audits: Sequence[Audit]) -> pd.DataFrame:
+    """`subject, policy, target, cosine, equal` of every audit; `equal` where the verdict is that single objective."""
+    parts = []
+    for audited in audits:
+        single = {
+            policy: next(iter(verdict.combination)) if len(verdict.combination) == 1 and verdict.scope == "everywhere" else ""
+            for policy, verdict in (("on", audited.on_policy), ("off", audited.off_policy))
+        }
+        part = audited.cosines.assign(subject=audited.subject.name)
+        part["equal"] = [single[policy] == target for policy, target in zip(part["policy"], part["target"], strict=True)]
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def write(audits: Sequence[Audit], folder: Path) -> Path:
+    """Write `audit.html`, one page that needs nothing but itself, with `audit.csv` and `audit.json` beside it; return the page.
+
+    Raises `ValueError` when the folder cannot be written to.
+    """
+    writable(folder)
+    table = frame(audits)
+    with written(folder / "audit.csv") as part:
+        table.to_csv(part, index=False, lineterminator="\n")
+    with written(folder / "audit.json") as part:
+        part.write_text(to_json(audits) + "\n", encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("gradlab.audit", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    page = environment.get_template("page.html").render(
+        audits=[(audited, *audited.rows()) for audited in audits],
+        curves=_picture(pulls(curves(audits))),
+        heat=_picture(matches(heat(audits))),
+        versions=versions(),
+    )
+    path = folder / "audit.html"
+    with written(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def _picture(figure: Figure) -> str:
+    stream = io.BytesIO()
+    with stylesheet():
+        figure.savefig(stream, format="png", metadata={"Software": None})
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -1,0 +1,207 @@
+"""The audit of one loss: expected gradients in every world, what they are, and how the loss behaves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from gradlab.audit import checks, curve
+from gradlab.audit.batch import Subject
+from gradlab.audit.bind import bind
+from gradlab.audit.call import LossError
+from gradlab.audit.candidates import CANDIDATES, check
+from gradlab.audit.engine import REPEATS, Field, field
+from gradlab.audit.forms import Form, form
+from gradlab.audit.identify import Verdict, cosine, identify
+from gradlab.audit.precision import PRECISIONS, Precision
+from gradlab.audit.probes import probes
+from gradlab.audit.setting import Probe, Setting
+from gradlab.audit.worlds import World, at_reference, equal_lengths, standard
+from gradlab.measure import one_thread
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What a loss descends, on-policy and off-policy, and how it behaves.
+
+    on_policy, off_policy: verdicts. form: the composition with the same gradient at every response, if there is one. cosine:
+    of the expected gradient with that of the sequence reverse KL, mean over the on-policy worlds. probes: questions and
+    answers. group: how many responses were enumerated together. precision: what the loss computes in. curve: coefficient and
+    loss of one token against its log-ratio. cosines: of both expected gradients with every objective.
+    """
+
+    subject: Subject
+    on_policy: Verdict
+    off_policy: Verdict
+    form: Form | None
+    cosine: float
+    probes: tuple[Probe, ...]
+    group: int
+    precision: Precision
+    random: bool
+    curve: pd.DataFrame
+    cosines: pd.DataFrame
+
+    @property
+    def failures(self) -> tuple[Probe, ...]:
+        """The probes that failed, the gravest first."""
+        return tuple(probe for probe in self.probes if probe.passed is False)
+
+    def probe(self, name: str) -> Probe:
+        """A probe by its name. Raises `KeyError` for an unknown one."""
+        return {probe.name: probe for probe in self.probes}[name]
+
+    def unmet(self, target: str, off_policy: bool = False) -> str | None:
+        """Why the loss does not descend `target`, in one line, or `None` when it does, up to a positive factor.
+
+        With `off_policy` it has to do so on off-policy data as well. Raises `ValueError` for an unknown target.
+        """
+        check(target)
+        for where, verdict in (("on-policy", self.on_policy), ("off-policy", self.off_policy))[: 1 + off_policy]:
+            if not verdict.descends(target):
+                worst = "".join(f"; {probe.name}: {probe.finding}" for probe in self.failures[:1])
+                return f"{self.subject.name} does not descend {target} {where}: its expected gradient {verdict.text}{worst}"
+        leaks = [probe.finding for probe in self.failures if probe.name == "mask"]
+        return f"{self.subject.name} does not descend {target}: {leaks[0]}" if leaks else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row on-policy and one off-policy, see `frame`."""
+        subject = self.subject
+        return [
+            {
+                "subject": subject.name, "package": subject.package, "version": subject.version, "function": subject.function,
+                "configuration": " ".join(f"{k}={v}" for k, v in subject.configuration.items()), "policy": policy,
+                "verdict": verdict.name, "scale": verdict.scale, "error": verdict.error, "scope": verdict.scope,
+                "cosine": cosine, "closest": verdict.closest, "cosine_closest": verdict.cosine,
+                "form": self.form.name if self.form else "", "group": self.group,
+                "precision": self.precision.name,
+                "failures": ";".join(probe.name for probe in self.failures), "text": verdict.text,
+            }
+            for policy, verdict, cosine in (("on", self.on_policy, self.cosine), ("off", self.off_policy, self._off_cosine))
+        ]  # fmt: skip
+
+    @property
+    def _off_cosine(self) -> float:
+        rows = self.cosines[(self.cosines["target"] == "reverse_kl") & (self.cosines["policy"] == "off")]
+        return float(rows["cosine"].iloc[0])
+
+
+def audit(
+    loss: Subject | Callable[..., Any],
+    *,
+    name: str | None = None,
+    roles: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
+    returns: str = "loss",
+    group: int | None = None,
+) -> Audit:
+    """Find out which objective the expected gradient of a loss descends, exactly, and every way in which it misbehaves.
+
+    loss: a `Subject`, or any function of `[B, T]` tensors whose arguments are bound by their names (`log_probs`,
+    `ref_logprob`, `old_log_probs`, `response_mask`, …), by `roles` (argument → role) and `settings` (argument → value); one
+    argument called `batch` or annotated `Batch` gets the whole `Batch`. returns: `loss`, or `rewards` or `advantages` when
+    the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them.
+
+    Identity: `E_{y~μ}[∇ loss({y})]`, every response (or pair) of small trees with an end token enumerated near and far from the
+    reference, compared with the gradients of `gl.TARGETS` and pairs of them, jointly and up to one factor.
+    Raises `ValueError` when arguments cannot be bound, or the loss raises, is not a scalar, not differentiable, or changes its
+    inputs. Warns when the loss is random, and averages it.
+    """
+    subject = loss if isinstance(loss, Subject) else bind(loss, name=name, roles=roles, settings=settings, returns=returns)
+    if group is not None:
+        subject = replace(subject, group=group)
+    with one_thread():
+        return _audit(subject)
+
+
+def _audit(subject: Subject) -> Audit:
+    worlds = standard()
+    moderate = next(world for world in worlds if world.name == "moderate" and world.off_policy)
+    random = checks.is_random(subject, moderate)
+    if random:
+        warnings.warn(f"{subject.name} is random: two calls with one batch differ; its gradients are averaged", stacklevel=3)
+    # Checks and probes compare calls with each other, which takes the same draws in both.
+    steady = checks.seeded(subject) if random else subject
+    unsteady = random and checks.is_random(steady, moderate)
+    precision = PRECISIONS[0] if unsteady else checks.precision(steady, moderate)
+    coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
+    group = subject.group or (2 if coupled else 1)
+    orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
+    fields = _Fields(subject, group, random, orderless)
+    on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
+    on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
+    # Weights are missing where off-policy data change what is descended.
+    needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
+    setting = Setting(
+        steady,
+        group,
+        precision,
+        on,
+        off,
+        fields.at(at_reference()),
+        needs_weight,
+        curve.sweep(curve.of_token(steady, group - 1)),
+    )
+    found = () if unsteady else probes(setting)
+    if random:
+        # In another dtype the draws are others: that comparison would tell nothing.
+        found = tuple(probe for probe in found if probe.name not in ("float32", "bfloat16"))
+        found = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"), *found)
+    return Audit(
+        subject, on_policy, off_policy, _form(fields, precision.match), cosine(on, "reverse_kl"), found, group, precision,
+        random, setting.curve, _cosines(on, off),
+    )  # fmt: skip
+
+
+class _Fields:
+    """The fields of a loss, computed when first asked for."""
+
+    def __init__(self, subject: Subject, group: int, random: bool, exchangeable: bool = False) -> None:
+        self.subject, self.group, self.random, self.exchangeable = subject, group, random, exchangeable
+        self.known: dict[World, Field] = {}
+
+    def at(self, world: World) -> Field:
+        if world not in self.known:
+            self.known[world] = field(self.subject, world, self.group, self.random, self.exchangeable)
+        return self.known[world]
+
+    def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[Field]]]:
+        """Fields by the scope in which a verdict has to hold, the widest first."""
+        near, moderate, far = (world for world in standard() if world.off_policy is off_policy)
+        even = [world for world in equal_lengths() if world.off_policy is off_policy]
+        for scope, worlds in (
+            ("everywhere", [near, moderate, far]), ("not far", [near, moderate]), ("near", [near]),
+            ("equal lengths", even), ("equal lengths, near", even[:2]),
+        ):  # fmt: skip
+            yield scope, [self.at(world) for world in worlds]
+
+
+def _form(fields: _Fields, tolerance: float) -> Form | None:
+    """The form of single responses, whatever they are combined with; none for a loss that needs a group."""
+    if fields.group != 1:
+        fields = _Fields(fields.subject, 1, fields.random)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a standard deviation of one response, for example
+            return form([fields.at(world) for world in standard() if world.name != "far"], tolerance)
+    except LossError:
+        return None
+
+
+def _cosines(on: Sequence[Field], off: Sequence[Field]) -> pd.DataFrame:
+    rows = [
+        (policy, target, cosine(fields, target))
+        for policy, fields in (("on", on), ("off", off))
+        for target in CANDIDATES
+        if target != "zero"
+    ]
+    return pd.DataFrame(rows, columns=["policy", "target", "cosine"])
+
+
+def frame(audits: Sequence[Audit]) -> pd.DataFrame:
+    """One row per audited configuration, on-policy and off-policy: verdict, scale, cosine to the sequence reverse KL, failures."""
+    return pd.DataFrame([row for audited in audits for row in audited.rows()])

@@ -1,0 +1,160 @@
+"""The table of what frameworks ship: kinds, settings and curves as functions of audits, and analysis 12 on real packages."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import gradlab as gl
+from gradlab.audit import adapters, shipped
+from gradlab.audit.batch import Batch, Subject
+from gradlab.ledger.shipped import CLAIMS
+from gradlab.resume import Requirements
+
+SCRIPT = Path(gl.__file__).parent.parent / "analyses" / "12_as_shipped.py"
+
+
+def subject(name: str, kernel: str, scale: float = 1.0, clamp: float = math.inf) -> Subject:
+    """A loss of a made-up framework: k2, k3 or the corrected k3, summed over each response."""
+
+    def loss(batch: Batch) -> torch.Tensor:
+        ratio = batch.log_prob - batch.reference_log_prob
+        values = {"k1": ratio, "k2": ratio**2 / 2, "k3": (-ratio).exp() - 1 + ratio}[kernel[:2]].clamp(max=clamp)
+        if kernel.endswith("corrected"):
+            values = values * (batch.log_prob - batch.behaviour_log_prob).exp()
+        return scale * (values * batch.mask).sum(-1).mean()
+
+    return Subject(name, loss, "made_up", "1.0", "made_up.loss", {"kernel": kernel})
+
+
+@pytest.fixture(scope="module")
+def audited():
+    given = [
+        subject("one k3", "k3"), subject("one k2", "k2"), subject("one half k2", "k2", 0.5), subject("two k3 corrected", "k3-corrected"),
+        subject("two k3 clamped", "k3", clamp=10.0), subject("two k1", "k1"),
+    ]  # fmt: skip
+    return shipped.audits(given)
+
+
+def test_settings_are_derived_from_the_verdicts(audited):
+    found = shipped.settings(shipped.configurations(audited)).set_index(["framework", "target", "policy"])
+    frozen = "reverse_kl_frozen_prefix"
+    assert found.loc[("one", frozen, "on"), "subject"] == "one k2"  # the first of two
+    assert found.loc[("one", frozen, "on"), "others"] == 1
+    assert found.loc[("one", frozen, "off"), "subject"] == ""
+    assert found.loc[("two", frozen, "off"), "subject"] == "two k3 corrected"
+    assert found.loc[("two", frozen, "off"), "scope"] == "everywhere"
+    assert (found.xs("reverse_kl", level="target")["subject"] == "").all()
+    assert found.loc[("one", frozen, "on"), "configuration"] == "kernel=k2"
+    assert set(found["configurations"]) == {3}
+
+
+def test_a_limited_setting_is_named_only_where_there_is_no_other():
+    limited, whole = subject("x k2 clamped", "k2", clamp=10.0), subject("x the same without a clamp", "k2")
+    alone = shipped.settings(shipped.configurations(shipped.audits([limited])))
+    row = alone[(alone["target"] == "reverse_kl_frozen_prefix") & (alone["policy"] == "on")].iloc[0]
+    assert (row["subject"], row["scope"]) == ("x k2 clamped", "not far")
+    both = shipped.settings(shipped.configurations(shipped.audits([limited, whole])))
+    row = both[(both["target"] == "reverse_kl_frozen_prefix") & (both["policy"] == "on")].iloc[0]
+    assert (row["subject"], row["scope"]) == ("x the same without a clamp", "everywhere")
+
+
+def test_kinds_put_equal_verdicts_together_whatever_their_scale(audited):
+    frame, directions = shipped.configurations(audited), shipped.directions(audited)
+    kind = frame.set_index("subject")["kind"]
+    assert set(kind["one half k2"]) == set(kind["one k2"]) == {"one k2"}
+    assert kind["two k3 clamped"].iloc[0] != kind["one k3"].iloc[0]
+    kinds = shipped.by_kind(frame, directions)
+    assert kinds["kind"].nunique() == 5
+    row = kinds[(kinds["kind"] == "one k2") & (kinds["policy"] == "on")].set_index("target")
+    assert (row["n_one"] == 2).all()
+    assert (row["n_two"] == 0).all()
+    assert row.loc["reverse_kl_frozen_prefix", "match"] == "everywhere"
+    assert row.loc["reverse_kl_frozen_prefix", "degrees"] < 1e-5
+    assert row.loc["forward_kl", "match"] == ""
+    clamped = kinds[(kinds["kind"] == "two k3 clamped") & (kinds["policy"] == "on")].set_index("target")
+    assert clamped.loc["forward_kl_frozen_prefix", "match"] == "limited"
+    assert kinds["kind"].iloc[0] in ("one k2", "two k3 corrected")  # what descends the reverse KL comes first
+
+
+def test_losses_without_a_gradient_in_the_mean_have_no_direction(audited):
+    directions = shipped.directions(audited).set_index(["subject", "policy", "target"])
+    assert not directions.loc[("two k1", "on", "reverse_kl"), "moving"]
+    assert math.isnan(directions.loc[("two k1", "on", "reverse_kl"), "degrees"])
+    assert directions.loc[("two k1", "off", "reverse_kl"), "moving"]
+
+
+def test_equal_curves_share_a_line_and_others_do_not(audited):
+    curves = shipped.curves(audited)
+    names = list(dict.fromkeys(shipped.distinct(curves)["subject"]))
+    assert names[0] == "one k2 and 1 more"  # k2, and k3 times the ratio, which pulls one token alike
+    assert sorted(names[1:]) == ["one half k2", "one k3", "two k1", "two k3 clamped"]
+
+
+def test_the_pictures_are_made_of_frames_alone(audited):
+    frame = shipped.configurations(audited)
+    kinds, settings = shipped.by_kind(frame, shipped.directions(audited)), shipped.settings(frame)
+    before = kinds.copy(), settings.copy()
+    assert len(gl.plots.shipped_kinds(kinds).axes) == 4
+    texts = [text.get_text() for text in gl.plots.shipped_settings(settings).axes[0].texts]
+    assert sum("no configuration" in text for text in texts) == int((settings["subject"] == "").sum())
+    assert any("k3 corrected" in text for text in texts)
+    pd.testing.assert_frame_equal(kinds, before[0])
+    pd.testing.assert_frame_equal(settings, before[1])
+
+
+def test_the_same_frame_for_any_number_of_jobs():
+    given = [subject("one k2", "k2"), subject("two k3 corrected", "k3-corrected")]
+    one, two = (shipped.configurations(shipped.audits(given, jobs)) for jobs in (1, 2))
+    pd.testing.assert_frame_equal(one, two)
+
+
+# ---- the analysis, with the real packages --------------------------------------------------------------------------------
+
+
+def test_every_framework_of_the_analysis_is_required():
+    assert len(Requirements.of(SCRIPT).versions) == len(adapters.ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    missing = Requirements.of(SCRIPT).missing
+    if missing:
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("shipped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(SCRIPT), "--quick", "--output", str(folder)])
+        names = runpy.run_path(str(SCRIPT))
+    return folder, names["verdicts"].set_index(["id", "scope"])
+
+
+def test_claims_about_shipped_code_are_settled(results):
+    _, verdicts = results
+    assert len(verdicts) == len(CLAIMS)
+    assert set(verdicts["verdict"]) == {"HOLDS", "FAILS"}
+    expected = {
+        "open-off-policy": {"HOLDS"}, "k3-biased": {"HOLDS"}, "k2-loss": {"FAILS"}, "k1-reward": {"HOLDS", "FAILS"},
+        "detached-baseline": {"HOLDS"}, "rho-k3": {"HOLDS", "FAILS"}, "rho-k2": {"FAILS"}, "k3-plus": {"HOLDS", "FAILS"},
+        "length": {"FAILS"}, "clamp": {"FAILS"},
+    }  # fmt: skip
+    assert {name: set(part["verdict"]) for name, part in verdicts.groupby("id")} == expected
+    # Every configuration that a claim names was audited: none was left out by a change of its name.
+    subjects = {name for claim in CLAIMS for c in claim.where if c.column == "subject" for name in c.among or ()}
+    assert subjects <= {s.name for s in adapters.subjects()}
+
+
+def test_captions_carry_versions_and_settings(results):
+    folder, _ = results
+    kinds, settings = ((folder / f"12_{name}.md").read_text(encoding="utf-8") for name in ("kinds", "settings"))
+    for framework in ("trl", "verl", "openrlhf", "torchrl", "liger", "trinity"):
+        version = pd.read_csv(folder / "12_configurations.csv").set_index("framework").loc[framework, "version"].iloc[0]
+        assert f"{framework} {version}" in kinds
+    assert "`trl rloo` (normalize_advantages=False)" in settings
+    assert "Off-policy: no configuration of any framework" in settings
+    for name in ("12_kinds", "12_settings", "12_pulls"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
