@@ -42,6 +42,10 @@ def pulls(frame: pd.DataFrame) -> Figure:
         ax.set(xlabel="log-ratio ℓ = log π(y) − log ref(y)", xlim=(-reach, reach))
         ax.grid()
     axes[0].set_yscale("symlog", linthresh=1)
+    finite = np.abs(wide.to_numpy(dtype=float))
+    decades = int(np.ceil(np.log10(np.max(finite, initial=10.0, where=np.isfinite(finite)))))
+    # Zero lies between the two ends of the linear part, which leave no room for a label.
+    axes[0].set_yticks([sign * 10.0**k for sign in (-1, 1) for k in range(0, decades + 1, -(-decades // 5))])
     axes[0].set(ylabel="coefficient on ∇log π(y)", title="whole range")
     close = wide[wide.index.to_series().abs() <= 4].to_numpy(dtype=float)
     bound = float(np.clip(np.nanmax(np.abs(close), initial=1.0, where=np.isfinite(close)), 1.0, 8.0))
