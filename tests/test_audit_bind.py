@@ -131,6 +131,7 @@ def test_functions_are_bound_however_they_are_written(function):
     audited = gl.audit(function)
     assert audited.on_policy.combination == {"forward_kl_frozen_prefix": pytest.approx(1.0, rel=1e-12)}
     assert audited.form.name == "k3-loss"
+    assert audited.probe("mask").passed
     reduced = audited.subject.configuration.get("reduced")
     expected = {"per_token": "sum over live tokens, mean over responses", "per_response": "mean over responses"}
     assert reduced == expected.get(function.__name__)
