@@ -55,7 +55,7 @@ def test_names_in_common_use_are_understood(name, role):
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy"]
+    "name", ["x", "kl", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy"]
 )
 def test_names_that_say_nothing_are_not_guessed(name):
     assert role_of(name) is None
