@@ -33,7 +33,13 @@ def pulls(frame: pd.DataFrame) -> Figure:
     axes = figure.subplots(1, 2)
     for ax, reach in zip(axes, (wide.index.max(), 4.0), strict=True):
         part = wide[wide.index.to_series().abs() <= reach]
-        ax.plot(part.index, part.index, **{**TRUTH, "zorder": 3}, dashes=(1, 2.5), label="ℓ, as k2 in the loss and k1 in the reward have it")
+        ax.plot(
+            part.index,
+            part.index,
+            **{**TRUTH, "zorder": 3},
+            dashes=(1, 2.5),
+            label="ℓ, as k2 in the loss and k1 in the reward have it",
+        )
         for k, names in enumerate(groups[:CURVES]):
             label = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             curve = part[names[0]].where(np.isfinite(part[names[0]]))
