@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -433,6 +434,15 @@ def test_checks_do_not_mistake_one_kind_of_loss_for_another():
     constant = Subject("constant", lambda batch: batch.log_prob.sum() * 0)
     assert checks.precision(constant, moderate).name == "float64"
     assert not checks.couples(constant, moderate, 1e-10)
+
+
+def test_a_full_audit_takes_less_than_ten_seconds_even_over_pairs():
+    def loss(log_probs, ref_log_probs, mask):
+        return (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum() / mask.sum()
+
+    started = time.process_time()
+    assert gl.audit(loss).group == 2
+    assert time.process_time() - started < 10
 
 
 def test_a_loss_that_wants_a_group_gets_one():

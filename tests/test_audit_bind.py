@@ -55,7 +55,7 @@ def test_names_in_common_use_are_understood(name, role):
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy"]
+    "name", ["x", "kl", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy"]
 )
 def test_names_that_say_nothing_are_not_guessed(name):
     assert role_of(name) is None
@@ -131,6 +131,7 @@ def test_functions_are_bound_however_they_are_written(function):
     audited = gl.audit(function)
     assert audited.on_policy.combination == {"forward_kl_frozen_prefix": pytest.approx(1.0, rel=1e-12)}
     assert audited.form.name == "k3-loss"
+    assert audited.probe("mask").passed
     reduced = audited.subject.configuration.get("reduced")
     expected = {"per_token": "sum over live tokens, mean over responses", "per_response": "mean over responses"}
     assert reduced == expected.get(function.__name__)

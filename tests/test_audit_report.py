@@ -151,6 +151,19 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, losses, argu
     assert len(err.splitlines()) == 1
 
 
+def test_what_cannot_be_audited_does_not_take_the_others_along(monkeypatch, capsys, losses):
+    raising = losses.parent / "raising.py"
+    raising.write_text(
+        "from gradlab.audit import Subject\n"
+        "def loss(batch):\n    raise RuntimeError('another version')\n"
+        "SUBJECT = Subject('an old framework', loss)\n"
+    )
+    assert run(monkeypatch, f"{losses}:k2", f"{raising}:SUBJECT") == 2
+    captured = capsys.readouterr()
+    assert "reverse_kl_frozen_prefix" in captured.out
+    assert "1 of 2 could not be audited: an old framework raised RuntimeError: another version" in captured.err
+
+
 def test_a_loss_that_raises_shows_the_users_traceback_only(monkeypatch, capsys, losses):
     assert run(monkeypatch, f"{losses}:broken") == 2
     err = capsys.readouterr().err

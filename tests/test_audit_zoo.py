@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gradlab as gl
+from gradlab.audit import Audit
 from gradlab.audit.probes import NAMES
 
 NO_WEIGHT = "no importance weight: off-policy data are used as if they were on-policy"
@@ -365,7 +366,7 @@ ZOO = [
 @pytest.fixture(scope="module")
 def audited():
     """Audits by name, each made once."""
-    found: dict[str, gl.audit.Audit] = {}
+    found: dict[str, Audit] = {}
 
     def get(case: Case):
         if case.name not in found:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import test_adapters
 import torch
 
 import gradlab as gl
-from gradlab.audit import adapters, shipped
+from gradlab.audit import adapters, candidates, shipped
 from gradlab.audit.batch import Batch, Subject
 from gradlab.ledger.shipped import CLAIMS
 from gradlab.resume import Requirements
@@ -112,6 +113,45 @@ def test_the_same_frame_for_any_number_of_jobs():
     given = [subject("one k2", "k2"), subject("two k3 corrected", "k3-corrected")]
     one, two = (shipped.configurations(shipped.audits(given, jobs)) for jobs in (1, 2))
     pd.testing.assert_frame_equal(one, two)
+
+
+# ---- the committed verdicts, in other worlds and without the engine ---------------------------------------------------------
+
+TABLE = pd.read_csv(SCRIPT.parent.parent / "figures" / "12_configurations.csv", keep_default_na=False)
+SHIPPED = {s.name: s for s in adapters.subjects()}
+
+
+def residual(found: torch.Tensor, target: torch.Tensor) -> float:
+    """What is left of a gradient beside its part along another, of either sign, relative to itself."""
+    return float((found - (found @ target) / (target @ target) * target).norm() / found.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "verdict"), TABLE[["subject", "policy", "verdict"]].itertuples(index=False, name=None)
+)
+def test_committed_verdicts_hold_in_other_worlds(name, policy, verdict):
+    """Expected gradients by the slow enumeration of test_adapters, on policies that no audit has seen."""
+    if name not in SHIPPED or SHIPPED[name].version != TABLE.set_index("subject").loc[name, "version"].iloc[0]:
+        pytest.skip(f"{name} is not installed in the version of the table; {Requirements.of(SCRIPT).install}")
+    target, _, scope = verdict.removesuffix("]").partition(" [")
+    if " " in target or scope not in ("", "equal lengths"):
+        pytest.skip("a combination, or only within the reach of a clamp")
+    subject, off = SHIPPED[name], policy == "off"
+    policies = gl.Tree.random(3, 3, 40, eos=0) if not scope else gl.Tree.random(3, 2, 40)
+    case = gl.Scenario(policies, policies.perturbed(kl=0.2, seed=41), policies.perturbed(kl=0.05, seed=42) if off else None)
+    found = test_adapters.expected(subject.loss, case, subject.group or 1)
+    if target == "zero":
+        assert float(found.norm()) < 1e-6
+    elif target == "none":
+        known = {known: residual(found, gl.exact.gradient(known, case)) for known in gl.TARGETS if known != "zero"}
+        assert min(known.values()) > 1e-3, known
+    else:
+        wanted = candidates.CANDIDATES[target.removeprefix("−")]
+        parameters = case.policy.parameters.clone().requires_grad_(True)
+        value = wanted.objective(case.policy.with_parameters(parameters), case.reference, case.sampler)
+        gradient = torch.autograd.grad(value, parameters)[0]
+        assert residual(found, gradient) < (1e-5 if test_adapters.tolerance(name) > 1e-9 else 1e-7)
+        assert (float(found @ gradient) < 0) == target.startswith("−")
 
 
 # ---- the analysis, with the real packages --------------------------------------------------------------------------------

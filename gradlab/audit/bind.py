@@ -60,7 +60,7 @@ _PATTERNS = (
     (r"^(response|completion|sequence|seq)?(lengths?|lens?)$", "lengths"),
     (r"^(num|n)(items|tokens|actions)|batchnumtokens|globaltokens|totaltokens", "tokens_in_batch"),
     (r"^max(completion|response|seq|sequence|token)?s?(length|len|tokens?)$|loss(scale)?factor", "max_length"),
-    (r"^(kl|ref|loss|penalty)*(loss|penalty|ctl|reg)?(coeff?s?|beta|weight|lambda|scale)$|^kl$", "coefficient"),
+    (r"^(kl|ref|loss|penalty)*(loss|penalty|ctl|reg)?(coeff?s?|beta|weight|lambda|scale)$", "coefficient"),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from gradlab.audit import adapters, candidates, report
 from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.load import load
-from gradlab.audit.run import audit
+from gradlab.audit.run import Audit, audit
 
 
 class Returns(StrEnum):
@@ -62,7 +62,11 @@ def audit_command(
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    audits = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(audit)(subject) for subject in progress))
+    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject) for subject in progress))
+    audits = [result for result in results if isinstance(result, Audit)]
+    problems = [result for result in results if isinstance(result, ValueError)]
+    if not audits:
+        raise problems[0]
     if json:
         print(report.to_json(audits))
     else:
@@ -72,8 +76,17 @@ def audit_command(
     reasons = [audited.unmet(expect, off_policy) for audited in audits] if expect is not None else []
     for reason in filter(None, reasons):
         print(f"gradlab: {reason}", file=sys.stderr)
+    if problems:  # the others are shown all the same: one version of one framework may well have changed
+        raise ValueError(f"{len(problems)} of {len(results)} could not be audited: {'; '.join(map(str, problems))}")
     if any(reasons):
         raise typer.Exit(1)
+
+
+def _attempt(subject: Subject) -> Audit | ValueError:
+    try:
+        return audit(subject)
+    except ValueError as error:
+        return error
 
 
 def _subjects(

@@ -13,8 +13,8 @@ from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "verl"
 INSTALL = (
-    "pip install tensordict ray omegaconf codetiming torchdata transformers orjson cachetools uvicorn fastapi "
-    "&& pip install --no-deps peft verl==0.9.1"
+    "pip install tensordict ray omegaconf codetiming torchdata peft datasets orjson cachetools uvicorn fastapi "
+    "&& pip install --no-deps verl==0.9.1"
 )
 
 PENALTIES = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
