@@ -33,7 +33,7 @@ from gradlab.estimators import Estimator
 from gradlab.field import field, simplex
 from gradlab.measure import measure
 from gradlab.moments import Moments
-from gradlab.policies import Bandit, Gaussian, Markov, Policy, Tree
+from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
@@ -45,6 +45,7 @@ __all__ = [
     "Bandit",
     "Estimator",
     "Gaussian",
+    "LanguageModel",
     "Markov",
     "Moments",
     "Policy",

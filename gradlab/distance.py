@@ -18,7 +18,7 @@ from torch import Tensor
 from gradlab import exact, montecarlo
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
-from gradlab.policies import Bandit, Markov, Policy, Tree
+from gradlab.policies import Bandit, Gaussian, Markov, Tabular, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -30,7 +30,7 @@ ROUNDING = 1e-9
 QUANTILES = {"low": 0.1, "median": 0.5, "high": 0.9}
 
 
-def sweep(policies: Mapping[str, Policy], kls: Iterable[float], seed: int = 0) -> list[Scenario]:
+def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed: int = 0) -> list[Scenario]:
     """References at every distance `KL(policy ‖ reference) = kl` (nats) along one random direction per policy.
 
     The scenario has the policy's name at every distance. Raises `ValueError` when a direction does not reach a distance.

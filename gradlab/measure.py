@@ -17,6 +17,7 @@ from gradlab import exact, intervals, montecarlo, targets
 from gradlab.catalogue import ESTIMATORS, name_of
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
+from gradlab.policies import Gaussian
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario
 
@@ -144,7 +145,7 @@ def _rows(
         common = {
             "scenario": scenario.label,
             "family": kind,
-            "vocab": None if kind == "gaussian" else int(scenario.policy.table.shape[1]),
+            "vocab": None if isinstance(scenario.policy, Gaussian) else int(scenario.policy.vocab),
             "length": scenario.policy.length,
             "off_policy": scenario.behaviour is not None,
             "kl": scenario.kl(),
