@@ -118,9 +118,8 @@ class LanguageModel:
 
     def _check_first_step(self) -> None:
         """One pass over the prompts: the size of the vocabulary, NaN, and what the action set loses."""
-        with torch.no_grad():
-            first = [logits for _, logits in self._passes(torch.arange(len(self.prompts)), self._blank(len(self.prompts), 1))]
-        width = first[0].shape[-1]
+        first = self.first_step()
+        width = first.shape[-1]
         chosen = list(range(width)) if self.actions is None else [int(action) for action in self.actions]
         if len(chosen) < 2 or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= width:
             raise ValueError(
@@ -135,7 +134,7 @@ class LanguageModel:
             raise ValueError(f"words must name each of the {len(chosen)} tokens, got {len(self.words)}")
         object.__setattr__(self, "_chosen", torch.tensor(chosen))
         if self.actions is not None:
-            lost = torch.cat([1 - logits[:, 0].softmax(-1)[:, chosen].sum(-1) for logits in first])
+            lost = 1 - first.softmax(-1)[:, chosen].sum(-1)
             if float(lost.max()) > self.tolerance:
                 warnings.warn(
                     f"the action set leaves out up to {float(lost.max()):.1%} of the first step's probability "
@@ -180,8 +179,19 @@ class LanguageModel:
         return twin
 
     def changed(self: P, **fields: Any) -> P:
-        """The same policy with other fields, such as `temperature=0.7` or `model=other`: how behaviour policies are made."""
-        return replace(self, **fields)
+        """The same policy with other fields, such as `temperature=0.7` or `model=other`: how behaviour policies are made.
+
+        Parameters given by `with_parameters` stay.
+        """
+        twin = replace(self, **fields)
+        return twin.with_parameters(self.parameters) if hasattr(self, "_swapped") else twin
+
+    def first_step(self) -> Tensor:
+        """Logits `[prompts, ids]` over the network's whole vocabulary after every prompt, float64."""
+        x = len(self.prompts)
+        with torch.no_grad():
+            places, parts = zip(*self._passes(torch.arange(x), self._blank(x, 1)), strict=True)
+        return torch.cat(parts)[torch.cat(places).argsort(), 0]
 
     # ---- logits --------------------------------------------------------------------------------------------------------
 
@@ -229,12 +239,16 @@ class LanguageModel:
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw logits `[…, ids]` → logits `[…, v]` of the policy: action set, temperature, nucleus."""
-        logits = (raw if self.actions is None else raw[..., self._chosen]) / self.temperature  # type: ignore[attr-defined]
+        logits = self.select(raw) / self.temperature
         if self.top_p == 1:
             return logits
         p, order = logits.detach().softmax(-1).sort(-1, descending=True)
         outside = (p.cumsum(-1) - p >= self.top_p).gather(-1, order.argsort(-1))
         return logits.masked_fill(outside, NOWHERE)
+
+    def select(self, raw: Tensor) -> Tensor:
+        """The logits `[…, v]` of the action set among raw ones `[…, ids]`."""
+        return raw if self.actions is None else raw[..., self._chosen]  # type: ignore[attr-defined]
 
     # ---- one tree per prompt -------------------------------------------------------------------------------------------
 
