@@ -43,13 +43,13 @@ def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed
     ]
 
 
-def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Policy]:
+def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular | Gaussian]:
     """Random policies by name: bandits of 3–20 tokens; trees of 2–4 tokens, 2–4 steps; chains of 2–5 tokens, 4–16 steps.
 
     Logits are Gaussian with a standard deviation between 0.5 and 2. Raises `ValueError` for another family.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(10, *family.encode())))
-    found: dict[str, Policy] = {}
+    found: dict[str, Tabular | Gaussian] = {}
     for index in range(count):
         own, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
         if family == "bandit":

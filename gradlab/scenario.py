@@ -38,7 +38,7 @@ class Scenario:
             if other.signature != self.policy.signature:
                 raise ValueError(
                     f"{role} does not share the policy's support: policy is {self.policy.signature}, {role} is "
-                    f"{other.signature} (kind, table shape or vocabulary, length, eos and prompts must agree)"
+                    f"{other.signature} (kind, table shape, length, eos must agree)"
                 )
             _check_support(role, other)
 
