@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradlab.moments import Gradients
+from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
@@ -47,7 +47,9 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
     """
     rollout = batch.rollout
     if rollout.prompts is None:
-        raise ValueError("parameter-space gradients need a rollout of a language model: this one does not say which prompts it answers")
+        raise ValueError(
+            "parameter-space gradients need a rollout of a language model: this one does not say which prompts it answers"
+        )
     n, t = rollout.tokens.shape
     e = len(batch.score)
     size = unit * chunk(policy, len(_alphas(batch)) if unit == 1 else e, t, unit)
@@ -64,6 +66,16 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
             if inner is not None and found.inner is not None:
                 inner[units] = found.inner
     return Pulled(total, square, inner)
+
+
+def sums(policy: LanguageModel) -> Pull:
+    """Weighted sums of gradients and of their squares in the parameters of a language model, for `moments_of`."""
+
+    def both(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
+        found = pull(policy, batch, weight)
+        return found.total, weight @ found.square
+
+    return both
 
 
 def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
@@ -86,15 +98,17 @@ class Tape:
         with ExitStack() as stack, torch.enable_grad():
             for name, (layer, _) in self._layers.items():
                 stack.callback(layer.register_forward_hook(self._hook(name, len(ids))).remove)
-            raw = policy.model(policy.features(ids))
-            self._shaped = policy.shaped((raw if isinstance(raw, Tensor) else raw.logits)[:, -length:])
+            # With the policy's own parameters, which need not be those of the module.
+            self._shaped = policy.shaped(policy.network(policy.features(ids))[:, -length:])
         if missing := sorted(set(self._layers) - set(self._seen)):
             raise ValueError(f"trainable layers {missing} took no part in the network's forward pass")
 
     def _hook(self, name: str, n: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name in self._seen or output.dim() != 3 or len(output) != n:
-                raise ValueError(f"layer {name} must see every sequence once, as a row of its own [n, s, d]: got {list(output.shape)}")
+                raise ValueError(
+                    f"layer {name} must see every sequence once, as a row of its own [n, s, d]: got {list(output.shape)}"
+                )
             if not output.requires_grad:
                 output.requires_grad_(True)
             self._seen[name] = inputs[0].detach(), output
@@ -210,7 +224,9 @@ def owners(policy: LanguageModel) -> dict[str, tuple[nn.Module, dict[str, str]]]
                 continue
             full = identity[id(parameter)]
             if full in seen:
-                raise ValueError(f"parameter {full} belongs to two layers, {seen[full]} and {name}; make only untied ones trainable")
+                raise ValueError(
+                    f"parameter {full} belongs to two layers, {seen[full]} and {name}; make only untied ones trainable"
+                )
             seen[full] = name
             if kind not in ("weight", "bias") or not (isinstance(layer, nn.Linear | nn.Embedding) or _is_norm(layer)):
                 raise ValueError(
@@ -272,7 +288,9 @@ def _gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], f
     elif s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:
         # Long sequences through a narrow layer: the gradients themselves are smaller than what their products need.
         each = [(y.mT @ a).flatten(1) for y in b]
-        return _products([torch.cat([x, y.sum(1)], -1) for x, y in zip(each, b, strict=True)] if "bias" in owned else each, None, full)
+        return _products(
+            [torch.cat([x, y.sum(1)], -1) for x, y in zip(each, b, strict=True)] if "bias" in owned else each, None, full
+        )
     else:
         kernel = a @ a.mT
     return _products(b, kernel + 1 if "bias" in owned else kernel, full)

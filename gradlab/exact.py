@@ -14,10 +14,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from gradlab import markov, targets
+from gradlab import backprop, markov, targets
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.moments import Loss, Moments, as_losses, gradients, moments_of
-from gradlab.policies import Gaussian, Markov
+from gradlab.policies import Gaussian, LanguageModel, Markov
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
@@ -31,11 +31,16 @@ COVARIANCE_DOUBLES = 2**26
 def gradient(target: str, scenario: Scenario) -> Tensor:
     """True gradient of a target (`gl.TARGETS`) with respect to the policy's parameters, `[p]`, row-major.
 
-    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`; by dynamic programming on `Markov`.
+    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`, and through the network of a `LanguageModel` whose
+    responses can be listed (mean over prompts, in the network's precision); by dynamic programming on `Markov`.
     Raises `ValueError` for an unknown target, with the nearest names.
     """
     targets.target(target)
-    return markov.gradient(target, scenario) if isinstance(scenario.policy, Markov) else targets.gradient(target, scenario)
+    return (
+        markov.gradient(target, scenario)
+        if isinstance(scenario.policy, Markov)
+        else targets.gradient(target, scenario).double()
+    )
 
 
 def objective(target: str, scenario: Scenario) -> float:
@@ -64,6 +69,8 @@ def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | l
             found = [markov.moments(loss, scenario) for loss in losses]
         elif isinstance(scenario.policy, Gaussian):
             found = _by_quadrature(losses, scenario)
+        elif isinstance(scenario.policy, LanguageModel):
+            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
         else:
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
     return found if isinstance(estimator, Sequence) else found[0]

@@ -292,6 +292,18 @@ class Rollout:
             return self.expected_length
         return float(self.weight @ self.lengths / self.weight.sum())
 
+    def by_prompt(self) -> list[Rollout]:
+        """The rollouts of every single prompt, each of total weight 1; the rollout itself where there are no prompts."""
+        if self.prompts is None:
+            return [self]
+        found = []
+        for prompt in sorted(set(self.prompts.tolist())):
+            rows = self.prompts == prompt
+            weight = self.weight[rows] / self.weight[rows].sum()
+            fields = {name: getattr(self, name)[rows] for name in ("tokens", "mask", "contexts", "prompts")}
+            found.append(replace(self, weight=weight, **fields))
+        return found
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """Return what `compute` gives, computed once for this rollout: estimators share kernels and weights."""
         if key not in self._shared:

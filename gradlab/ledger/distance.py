@@ -19,7 +19,7 @@ def _band(
     *ranges: Condition, target: str = REVERSE, family: str | tuple[str, ...] = tuple(FAMILIES), quantifier: Quantifier = "every",
 ) -> Claim:  # fmt: skip
     where = {"estimator": estimator, "family": family, "target": target}
-    return claim(identifier, scope, "04_bands", statistic, relation, value, margin, *ranges, quantifier=quantifier, **where)  # type: ignore[arg-type]
+    return claim(identifier, scope, "04_bands", statistic, relation, value, margin, *ranges, quantifier=quantifier, **where)
 
 
 def _ratio(

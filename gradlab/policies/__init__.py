@@ -2,8 +2,9 @@
 
 from gradlab.policies.gaussian import Gaussian
 from gradlab.policies.language import LanguageModel
+from gradlab.policies.small import small
 from gradlab.policies.tabular import Bandit, Markov, Tabular, Tree
 
 Policy = Tabular | Gaussian | LanguageModel
 
-__all__ = ["Bandit", "Gaussian", "LanguageModel", "Markov", "Policy", "Tabular", "Tree"]
+__all__ = ["Bandit", "Gaussian", "LanguageModel", "Markov", "Policy", "Tabular", "Tree", "small"]

@@ -151,6 +151,12 @@ class LanguageModel:
         return len(self._chosen)  # type: ignore[attr-defined]
 
     @property
+    def chosen(self) -> Tensor:
+        """The network's id of every token of the vocabulary, `[v]`."""
+        found: Tensor = self._chosen  # type: ignore[attr-defined]
+        return found
+
+    @property
     def signature(self) -> tuple[Any, ...]:
         """What two policies must share to be compared: vocabulary, length, end token and prompts."""
         prompts = tuple(tuple(int(i) for i in prompt) for prompt in self.prompts)
@@ -347,6 +353,8 @@ class LanguageModel:
                 tokens[part, t] = inverted(step, uniforms[part, t])
             if self.eos is not None:
                 alive = alive[tokens[alive, t] != self.eos]
+            if not len(alive):
+                return
 
     def _blank(self, n: int, length: int) -> Tensor:
         return torch.full((n, length), 0 if self.eos is None else self.eos)

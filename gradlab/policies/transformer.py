@@ -24,7 +24,8 @@ class Block(nn.Module):
         later = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
         scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, s, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
 
 
 class Transformer(nn.Module):
