@@ -109,6 +109,10 @@ class Tape:
                 raise ValueError(
                     f"layer {name} must see every sequence once, as a row of its own [n, s, d]: got {list(output.shape)}"
                 )
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    f"layer {name} was run without recording: `network` of the policy must not switch gradients off"
+                )
             if not output.requires_grad:
                 output.requires_grad_(True)
             self._seen[name] = inputs[0].detach(), output

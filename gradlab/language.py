@@ -1,9 +1,8 @@
-"""Questions about language models: how extreme ratios get, which tokens carry the gradient, what a sampling engine changes."""
+"""Questions about language models: how extreme ratios get along their responses, and which tokens carry the gradient."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,24 +30,6 @@ def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollou
     if samples is None:
         return Rollout.enumerated(scenario)
     return Rollout.drawn(scenario, samples, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(12,))))
-
-
-def histogram(scenario: Scenario, edges: Sequence[float], samples: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """Distribution of `log δ = log ref − log π` over the sampler's tokens.
-
-    edges: of the bins, in nats; what lies outside joins the outermost bins. Columns `scenario, via, samples, kl, low, high, share`.
-    """
-    with one_thread(), torch.no_grad():
-        rollout = rollout_of(scenario, samples, seed)
-        log_delta, weight = (
-            -rollout.log_ratio[rollout.mask].numpy(),
-            (rollout.live * rollout.weight[:, None])[rollout.mask].numpy(),
-        )
-        counts, _ = np.histogram(np.clip(log_delta, edges[0], np.nextafter(edges[-1], 0)), edges, weights=weight / weight.sum())
-        known = {"scenario": scenario.label, "via": _via(samples), "samples": samples, "kl": _kl(scenario, rollout)}
-    return pd.DataFrame({**known, "low": list(edges[:-1]), "high": list(edges[1:]), "share": counts}).astype(
-        {"samples": "Int64"}
-    )
 
 
 def extremes(
@@ -174,18 +155,6 @@ def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFr
         summed[f"{part}_share"] = summed[part] / summed.groupby(["scenario", "estimator"])[part].transform("sum")
     ordered = summed.sort_values(f"{by}_share", ascending=False, kind="stable")
     return ordered.groupby(["scenario", "estimator"], sort=False).head(count).reset_index(drop=True)
-
-
-def engines(policy: LanguageModel, stale: LanguageModel | None = None) -> Mapping[str, LanguageModel]:
-    """Behaviour policies as a pipeline has them: a bfloat16 engine, another temperature, a nucleus, weights some steps old."""
-    low = copy.deepcopy(policy.model).to(torch.bfloat16)
-    found = {
-        "bfloat16 engine": policy.changed(model=low),
-        "temperature 0.8": policy.changed(temperature=0.8),
-        "temperature 1.2": policy.changed(temperature=1.2),
-        "top-p 0.95": policy.changed(top_p=0.95),
-    }
-    return found if stale is None else {**found, "stale weights": stale}
 
 
 def text(policy: Any, rollout: Rollout, i: int, t: int) -> str:

@@ -206,10 +206,9 @@ class LanguageModel:
         return ids if self.trunk is None else self.trunk(ids)
 
     def network(self, features: Tensor) -> Tensor:
-        """Raw logits `[b, s, ids]` of the network; differentiable only in parameters given by `with_parameters`."""
+        """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
         swapped = getattr(self, "_swapped", None)
-        with torch.set_grad_enabled(swapped is not None and torch.is_grad_enabled()):
-            found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
+        found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
         return found if isinstance(found, Tensor) else found.logits
 
     def sequences(self, prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,7 +230,9 @@ class LanguageModel:
         size = CHUNK // (t * getattr(self, "_width", 1024))
         for rows, ids in self.sequences(prompts, tokens):
             for part in torch.split(torch.arange(len(rows)), max(1, size)):
-                raw = self.network(self.features(ids[part]))[:, -t:]
+                # Only parameters from `with_parameters` carry gradients here; backprop records its own pass.
+                with torch.set_grad_enabled(hasattr(self, "_swapped") and torch.is_grad_enabled()):
+                    raw = self.network(self.features(ids[part]))[:, -t:]
                 object.__setattr__(self, "_width", raw.shape[-1])
                 logits = raw.double()
                 if not bool(torch.isfinite(logits.detach().sum())):
