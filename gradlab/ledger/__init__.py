@@ -1,6 +1,17 @@
 """The claims themselves, as data: one row per claim and scope, grouped by the analysis that measures it."""
 
-from gradlab.ledger import asymmetry, bandits, coefficients, distance, fixedpoints, off_policy, sequences, tails, values
+from gradlab.ledger import (
+    asymmetry,
+    bandits,
+    coefficients,
+    distance,
+    fixedpoints,
+    off_policy,
+    sequences,
+    smollm2,
+    tails,
+    values,
+)
 from gradlab.ledger.form import Claim, Condition, among, claim, within
 from gradlab.ledger.statements import STATEMENTS
 
@@ -14,6 +25,7 @@ CLAIMS: tuple[Claim, ...] = (
     *sequences.CLAIMS,
     *off_policy.CLAIMS,
     *fixedpoints.CLAIMS,
+    *smollm2.CLAIMS,
 )
 
 __all__ = ["CLAIMS", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]

@@ -12,6 +12,7 @@ from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
+from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -33,12 +34,14 @@ __all__ = [
     "crossovers",
     "distances",
     "dropped",
+    "engines",
     "field",
     "fixed_points",
     "gap",
     "gradients",
     "growth",
     "lags",
+    "named_tokens",
     "normalisers",
     "objectives",
     "rare_token",
@@ -49,10 +52,12 @@ __all__ = [
     "shifted",
     "sides",
     "slopes",
+    "stages",
     "style_of",
     "styled",
     "stylesheet",
     "tails",
+    "token_ratios",
     "tokens",
     "truncation",
     "variance_map",

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import io
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,19 +70,16 @@ def load(source: str | Path, file: str | None = None, dtype: torch.dtype = torch
     if missing:
         raise ValueError(f"reading {source} needs {' and '.join(missing)}, not installed: {INSTALL}")
     transformers = importlib.import_module("transformers")
-    bars = importlib.import_module("transformers.utils.logging")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
     where = str(path if path.is_dir() else source)
     given = {} if file is None else {"gguf_file": file}
+    # The library draws progress bars into pipes, too.
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **given)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **given)
+        with quiet:
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **given)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **given)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{source} cannot be read as a causal language model: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
     return Network(model.eval().requires_grad_(False), tokenizer, Path(file or where).stem)
 
 
