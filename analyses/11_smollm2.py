@@ -337,7 +337,7 @@ def tokens_caption() -> str:
     )  # fmt: skip
     return (
         f"**Which tokens carry the gradient, by name.** {MODEL}, “{shown.label}”, KL {shown.kl():.3g} nats: share of the expected "
-        "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) that each token of each prefix brings, over its "
+        "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) that each token of each prefix (prefix · token) brings, over its "
         f"log-ratio; exact, {size}. k3 as loss draws most of its second moment from {said}. (c) Share of the second moment from "
         f"under-sampled tokens on {len(asked)} prompts after {', '.join(map(str, stages))} steps: median "
         f"{median(sides, 'second', estimator='k2-loss'):.2f} with k2 and {median(sides, 'second', estimator='k3-loss'):.2f} with k3 as "

@@ -151,7 +151,7 @@ def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFr
         {"weight": "sum", "log_ratio": "mean", "mass": "sum", "expected": "sum", "pull": "sum", "second": "sum"}
     )
     summed = summed.reset_index().rename(columns={"weight": "probability"})
-    for part in ("mass", "pull", "second"):
+    for part in ("mass", "expected", "pull", "second"):
         summed[f"{part}_share"] = summed[part] / summed.groupby(["scenario", "estimator"])[part].transform("sum")
     ordered = summed.sort_values(f"{by}_share", ascending=False, kind="stable")
     return ordered.groupby(["scenario", "estimator"], sort=False).head(count).reset_index(drop=True)

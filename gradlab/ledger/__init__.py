@@ -6,6 +6,7 @@ from gradlab.ledger import (
     coefficients,
     distance,
     fixedpoints,
+    language,
     off_policy,
     sequences,
     smollm2,
@@ -25,6 +26,7 @@ CLAIMS: tuple[Claim, ...] = (
     *sequences.CLAIMS,
     *off_policy.CLAIMS,
     *fixedpoints.CLAIMS,
+    *language.CLAIMS,
     *smollm2.CLAIMS,
 )
 

@@ -10,6 +10,7 @@ from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
+from gradlab.plots.language import language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
@@ -41,6 +42,7 @@ __all__ = [
     "gradients",
     "growth",
     "lags",
+    "language_models",
     "named_tokens",
     "normalisers",
     "objectives",
@@ -50,6 +52,7 @@ __all__ = [
     "running",
     "schulman",
     "shifted",
+    "side_shares",
     "sides",
     "slopes",
     "stages",

@@ -68,7 +68,7 @@ def token_ratios(frame: pd.DataFrame) -> Figure:
     """
     worlds = list(dict.fromkeys(frame["world"]))
     colours = _steps(list(dict.fromkeys(frame["steps"])))
-    counts = {"policy": "drawn by the policy", "reference": "drawn by the reference", "vocabulary": "one each"}
+    counts = {"policy": "the policy's", "reference": "the reference's", "vocabulary": "one each"}
     figure = Figure(figsize=(PAGE, 3.6))
     grid = figure.subplots(len(worlds), len(counts), sharex=True, sharey=True, squeeze=False)
     for line, world in zip(grid, worlds, strict=True):
@@ -103,7 +103,7 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
     """What each token brings to the expected gradient and to the second moment, by name, and what under-sampled ones bring in all.
 
     Reads, of one scenario, `prefix, token, estimator, log_ratio, expected, second`; of all of them, in `sides`, `estimator, kl,
-    second`. The `labels` tokens with the largest shares are written out: prefix, then the token in bold type.
+    second`. Up to `labels` tokens with the largest shares are written out, as prefix · token.
     """
     figure = Figure(figsize=(PAGE, 2.7))
     axes = figure.subplots(1, 3, width_ratios=[1.15, 1.15, 0.8])
@@ -113,15 +113,10 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
             part, look = frame[frame["estimator"] == name], style_of(name)
             ax.plot(part["log_ratio"], part[column], linestyle="none", marker=look.marker, markersize=3, color=look.colour,
                     markeredgewidth=0, alpha=0.85)  # fmt: skip
-            if name != "mse-sampled-loss":
-                for row in part.reindex(part[column].abs().nlargest(labels).index).itertuples():
-                    ax.annotate(
-                        _written(str(row.prefix), str(row.token)), (float(row.log_ratio), float(getattr(row, column))),
-                        textcoords="offset points", xytext=(3, 2), fontsize=7, color=look.colour,
-                    )  # fmt: skip
         ax.axvline(0, **{**TRUTH, "linewidth": 0.6})
         ax.axhline(0, color="0.6", linewidth=0.5)
         ax.margins(x=0.12, y=0.12)
+        _label(ax, frame, column, labels)
         ax.set(xlabel="log-ratio ℓ of the token, nats")
     axes[0].set(title="expected gradient", ylabel="share along the true gradient")
     axes[1].set(title="second moment", ylabel="share")
@@ -136,6 +131,20 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
     figure.legend(handles=[handle(name, linestyle="none") for name in names], loc="outside upper center", ncols=len(names))
     panels(axes)
     return figure
+
+
+def _label(ax: Axes, frame: pd.DataFrame, column: str, labels: int) -> None:
+    """Write out the tokens with the largest shares, where there is room, above the highest of their points."""
+    tall = frame.loc[frame.groupby(["prefix", "token"])[column].idxmax()].nlargest(labels, column)
+    width, height = (float(frame[key].max() - frame[key].min()) for key in ("log_ratio", column))
+    placed: list[tuple[float, float]] = []
+    for row in tall.itertuples():
+        x, y = float(row.log_ratio), float(getattr(row, column))  # type: ignore[arg-type]
+        if any(abs(x - a) < 0.12 * width and abs(y - b) < 0.07 * height for a, b in placed):
+            continue
+        placed.append((x, y))
+        ax.annotate(_written(str(row.prefix), str(row.token)), (x, y), textcoords="offset points", xytext=(0, 4), ha="center",
+                    fontsize=7)  # fmt: skip
 
 
 def _written(prefix: str, token: str) -> str:
@@ -156,7 +165,7 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
     hues = dict(zip(kinds, ["black", *[HUES[k] for k in ("k1", "k2", "k3", "full")], NEUTRAL], strict=False))
     figure = Figure(figsize=(PAGE, 3.0))
     left, right = figure.subplots(1, 2, width_ratios=[1.9, 1])
-    floor = 0.003
+    floor = 0.0003
     for k, kind in enumerate(kinds):
         for y, name in enumerate(names):
             bias = rows[(rows["behaviour"] == kind) & (rows["estimator"] == name)]["bias"].clip(lower=floor)
@@ -172,7 +181,7 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
         title="bias",
         xlabel="relative bias against ∇KL of responses",
     )
-    left.set_xticks([floor, 0.01, 0.1, 1, 10], ["0", "0.01", "0.1", "1", "10"])
+    left.set_xticks([floor, 0.001, 0.01, 0.1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
     left.minorticks_off()
     left.set_yticks(range(len(names)), names)
     left.tick_params(axis="y", length=0)
