@@ -36,7 +36,7 @@ rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(13,)))
 trained = [q for task in digits.TASKS for q in digits.questions(task, study.pick(full=6, quick=1), rng)]
 answers = [q.answer for q in trained]
 reference = network.policy([q.prompt for q in trained], digits.LENGTH, digits.ACTIONS, trainable=[MATRIX])
-stages = study.pick(full=[3, 10, 30, 60], quick=[3, 10])
+stages = study.pick(full=[3, 12, 60], quick=[3, 12])
 weights = digits.reinforce(reference, answers, [0, *stages], seed=study.seed)
 asked = [q for task in digits.TASKS for q in [q for q in trained if q.task == task][: study.pick(full=2, quick=1)]]
 alone = {q: reference.changed(prompts=[network.ids(q.prompt)]) for q in trained}
@@ -98,7 +98,7 @@ SAMPLED = [
     "full-both",
 ]
 one = scenarios[study.pick(full=1, quick=0)]
-samples = study.pick(full=768, quick=64)
+samples = study.pick(full=640, quick=64)
 chosen = [name for name in SAMPLED if name in names]
 inside = catalogue[
     (catalogue["scenario"] == one.label) & catalogue["estimator"].isin(chosen) & catalogue["target"].isin(TARGETS)
@@ -337,7 +337,7 @@ def tokens_caption() -> str:
     )  # fmt: skip
     return (
         f"**Which tokens carry the gradient, by name.** {MODEL}, “{shown.label}”, KL {shown.kl():.3g} nats: share of the expected "
-        "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) that each token of each prefix (prefix · token) brings, over its "
+        "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) of each token (prefix · token) over its "
         f"log-ratio; exact, {size}. k3 as loss draws most of its second moment from {said}. (c) Share of the second moment from "
         f"under-sampled tokens on {len(asked)} prompts after {', '.join(map(str, stages))} steps: median "
         f"{median(sides, 'second', estimator='k2-loss'):.2f} with k2 and {median(sides, 'second', estimator='k3-loss'):.2f} with k3 as "

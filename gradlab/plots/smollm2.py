@@ -40,7 +40,7 @@ def stages(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
         part, look = rows[rows["estimator"] == name], style_of(name)
         for ax, column in zip(axes, ("bias", "cosine", "noise"), strict=True):
             values = part[column].clip(lower=floor) if column == "bias" else part[column]
-            ax.plot(part["kl"], values, linestyle="none", marker=look.marker, markersize=2.2, color=look.colour, alpha=0.4,
+            ax.plot(part["kl"], values, linestyle="none", marker=look.marker, markersize=2.8, color=look.colour, alpha=0.45,
                     markeredgewidth=0, clip_on=False)  # fmt: skip
             middle = part.assign(value=values).groupby("steps")[["kl", "value"]].median().sort_values("kl")
             ax.plot(middle["kl"], middle["value"], color=look.colour, marker=look.marker, markersize=3.2, clip_on=False)
