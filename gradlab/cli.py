@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -71,18 +69,10 @@ def reproduce(
     what is finished, and the next run skips what is unchanged. Ends with the claims ledger as these results settle it, also
     written to `claims.csv`, and with `index.html`, one page that shows everything.
 
-    An analysis that needs more than is installed is skipped, with what to install; what it left in the folder stays.
-
     Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
     """
     scripts = analyses()
     chosen = _choose(scripts, only)
-    lacking = {name: why for name in chosen if (why := _lacking(scripts[name]))}
-    if only and lacking:
-        raise ValueError("; ".join(f"{name} needs {why}" for name, why in lacking.items()))
-    for name, why in lacking.items():
-        print(f"{name} is skipped: it needs {why}")
-    chosen = [name for name in chosen if name not in lacking]
     report.writable(output)
     options = ["--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
     records = {name: Record(scripts[name], output, {"quick": quick, "seed": seed}) for name in chosen}
@@ -105,13 +95,6 @@ def reproduce(
     page = gallery.write(output, settled, {name: _title(path) for name, path in scripts.items()})
     report.show_verdicts(settled)
     print(f"pictures, data and captions are in {output}; {page} shows them all")
-
-
-def _lacking(script: Path) -> str:
-    """What an analysis needs and is not installed, as it declares: lines `# requires: modules` and `# install: command`."""
-    declared = dict(re.findall(r"^# (requires|install): (.+)$", script.read_text(encoding="utf-8"), re.MULTILINE))
-    missing = [module for module in declared.get("requires", "").split(", ") if module and find_spec(module) is None]
-    return f"{', '.join(missing)} ({declared['install']})" if missing else ""
 
 
 def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float]]:

@@ -195,22 +195,3 @@ def test_the_gallery_shows_every_figure_with_its_caption_and_data(tmp_path):
     assert "data:image/png;base64," in page
     assert page.count('data-verdict="OPEN"') == len(settled)
     assert "http" not in page.replace("https://arxiv.org", "")
-
-
-def test_an_analysis_that_needs_more_is_skipped_and_what_it_made_stays(monkeypatch, capsys, tmp_path, scripts):
-    output = tmp_path / "figures"
-    assert run(monkeypatch, "reproduce", "--output", output) == 0
-    before = (output / "02_numbers.csv").read_bytes()
-    needy = scripts / "02_planted.py"
-    needy.write_text(f"# requires: json, no_such_module\n# install: pip install it\n{needy.read_text()}", encoding="utf-8")
-    capsys.readouterr()
-    for jobs in (1, 2):
-        assert run(monkeypatch, "reproduce", "--force", "--quick", "--jobs", jobs, "--output", output) == 0
-        printed = capsys.readouterr().out
-        assert "02_planted is skipped: it needs no_such_module (pip install it)" in printed
-        assert "01_planted took" in printed
-        assert "02_planted took" not in printed
-    assert (output / "02_numbers.csv").read_bytes() == before
-    assert (output / "01_numbers.csv").read_text().splitlines()[1] == "0,True"
-    assert run(monkeypatch, "reproduce", "--only", "02", "--output", output) == 2
-    assert "02_planted needs no_such_module (pip install it)" in capsys.readouterr().err
