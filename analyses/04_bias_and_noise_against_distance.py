@@ -187,7 +187,8 @@ def bands_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the reverse KL, "
         f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band) over "
         f"{POLICIES}. All exact. Median relative bias of k3 as loss at KL near 0.01, 0.1 and 1 nats: {told}. "
-        f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')}"
+        f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')} "
+        f"{gl.report.sentence(verdicts[verdicts['id'] == 'k3-reward'], '04_versus')}"
     )
 
 
@@ -238,12 +239,21 @@ study.save_figure("04_slopes", gl.plots.slopes(slopes), slopes, slopes_caption(s
 def batches_caption(frame: pd.DataFrame) -> str:
     samples = int(frame["samples"].dropna().iloc[0])
     counts = ", ".join(f"{COUNTS[family]} {plural}" for family, plural in (("bandit", "bandits"), ("tree", "trees")))
+    exact = frame[(frame["via"] == "exact") & (frame["rmse"] > 1e-9)]  # in bandits summing over the vocabulary leaves rounding
+
+    def level(family: str) -> str:
+        """Estimators whose error has stopped falling: from a tenth of the largest batch on, noise alone would lose two thirds."""
+        rows = exact[(exact["family"] == family) & (exact["kl"] == exact["kl"].max())].set_index("batch")
+        last = rows.index.max()
+        ratio = rows.loc[last].set_index("estimator")["rmse"] / rows.loc[last // 10].set_index("estimator")["rmse"]
+        return f"{family}s: {', '.join(ratio.index[ratio > 0.9]) or 'none'}"
+
     return (
         "**Error against batch size.** Relative root mean squared error of a batch's gradient: exact median (line) and 10–90 % range "
         f"(band) over {counts}, and the median of batches really drawn (open dots, {samples} of each size in each scenario, 95 % "
         f"bootstrap intervals, seed {study.seed}). KL of {', '.join(f'{kl:.2g}' for kl in chosen_kls)} nats. A curve that levels "
-        "off has reached its bias: k3 as loss in bandits, and on trees k2 as loss too, which misses what a token does to later "
-        "prefixes. Summing over the vocabulary has no noise in bandits, so no curve there."
+        f"off has reached its bias; at the largest KL that is, in {level('bandit')}; in {level('tree')} (k2 as loss, per token, misses "
+        "what a token does to later prefixes). Summing over the vocabulary has no noise in bandits, so no curve there."
     )
 
 
@@ -255,12 +265,15 @@ def crossover_caption(frame: pd.DataFrame) -> str:
     told = near(frame, "crossover", ",.0f", estimator="k3-loss", target=REVERSE)
     other = versus[(versus["estimator"] == "k3-loss") & (versus["other"] == "k1-reward-to-go")]
     beaten = near(other, "overtaken", ",.0f")
+    k3 = frame[frame["estimator"] == "k3-loss"]
+    near_kl = k3[k3["kl"] <= 2e-3].groupby("family")[["kl", "crossover"]]
+    power = [np.polyfit(np.log(part["kl"]), np.log(part["crossover"]), 1)[0] for _, part in near_kl]
     return (
         "**At what batch size does the bias matter?** Batch size at which the squared bias equals the variance, noise/bias², as "
         f"gradients of the reverse KL: median and 10–90 % range over {POLICIES}. Exact. Above the line more responses do not help. "
         f"k3 as loss at KL near 0.01, 0.1 and 1 nats, median: {told} responses. k1 in reward (to go), which has no bias but "
-        f"more noise on sequences, has the smaller error from {beaten} responses on. The crossover falls as 1/KL near the "
-        "reference, where noise is constant and the squared bias ∝ KL."
+        f"more noise on sequences, has the smaller error from {beaten} responses on. Up to 0.002 nats the crossover falls "
+        f"as KL^{min(power):.2f} to KL^{max(power):.2f}: near the reference noise is constant and the squared bias ∝ KL."
     )
 
 

@@ -308,7 +308,7 @@ def credit_caption(frame: pd.DataFrame) -> str:
         f"its frozen-prefix form (b), and noise (c); exact (filled) and from {samples:,} responses (open, 95 % intervals, seed "
         f"{study.seed}; the exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of "
         "those of the noise; all estimators share the draws). Credit token is biased by "
-        f"{of('k1-reward', 'bias'):.3f} at noise {of('k1-reward', 'noise'):.3g}; to_go is exact at noise "
+        f"{of('k1-reward', 'bias'):.3f} at noise {of('k1-reward', 'noise'):.3g}; to_go by {of('k1-reward-to-go', 'bias'):.0e} at noise "
         f"{of('k1-reward-to-go', 'noise'):.3g}, return at {of('k1-reward-return', 'noise'):.3g}, complete Rao–Blackwell "
         "(full-both) at "
         f"{of('full-both', 'noise'):.3g}. Token beats to_go in root mean squared error up to batches of "
@@ -421,6 +421,7 @@ def normalisers_caption(frame: pd.DataFrame) -> str:
     batch = finite.assign(batch=finite["normaliser"].str.extract(r"(\d+)$")[0].astype(int))
     slope = gl.sequences.exponents(batch, ["estimator"], "batch", "misdirection", low=4)["exponent"].iloc[0]
     longer = (k1["length_change"] > 0).sum()
+    kept = frame.loc[frame["normaliser"].isin(["fixed", "token_mean"]), "misdirection"].max()
     return (
         f"**Dividing by the length.** {variable['scenario'].nunique()} policies with an end token (mean length "
         f"{range_of(variable, 'mean_length')}, "
@@ -432,9 +433,8 @@ def normalisers_caption(frame: pd.DataFrame) -> str:
         "becomes ∇E[1/L] "
         f"(relative error {k1['inverse_length'].max():.0e}) and lengthens responses in {longer} of {len(k1)} policies. (c) "
         "One mean over all "
-        f"tokens of a batch: the angle falls as n^{slope:.2f} (tree of 3 tokens and 6 steps). 1/T and an infinite batch leave "
-        "the direction "
-        f"unchanged. Verdicts: {sentence(verdicts, '07_normalisers')}"
+        f"tokens of a batch: the angle falls as n^{slope:.2f} (tree of 3 tokens and 6 steps); with 1/T or an infinite batch "
+        f"it is {kept:.0e}. Verdicts: {sentence(verdicts, '07_normalisers')}"
     )
 
 

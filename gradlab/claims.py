@@ -46,8 +46,8 @@ class Verdict:
 
 
 def ledger() -> pd.DataFrame:
-    """The claims as a frame: id, scope, statement, source, and what decides them. One row per claim and scope."""
-    columns = ("id", "scope", "statement", "source", "frame", "rule")
+    """The claims as a frame: id, scope, statement, source, what decides them and where it is drawn. One row per claim and scope."""
+    columns = ("id", "scope", "statement", "source", "frame", "figure", "rule")
     return pd.DataFrame([[getattr(claim, column) for column in columns] for claim in CLAIMS], columns=list(columns))
 
 

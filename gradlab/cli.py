@@ -25,7 +25,7 @@ from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.ledger import CLAIMS
 from gradlab.names import check_name
 from gradlab.policies import Bandit, Gaussian, Markov, Tree
-from gradlab.resume import Record
+from gradlab.resume import Record, Requirements
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
 
@@ -66,7 +66,8 @@ def reproduce(
     """Regenerate figures, data, captions and verdicts.
 
     Runs the numbered analyses, `--jobs` of them at a time. Each writes its results when it has them, so an interrupted run keeps
-    what is finished, and the next run skips what is unchanged. Ends with the claims ledger as these results settle it, also
+    what is finished, and the next run skips what is unchanged; an analysis that needs packages which are not installed is skipped,
+    too. Ends with the claims ledger as these results settle it, also
     written to `claims.csv`, and with `index.html`, one page that shows everything.
 
     Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
@@ -75,7 +76,13 @@ def reproduce(
     chosen = _choose(scripts, only)
     report.writable(output)
     options = ["--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
-    records = {name: Record(scripts[name], output, {"quick": quick, "seed": seed}) for name in chosen}
+    needs = {name: Requirements.of(scripts[name]) for name in chosen}
+    for name in [name for name in chosen if needs[name].missing]:
+        if only:
+            raise ValueError(f"{name} cannot run: {needs[name].missing}")
+        print(f"{name} is skipped, and what is in {output} is left as it is: {needs[name].missing}")
+        chosen.remove(name)
+    records = {name: Record(scripts[name], output, {"quick": quick, "seed": seed, **needs[name].versions}) for name in chosen}
     finished = [] if force else [name for name in chosen if records[name].unchanged()]
     for name in finished:
         print(f"{name} is unchanged; --force makes it again")

@@ -101,9 +101,10 @@ class Estimator:
         parts = [self.kernel, self.placement]
         for item in fields(self)[2:]:
             value = getattr(self, item.name)
-            if value != item.default:
-                # Credits and weights share names, so a weight says that it is one.
-                parts.append({"credit": f"{value}", "weight": f"{value}-weight"}.get(item.name, f"{item.name}={value}"))
+            if value != item.default and item.name != "differentiate_weight":
+                # Credits and weights share names, so a weight says that it is one, and whether it is differentiated.
+                weight = f"{'differentiated-' if self.differentiate_weight else ''}{value}-weight"
+                parts.append({"credit": f"{value}", "weight": weight}.get(item.name, f"{item.name}={value}"))
         return "-".join(parts)
 
     def __call__(self, rollout: Rollout) -> Tensor:

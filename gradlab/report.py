@@ -147,11 +147,12 @@ _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "di
 def show_verdicts(settled: pd.DataFrame) -> None:
     """Print verdicts as a table."""
     table = Table(title=None, header_style="bold", expand=False)
-    for heading in ("claim", "scope", "verdict", "effect", "decided by"):
+    for heading in ("claim", "scope", "verdict", "effect", "decided by", "figure"):
         table.add_column(heading, overflow="fold")
     for row in settled.to_dict("records"):
         interval = "" if row["low"] == row["high"] or pd.isna(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
         effect = "" if pd.isna(row["effect"]) else f"{row['effect']:.4g}{interval}"
         verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
-        table.add_row(row["id"], row["scope"], verdict, effect, row["evidence"])
+        figure = "" if row["verdict"] == "OPEN" else row["figure"]
+        table.add_row(row["id"], row["scope"], verdict, effect, row["evidence"], figure)
     wide_console().print(table)

@@ -1,15 +1,54 @@
-"""Skipping what is unchanged: an analysis whose code, options and results are as they were need not run again."""
+"""Skipping what is unchanged, or cannot run here: an analysis that is as it was, or that needs packages that are not installed."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from gradlab.provenance import versions
 from gradlab.report import writable, written
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Packages that an analysis needs beyond gradlab's own: their versions here (`None`: not installed), and how to install them.
+
+    A script declares them by two literals at its top level, read without running it: `REQUIRES`, the names of distributions,
+    and `INSTALL`, a line that installs them.
+    """
+
+    versions: Mapping[str, str | None]
+    install: str
+
+    @classmethod
+    def of(cls, script: Path) -> Requirements:
+        """What a script declares; nothing, if it declares nothing."""
+        found: dict[str, Any] = {}
+        for node in ast.parse(script.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name in ("REQUIRES", "INSTALL"):
+                    found[name] = ast.literal_eval(node.value)
+        return cls({name: _version(name) for name in found.get("REQUIRES", ())}, found.get("INSTALL", ""))
+
+    @property
+    def missing(self) -> str:
+        """What is not installed and the line that installs it, in words; empty when everything is there."""
+        names = [name for name, number in self.versions.items() if number is None]
+        return f"it needs {', '.join(names)}: {self.install}" if names else ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,17 @@
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scripts import ROOT, Run, run
 
 import gradlab as gl
 
-ROOT = Path(gl.__file__).parent.parent
 SCRIPTS = {
     "01_value_versus_gradient": ("01_schulman", "01_crossover", "01_gradients"),
     "02_coefficient_curves": ("02_coefficients",),
@@ -24,31 +21,9 @@ SCRIPTS = {
 }
 
 
-@dataclass
-class Run:
-    """What a script left in its namespace and in its folder."""
-
-    names: dict[str, Any]
-    folder: Path
-
-    def frame(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / f"{name}.csv")
-
-    def caption(self, name: str) -> str:
-        return (self.folder / f"{name}.md").read_text(encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    found, arguments = {}, sys.argv
-    for script in SCRIPTS:
-        folder = tmp_path_factory.mktemp(script)
-        sys.argv = [script, "--quick", "--output", str(folder)]
-        try:
-            found[script[:2]] = Run(runpy.run_path(str(ROOT / "analyses" / f"{script}.py")), folder)
-        finally:
-            sys.argv = arguments
-    return found
+    return {script[:2]: run(script, tmp_path_factory.mktemp(script)) for script in SCRIPTS}
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +38,16 @@ def verdicts(runs: dict[str, Run]) -> pd.DataFrame:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_figure_comes_with_its_data_and_a_caption(runs: dict[str, Run], script: str) -> None:
-    run = runs[script[:2]]
+    found = runs[script[:2]]
     expected = {f"{name}.{suffix}" for name in SCRIPTS[script] for suffix in ("png", "pdf", "csv", "md")}
-    assert {path.name for path in run.folder.iterdir()} == expected
+    assert {path.name for path in found.folder.iterdir()} == expected
     for name in SCRIPTS[script]:
-        text = run.caption(name)
+        text = found.caption(name)
         assert re.search(r"KL|ℓ", text)
         assert re.search(r"(HOLDS|FAILS) \(", text)
         assert re.search(r"seed 0|[Ee]xact", text)
         assert f"Made by `gradlab reproduce --only {script} --quick`, seed 0, with gradlab" in text
-        assert str(run.folder) not in text
+        assert str(found.folder) not in text
         assert "nan" not in text
 
 
@@ -330,7 +305,7 @@ def test_a_planted_change_of_a_frame_changes_verdict_and_sentence(
 def test_captions_are_filled_from_the_frame(
     runs: dict[str, Run], caption: str, frame: str, change: dict[str, float], before: str, after: str
 ) -> None:
-    names = next(run.names for run in runs.values() if caption in run.names)
+    names = next(found.names for found in runs.values() if caption in found.names)
     data, settled = names[frame], names["verdicts"]
     assert before in names[caption](data, settled)
     changed = names[caption](data.assign(**change), settled)

@@ -133,7 +133,7 @@ def test_no_number_of_samples_leaves_the_indifference_zone() -> None:
 
 def test_the_ledger_is_well_formed() -> None:
     ledger = gl.claims.ledger()
-    assert list(ledger.columns) == ["id", "scope", "statement", "source", "frame", "rule"]
+    assert list(ledger.columns) == ["id", "scope", "statement", "source", "frame", "figure", "rule"]
     assert len(ledger) == len(CLAIMS) > 40
     assert not ledger.duplicated(["id", "scope"]).any()
     for row in CLAIMS:

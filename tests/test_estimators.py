@@ -307,7 +307,7 @@ def test_names_tell_estimators_apart():
         (("k1",), "k1-loss"),
         (("k1", "reward", "sequence"), "k1-reward-sequence"),
         (("k1", "reward", "token", "sequence"), "k1-reward-sequence-weight"),
-        (("k3", "loss", "token", "prefix", True, 2.0), "k3-loss-prefix-weight-differentiate_weight=True-truncate=2.0"),
+        (("k3", "loss", "token", "prefix", True, 2.0), "k3-loss-differentiated-prefix-weight-truncate=2.0"),
     ],
 )
 def test_names(arguments, name):

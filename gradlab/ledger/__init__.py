@@ -11,6 +11,7 @@ from gradlab.ledger import (
     sequences,
     smollm2,
     tails,
+    training,
     values,
 )
 from gradlab.ledger.form import Claim, Condition, among, claim, within
@@ -28,6 +29,7 @@ CLAIMS: tuple[Claim, ...] = (
     *fixedpoints.CLAIMS,
     *language.CLAIMS,
     *smollm2.CLAIMS,
+    *training.CLAIMS,
 )
 
 __all__ = ["CLAIMS", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]

@@ -13,6 +13,23 @@ Quantifier = Literal["every", "some"]
 Value = str | bool | int | float
 
 
+#: Frames that are not drawn under their own name → the figure that shows them (for one claim, `frame/id`).
+DRAWN_IN = {
+    "04_remainders": "04_slopes",
+    "04_versus": "04_weaker",
+    "04_versus/rao-blackwell": "04_rao_blackwell",
+    "04_versus/k3-reward": "04_bands",
+    "05_sides": "05_bands",
+    "06_ranks": "06_chi2",
+    "07_pairs": "07_credit",
+    "07_step": "07_gap",
+    "08_shipped": "08_compositions",
+    "08_exponents": "08_growth",
+    "08_repulsion": "08_published",
+    "09_fixed_points": "09_trees",
+}
+
+
 @dataclass(frozen=True)
 class Condition:
     """Rows whose `column` is `among` some values, or `within` a closed range."""
@@ -40,6 +57,11 @@ class Claim:
     value: float
     margin: float
     quantifier: Quantifier = "every"
+
+    @property
+    def figure(self) -> str:
+        """The figure that shows the frame and tells the verdict in its caption."""
+        return DRAWN_IN.get(f"{self.frame}/{self.id}", DRAWN_IN.get(self.frame, self.frame))
 
     @property
     def rule(self) -> str:

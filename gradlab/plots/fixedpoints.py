@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def weaker(frame: pd.DataFrame) -> Figure:
     Reads `kind, coefficient, quantile, ratio`; one panel per kind of reward.
     """
     kinds = list(dict.fromkeys(frame["kind"]))
-    figure = Figure(figsize=(PAGE, 1.95))
+    figure = Figure(figsize=(PAGE, 2.05))
     axes = figure.subplots(1, len(kinds), sharey=True)
     colour = style_of("k3-loss").colour
     for ax, kind in zip(axes, kinds, strict=True):
@@ -118,7 +119,7 @@ def weaker(frame: pd.DataFrame) -> Figure:
         ax.axhline(1, **{**TRUTH, "color": style_of("k2-loss").colour, "linewidth": 1.3})
         ax.fill_between(rows.index, rows[rows.columns.min()], rows[rows.columns.max()], color=colour, alpha=0.2, linewidth=0)
         ax.plot(rows.index, rows[0.5], VIA["closed form"], color=colour)
-        ax.set(title=kind, xscale="log", yscale="log", xlabel="coefficient β")
+        ax.set(title=fill(kind, 13), xscale="log", yscale="log", xlabel="coefficient β")
         ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["¼", "½", "1", "2", "4", "8", "16", "32"])
         ax.set_yticks([], minor=True)
         ax.xaxis.set_major_formatter("{x:g}")

@@ -34,7 +34,7 @@ def credit(frame: pd.DataFrame) -> Figure:
             dots(ax, [float(rows.loc["exact", column])], [y + 0.2], name)
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
-        ax.set_title(f"bias against {SHORT.get(target, target)}" if column == "bias" else "noise")
+        ax.set_title(f"against {SHORT.get(target, target)}" if column == "bias" else "noise")
         ax.set_xlabel("relative bias" if column == "bias" else "tr Cov / ‖∇KL‖² of one response")
         if column == "bias":
             ax.axvline(0, **TRUTH)
