@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from gradlab.policies import LanguageModel
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
 PASS_BYTES = 2**28
+
+
+_GRAMS: WeakKeyDictionary[LanguageModel, Tensor] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,64 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
 
 
 def sums(policy: LanguageModel) -> Pull:
-    """Weighted sums of gradients and of their squares in the parameters of a language model, for `moments_of`."""
+    """Weighted sums of gradients and of their squares in the parameters of a language model whose responses are listed."""
 
     def both(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
+        n, t = batch.rollout.tokens.shape
+        sequences = len(policy.prompts) * policy.vocab ** (t - 1)
+        if sequences * t * policy.vocab < n * min(len(batch.score), len(_alphas(batch)[0])):
+            return means(policy, batch.mean(weight)), weight @ squares(policy, batch)
         found = pull(policy, batch, weight)
         return found.total, weight @ found.square
 
     return both
+
+
+def means(policy: LanguageModel, tables: Tensor) -> Tensor:
+    """Gradients with respect to the table of a listed language model, `[e, rows · v]`, pulled back to its parameters, `[e, p]`."""
+    with torch.enable_grad():
+        theta = policy.parameters.detach().clone().requires_grad_(True)
+        table = policy.with_parameters(theta).table.flatten()
+        found = [torch.autograd.grad(table, theta, row.to(table.dtype), retain_graph=True)[0] for row in tables]
+    return torch.stack(found).double()
+
+
+def squares(policy: LanguageModel, batch: Gradients) -> Tensor:
+    """Squared norms `[n, e]` of gradients over a listed rollout: `cᵀ (J Jᵀ) c`, with `c` the cotangents of a response's logits.
+
+    Responses that differ in their last token only are read off the same logits, so there are far fewer Jacobians than responses.
+    """
+    rollout = batch.rollout
+    gram = logit_gram(policy)
+    t = rollout.tokens.shape[1]
+    prompt, node = rollout.contexts[:, -1] // policy.nodes, rollout.contexts[:, -1] % policy.nodes
+    which = prompt * policy.vocab ** (t - 1) + node - (policy.nodes - policy.vocab ** (t - 1))
+    found = torch.zeros(len(which), len(batch.score), dtype=torch.float64)
+    for rows in torch.split(torch.arange(len(which)), max(1, PASS_BYTES // (32 * gram.shape[1] ** 2))):
+        own = gram[which[rows]]
+        for e, cotangent in enumerate(_cotangents(batch, rows, False)):
+            c = cotangent.flatten(1)[:, None]
+            found[rows, e] = (c @ own @ c.mT)[:, 0, 0]
+    return found
+
+
+def logit_gram(policy: LanguageModel) -> Tensor:
+    """`J Jᵀ` of the logits `[t, v]` along every sequence of a listed language model, `[prompts · v^(T−1), t·v, t·v]`, float64.
+
+    `J` is their Jacobian in the parameters; one backward pass per logit, for all sequences at once. Kept with the policy.
+    """
+    if policy not in _GRAMS:
+        t, v = policy.length, policy.vocab
+        grid = torch.arange(v ** (t - 1))
+        prefixes = torch.stack([grid // v ** (t - 2 - k) % v for k in range(t - 1)] + [torch.zeros_like(grid)], -1)
+        x = len(policy.prompts)
+        prompts, tokens = torch.arange(x).repeat_interleave(len(grid)), prefixes.repeat(x, 1)
+        found = torch.zeros(len(tokens), t * v, t * v, dtype=torch.float64)
+        for part in torch.split(torch.arange(len(tokens)), chunk(policy, t * v, t)):
+            for rows, ids in policy.sequences(prompts[part], tokens[part]):
+                found[part[rows]] = Tape(policy, ids, t).gram()
+        _GRAMS[policy] = found
+    return _GRAMS[policy]
 
 
 def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
@@ -148,6 +203,17 @@ class Tape:
             alpha = alpha.permute(2, 0, 1).double()
             gram = alpha @ gram @ alpha.mT if pairs else ((alpha @ gram) * alpha).sum(-1)
         return Pulled(total, gram.diagonal(dim1=-2, dim2=-1), gram) if pairs else Pulled(total, gram)
+
+    def gram(self) -> Tensor:
+        """Inner products of the gradients of all logits along a sequence, `[n, t·v, t·v]`, float64."""
+        n, t, v = self._shaped.shape
+        seeds = torch.eye(t * v, dtype=self._shaped.dtype).view(t * v, 1, t, v).expand(-1, n, -1, -1)
+        passes = _backward(self._shaped, [output for _, output in self._seen.values()], list(seeds))
+        found = torch.zeros(n, t * v, t * v, dtype=torch.float64)
+        with torch.no_grad():
+            for (name, (a, _)), b in zip(self._seen.items(), passes, strict=True):
+                found += _gram(*self._layers[name], a, b, True)
+        return found
 
 
 # ---- the basis ----------------------------------------------------------------------------------------------------------
@@ -313,6 +379,13 @@ def _products(x: list[Tensor], kernel: Tensor | None, full: bool) -> Tensor:
 
     if not full:
         return torch.stack([product(y, y) for y in x], -1)
+    if kernel is None:
+        stacked = torch.stack(x, 1)
+        return stacked @ stacked.mT
+    if len(x) > 8:
+        # Many at once: kernel times vectors, then one product of all with all.
+        stacked = torch.stack(x, 1)
+        return stacked.flatten(2) @ (kernel[:, None] @ stacked).flatten(2).mT
     found = x[0].new_zeros(len(x[0]), len(x), len(x))
     for m, y in enumerate(x):
         for k in range(m + 1):

@@ -125,6 +125,30 @@ def test_a_table_of_logits_leads_to_the_same_means(scenario):
         torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_listed_responses_have_two_routes(scenario):
+    """Per response, and through the Gram matrix of the logits along distinct sequences."""
+    batch = gradients([gl.ESTIMATORS[name] for name in MANY], Rollout.enumerated(scenario))
+    found = backprop.pull(scenario.policy, batch, batch.rollout.weight)
+    size = float(found.square.max())
+    squares = backprop.squares(scenario.policy, batch)
+    torch.testing.assert_close(squares, found.square, rtol=1e-10, atol=1e-12 * size)
+    means = backprop.means(scenario.policy, batch.mean(batch.rollout.weight))
+    torch.testing.assert_close(means, found.total, rtol=1e-10, atol=1e-10)
+
+
+def test_the_gram_matrix_is_that_of_the_jacobian(scenario):
+    policy = scenario.policy
+    theta = policy.parameters.clone().requires_grad_(True)
+    table = policy.with_parameters(theta).table
+    # The last sequence of the second prompt: its root, the last child, and the last child of that.
+    rows = policy.nodes + torch.tensor([0, 4, 20])
+    logits = table[rows].flatten()
+    jacobian = torch.stack([torch.autograd.grad(logit, theta, retain_graph=True)[0] for logit in logits])
+    found = backprop.logit_gram(policy)
+    assert found.shape == (3 * 16, 12, 12)
+    torch.testing.assert_close(found[2 * 16 - 1], jacobian @ jacobian.T, rtol=1e-10, atol=1e-10)
+
+
 class Llama(nn.Module):
     """What the layers of a Llama are made of: RMSNorm, linear layers without bias, a gate."""
 

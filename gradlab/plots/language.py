@@ -40,7 +40,7 @@ def language_models(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
                         low, high = low.clip(lower=FLOOR), high.clip(lower=FLOOR)
                     centre = known[column].to_numpy()
                     reach = np.abs(np.stack([centre - low, high - centre]))
-                    dots(ax, centre, np.full(len(known), height), name, via, {"xerr": reach}, markersize=2.6, clip_on=False)
+                    dots(ax, centre, np.full(len(known), height), name, via, {"xerr": reach}, markersize=2.6)
         for y in range(len(names) - 1):
             for ax in line:
                 ax.axhline(y + 0.5, color="0.85", linewidth=0.4)
