@@ -78,7 +78,7 @@ def sums(policy: LanguageModel) -> Pull:
     def both(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, t = batch.rollout.tokens.shape
         sequences = len(policy.prompts) * policy.vocab ** (t - 1)
-        if sequences * t * policy.vocab < n * min(len(batch.score), len(_alphas(batch)[0])):
+        if policy in _GRAMS or sequences * t * policy.vocab < n * min(len(batch.score), len(_alphas(batch)[0])):
             return means(policy, batch.mean(weight)), weight @ squares(policy, batch)
         found = pull(policy, batch, weight)
         return found.total, weight @ found.square

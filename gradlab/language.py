@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from scipy.stats import beta
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from gradlab import backprop, exact
 from gradlab.coefficients import coefficients
@@ -72,29 +72,31 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
     One forward-mode pass: the directional derivative of the logits, less its mean under π.
     """
     assert rollout.prompts is not None
-    found = torch.zeros(rollout.tokens.shape, dtype=torch.float64)
-    parts = torch.split(direction.to(policy.parameters.dtype), [w.numel() for w in policy.weights.values()])
-    tangent = {name: part.view_as(w) for part, (name, w) in zip(parts, policy.weights.items(), strict=True)}
-    start = {name: weight.detach() for name, weight in policy.weights.items()}
-    t = rollout.tokens.shape[1]
-    for rows, ids in policy.sequences(rollout.prompts, rollout.tokens):
+    t, v = rollout.tokens.shape[1], policy.vocab
+    # Responses that differ in their last token only are read off the same logits.
+    said = torch.cat([rollout.prompts[:, None], rollout.tokens[:, :-1]], -1)
+    distinct, which = torch.unique(said, dim=0, return_inverse=True)
+    theta = policy.parameters.detach()
+    centred = torch.zeros(len(distinct), t, v, dtype=torch.float64)
+    for rows, ids in policy.sequences(distinct[:, 0], torch.cat([distinct[:, 1:], distinct[:, :1]], -1)):
         features = policy.features(ids)
 
-        def logits(weights: dict[str, Tensor], features: Tensor = features) -> Tensor:
-            raw = functional_call(policy.model, weights, (features,))
-            return policy.shaped((raw if isinstance(raw, Tensor) else raw.logits)[:, -t:])
+        def logits(parameters: Tensor, features: Tensor = features) -> Tensor:
+            moved = policy.with_parameters(parameters)
+            return moved.shaped(moved.network(features)[:, -t:])
 
-        z, slope = (part.double() for part in jvp(logits, (start,), (tangent,)))
-        centred = slope - (z.softmax(-1) * slope).sum(-1, keepdim=True)
-        found[rows] = centred.gather(-1, rollout.tokens[rows][..., None])[..., 0]
-    return torch.where(rollout.mask, found, 0.0)
+        z, slope = (part.double() for part in jvp(logits, (theta,), (direction.to(theta.dtype),)))
+        centred[rows] = slope - (z.softmax(-1) * slope).sum(-1, keepdim=True)
+    return torch.where(rollout.mask, centred[which].gather(-1, rollout.tokens[..., None])[..., 0], 0.0)
 
 
 def score_norms(policy: LanguageModel, rollout: Rollout) -> Tensor:
     """`‖∇log π(y_t|s_t)‖²` of every sampled token in the policy's parameters, `[n, t]`."""
     t = rollout.tokens.shape[1]
-    single = torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.live
-    return backprop.pull(policy, Gradients(rollout, single), rollout.weight).square
+    single = Gradients(rollout, torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.live)
+    if not rollout.sampled:
+        return backprop.squares(policy, single)
+    return backprop.pull(policy, single, rollout.weight).square
 
 
 def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, seed: int = 0,
