@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import time
 import warnings
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import gradlab as gl
+from gradlab import digits
 from gradlab.policies import behaviour, pretrained
 from gradlab.policies.causal import padded
 from gradlab.policies.language import LanguageModel
@@ -253,6 +255,37 @@ def test_kl_and_its_gradient_are_those_of_slow_loops(network):
     assert float(grad.norm()) > 1e-3
 
 
+@pytest.mark.parametrize("trainable", [1, ["model.layers.1.self_attn.v_proj.weight", "model.layers.2.mlp.down_proj.weight"]])
+def test_moments_are_those_of_single_responses(network, trainable):
+    """Means and covariance traces in parameter space against one autograd pass per response through the plain network."""
+    reference = make(network, prompts=PROMPTS[:2], length=2, trainable=trainable)
+    policy = trained(reference)
+    scenario = gl.Scenario(policy, reference, behaviour.tempered(policy, 1.3))
+    names = ["k1-loss", "k2-loss", "k3-loss-sequence", "full-both-prefix", "k1-reward-sequence-weight"]
+    theta = policy.parameters.clone().requires_grad_(True)
+    moved = policy.with_parameters(theta)
+    weights, each = [], []
+    for prompt, tokens, mask in zip(*policy.enumerate(), strict=True):
+        log_p, log_ref = (slow_log_probs(p, int(prompt), tokens.tolist()) for p in (moved, reference))
+        log_mu = (log_p.detach() / 1.3).log_softmax(-1)
+        weights.append(float(log_mu[range(2), tokens][mask].sum().exp()) / 2)
+        one = gl.Rollout.from_logits(
+            tokens[None], mask[None], torch.ones(1).double(), log_p[None], log_ref.detach()[None], log_mu[None], length=2
+        )
+        losses = [gl.ESTIMATORS[name](one).sum() for name in names]
+        each.append(torch.stack([torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in losses]))
+    weight, gradients = torch.tensor(weights, dtype=torch.float64), torch.stack(each, 1)
+    assert float(weight.sum()) == pytest.approx(1, abs=1e-12)
+    for name, found, slow in zip(
+        names, gl.exact.moments([gl.ESTIMATORS[name] for name in names], scenario), gradients, strict=True
+    ):
+        mean = weight @ slow
+        trace = float(weight @ slow.square().sum(-1) - mean @ mean)
+        assert float((found.mean - mean).norm()) < 1e-10 * trace**0.5, name
+        assert found.trace_cov == pytest.approx(trace, rel=1e-10), name
+        assert trace > 1e-4
+
+
 # ---- behaviour policies -------------------------------------------------------------------------------------------------
 
 
@@ -410,3 +443,146 @@ def test_behaviours_refuse_what_means_nothing(network):
         behaviour.nucleus(policy, 0.0)
     with pytest.raises(ValueError, match="temperature"):
         behaviour.tempered(policy, -1.0)
+
+
+# ---- the real model -----------------------------------------------------------------------------------------------------
+
+MATRIX = "model.layers.29.self_attn.o_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        return pretrained.load(*pretrained.smollm2())
+    except ValueError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    rng = np.random.default_rng(0)
+    return [q for task in digits.TASKS for q in digits.questions(task, 1, rng)]
+
+
+@pytest.fixture(scope="module")
+def steps(smollm2, questions):
+    """The model as shipped on three prompts, and its parameters after policy-gradient steps."""
+    reference = smollm2.policy([q.prompt for q in questions], digits.LENGTH, digits.ACTIONS, trainable=[MATRIX])
+    return reference, digits.reinforce(reference, [q.answer for q in questions], [0, 5, 20])
+
+
+def plain(network, text):
+    """Log-probabilities after a text, by the library alone."""
+    with torch.no_grad():
+        return network.model(torch.tensor([network.ids(text)])).logits[0, -1].double().log_softmax(-1)
+
+
+def test_smollm2_is_a_language_model(smollm2):
+    assert sum(weight.numel() for weight in smollm2.model.parameters()) == 134_515_008
+    p = plain(smollm2, "The capital of France is").exp()
+    assert float(p[smollm2.token(" Paris")]) == pytest.approx(0.77, abs=0.01)
+    assert all(len(smollm2.ids(action)) == 1 for action in digits.ACTIONS)
+
+
+def test_the_digit_oracle_is_the_plain_model(smollm2, questions, steps):
+    """Every response's probability, from 12 plain calls of the whole model a prompt: agreement to the float32 of the trunk."""
+    reference, _ = steps
+    chosen = [smollm2.token(action) for action in digits.ACTIONS]
+    found = digits.listed(reference)
+    assert found.shape == (3, 121)
+    assert float((found.exp().sum(1) - 1).abs().max()) < 1e-12
+    for k, q in enumerate(questions):
+        first = plain(smollm2, q.prompt)[chosen]
+        assert 0 <= 1 - float(first.exp().sum()) < 0.05
+        second = torch.stack([plain(smollm2, q.prompt + action)[chosen].log_softmax(-1) for action in digits.ACTIONS])
+        whole = (first.log_softmax(-1)[:, None] + second).flatten()
+        assert float((found[k] - whole).abs().max()) < 2e-4
+    assert float(found.abs().max()) > 5
+
+
+def test_training_raises_the_reward_and_leaves_the_trunk_alone(smollm2, questions, steps):
+    reference, parameters = steps
+    answers = [q.answer for q in questions]
+    before, after = (float(digits.accuracy(reference.with_parameters(parameters[k]), answers).mean()) for k in (0, 20))
+    assert after > before + 0.1
+    assert len(parameters[20]) == 331_776
+    torch.testing.assert_close(reference.with_parameters(parameters[0]).table, reference.table, rtol=0, atol=0)
+    assert float(reference.with_parameters(parameters[20]).kl(reference)) > 0.1
+
+
+def test_the_whole_catalogue_on_one_prompt_is_exact_and_cheap(smollm2, questions, steps):
+    """What each estimator is declared to descend it does descend, in 331,776 parameters, to 1e-9; under 30 CPU-seconds."""
+    reference, parameters = steps
+    one = reference.changed(prompts=[smollm2.ids(questions[0].prompt)])
+    scenario = gl.Scenario(one.with_parameters(parameters[20]), one)
+    scenario.kl()
+    started = time.process_time()
+    found = gl.exact.moments(list(gl.ESTIMATORS.values()), scenario)
+    seconds = time.process_time() - started
+    assert seconds < 30
+    entries = gl.catalogue.CATALOGUE.values()
+    targets = {name: gl.exact.gradient(name, scenario) for entry in entries for name in entry.on_policy or ()}
+    goal = targets["reverse_kl"]
+    for entry, moments in zip(entries, found, strict=True):
+        if entry.on_policy is not None:
+            declared = sum((share * targets[name] for name, share in entry.on_policy.items()), torch.zeros_like(goal))
+            assert float((moments.mean - declared).norm() / goal.norm()) < 1e-9, entry.name
+    gap = float((targets["reverse_kl_frozen_prefix"] - goal).norm() / goal.norm())
+    assert gap > 1e-3, "token and sequence level must differ for this to mean anything"
+    # The same by another way: the Jacobian of the tree's logits, one backward pass per logit of the packed sequence.
+    theta = parameters[20].clone().requires_grad_(True)
+    table = one.with_parameters(theta).table.flatten()
+    jacobian = torch.stack([torch.autograd.grad(logit, theta, retain_graph=True)[0] for logit in table])
+    metric = jacobian @ jacobian.T
+    tree = gl.Scenario(gl.Tree(scenario.policy.table), gl.Tree(one.table))
+    for name in ("k2-loss", "k3-loss", "full-both", "k1-reward-loo"):
+        inside = gl.exact.moments(gl.ESTIMATORS[name], tree)
+        moments = found[list(gl.ESTIMATORS).index(name)]
+        assert float((jacobian.T @ inside.mean - moments.mean).norm() / goal.norm()) < 1e-9
+        if name != "k1-reward-loo":
+            trace = float((gl.exact.covariance(gl.ESTIMATORS[name], tree) * metric).sum())
+            assert moments.trace_cov == pytest.approx(trace, rel=1e-9)
+
+
+def test_an_engine_with_a_cache_reports_what_the_trainer_computes(smollm2, questions, steps):
+    """All 49,152 tokens, prompts of different lengths in one batch: float32 agrees to rounding, bfloat16 does not."""
+    _, parameters = steps
+    prompts = [q.prompt for q in questions] + ["1+1="]
+    free = smollm2.policy(prompts, 4, eos="\n", trainable=[MATRIX], precision=torch.float32)
+    trainer = free.with_parameters(parameters[20].float())
+    assert len({len(p) for p in trainer.prompts}) > 1
+    rng = np.random.default_rng(0)
+    asked, uniforms = torch.arange(12) % 4, torch.from_numpy(rng.random((12, 4)))
+    tokens, reported = trainer.decode(asked, uniforms)
+    ended = (tokens == trainer.eos).cumsum(-1)
+    live = (ended == 0) | ((ended == 1) & (tokens == trainer.eos))
+    computed = behaviour.log_probs(trainer, asked, tokens)
+    assert float((computed - reported)[live].abs().max()) < 1e-3
+    low = behaviour.low_precision(trainer)
+    other, rounded = low.decode(asked, uniforms)
+    ended = (other == trainer.eos).cumsum(-1)
+    live = (ended == 0) | ((ended == 1) & (other == trainer.eos))
+    apart = (behaviour.log_probs(trainer, asked, other) - rounded)[live].abs()
+    assert 1e-3 < float(apart.max()) < 1
+
+
+def test_weights_undo_an_engine_but_not_a_nucleus(smollm2, questions, steps):
+    reference, parameters = steps
+    one = reference.changed(prompts=[smollm2.ids(questions[0].prompt)])
+    policy = one.with_parameters(parameters[20])
+    names = ["k1-reward-to-go", "k1-reward-sequence-weight"]
+    engines = {
+        "low": behaviour.low_precision(policy),
+        "stale": behaviour.stale(policy, parameters[5]),
+        "nucleus": behaviour.nucleus(policy, 0.9),
+    }
+    for kind, engine in engines.items():
+        scenario = gl.Scenario(policy, one, engine)
+        bias = gl.measure(names, scenario)["bias"].tolist()
+        assert bias[0] > 1e-4, kind
+        if kind == "nucleus":
+            assert bias[1] > 1e-3
+            assert 0 < behaviour.lost_mass(policy, engine).mass < 0.3
+        else:
+            assert bias[1] < 1e-9
+            assert scenario.lag() > 1e-5
