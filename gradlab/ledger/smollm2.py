@@ -59,7 +59,7 @@ CLAIMS: tuple[Claim, ...] = (
              "reference"),
     _side("expected gradient: a larger under-sampled share than k2 as loss, every prompt", "expected_over_k2", 0),
     _side("second moment: a larger under-sampled share than k2 as loss, every prompt", "second_over_k2", 0),
-    _side("second moment: mostly under-sampled tokens, every prompt", "second", 0.5),
+    _side("second moment: mostly under-sampled tokens, every prompt", "under_second", 0.5),
     *(
         _engine("off-policy-bias", f"{name}, without a weight, data from {kind}", estimator, kind, "≠")
         for name, estimator in (("k1 in reward to go", "k1-reward-to-go"), ("complete Rao–Blackwell", "full-both"))

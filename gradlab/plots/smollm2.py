@@ -44,8 +44,8 @@ def stages(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
                     markeredgewidth=0, clip_on=False)  # fmt: skip
             middle = part.assign(value=values).groupby("steps")[["kl", "value"]].median().sort_values("kl")
             ax.plot(middle["kl"], middle["value"], color=look.colour, marker=look.marker, markersize=3.2, clip_on=False)
-    axes[0].set(yscale="log", ylim=(floor, 10), ylabel="relative bias")
-    axes[0].set_yticks([floor, 0.01, 0.1, 1, 10], ["0", "0.01", "0.1", "1", "10"])
+    axes[0].set(yscale="log", ylim=(floor, 100), ylabel="relative bias")
+    axes[0].set_yticks([floor, 0.01, 0.1, 1, 10, 100], ["0", "0.01", "0.1", "1", "10", "100"])
     axes[0].minorticks_off()
     axes[1].set(ylabel="cosine with the true gradient")
     axes[1].axhline(1, **TRUTH)
@@ -126,7 +126,7 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
             part["kl"], part["second"], linestyle="none", marker=look.marker, markersize=3, color=look.colour, alpha=0.8
         )
     axes[2].axhline(0.5, **{**TRUTH, "linewidth": 0.6})
-    axes[2].set(xscale="log", ylim=(0, 1), title="under-sampled tokens", xlabel="KL of a response, nats",
+    axes[2].set(xscale="log", ylim=(0, 1), title="under-sampled", xlabel="KL of a response, nats",
                 ylabel="share of the second moment")  # fmt: skip
     figure.legend(handles=[handle(name, linestyle="none") for name in names], loc="outside upper center", ncols=len(names))
     panels(axes)
@@ -176,12 +176,12 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
         left.axhline(y + 0.5, color="0.85", linewidth=0.4)
     left.set(
         xscale="log",
-        xlim=(floor, 10),
+        xlim=(floor, 100),
         ylim=(-0.6, len(names) - 0.4),
         title="bias",
         xlabel="relative bias against ∇KL of responses",
     )
-    left.set_xticks([floor, 0.001, 0.01, 0.1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
+    left.set_xticks([floor, 0.001, 0.01, 0.1, 1, 10, 100], ["0", "0.001", "0.01", "0.1", "1", "10", "100"])
     left.minorticks_off()
     left.set_yticks(range(len(names)), names)
     left.tick_params(axis="y", length=0)
@@ -197,7 +197,7 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
 def _survival(ax: Axes, tokens: pd.DataFrame) -> None:
     """Share of tokens whose |log ρ| exceeds a value, for each engine."""
     for (engine, part), style in zip(tokens.groupby("engine", sort=False), ("--", "-"), strict=False):
-        size = np.sort(part["log_ratio"].abs().clip(lower=1e-9))
+        size = np.sort(part["log_ratio"].abs().clip(lower=1e-8))
         ax.plot(size, 1 - np.arange(len(size)) / len(size), color="black", linestyle=style, label=engine)
     ax.set(
         xscale="log",
@@ -207,4 +207,4 @@ def _survival(ax: Axes, tokens: pd.DataFrame) -> None:
         ylabel="share of tokens beyond",
     )
     ax.grid()
-    ax.legend(loc="lower left")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
