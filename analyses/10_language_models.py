@@ -153,11 +153,9 @@ for kind, engine in ENGINES.items():
     lost = 0.0 if engine is None else behaviour.lost_mass(policy, engine).mass
     frames.append(gl.measure(OFF, case, TARGETS).assign(behaviour=kind, lost_mass=lost))
     if kind in ("bfloat16 engine", "stale weights"):
-        ratio = gl.Rollout.enumerated(case)
-        steps_of_engine.append(pd.DataFrame({
-            "engine": kind, "log_ratio": ratio.log_weight[ratio.mask].numpy(),
-            "weight": (ratio.live * ratio.weight[:, None])[ratio.mask].numpy(),
-        }))  # fmt: skip
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(21,)))
+        said = gl.Rollout.drawn(case, many, rng)
+        steps_of_engine.append(pd.DataFrame({"engine": kind, "log_ratio": said.log_weight[said.mask].numpy()}))
 engines = pd.concat(frames, ignore_index=True)
 on = engines[engines["behaviour"] == "on-policy"].set_index(["estimator", "target"])["bias"]
 engines["excess"] = (
@@ -249,18 +247,20 @@ def named_caption(frame: pd.DataFrame) -> str:
     def best(estimator: str) -> str:
         rows = frame[frame["estimator"] == estimator].head(3)
         return ", ".join(
-            f"'{row['token']}' after '{row['prefix']}' {row['second']:.0%} (ℓ = {row['log_ratio']:.2f}, drawn with probability {row['probability']:.2g})"
+            f"'{row['token']}' after '{row['prefix']}' {row['second']:.0%} (ℓ = {row['log_ratio']:.2f}, "
+            f"drawn with probability {row['probability']:.2g})"
             for row in rows.to_dict("records")
         )
 
     return (
         f"**The tokens that carry the gradient**, {last.label} (KL {last.kl():.3g} nats), exact; {len(prompts)} prompts. Shares of "
         "the expected gradient along the true one (signed) and of the second moment, for the tokens with the largest. Second moment "
-        f"of k3 as loss: {best('k3-loss')}; of k2 as loss: {best('k2-loss')}. Right: the share of all under-sampled tokens, by stage."
+        f"of k3 as loss: {best('k3-loss')}; of k2 as loss: {best('k2-loss')}. "
+        "Right: the share of all under-sampled tokens, sums and names by stage."
     )
 
 
-by_stage = sides[sides["world"] == "addition"].assign(second=lambda rows: rows["under_second"])
+by_stage = sides.assign(second=sides["under_second"])
 study.save_figure("10_tokens", gl.plots.named_tokens(largest, by_stage), largest, named_caption(largest))
 
 
@@ -279,8 +279,8 @@ def engines_caption(frame: pd.DataFrame) -> str:
     )
     return (
         "**Data from an engine that is not quite the policy.** Relative bias against the gradient of the reverse KL, exact, on the "
-        f"addition {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). {told}. Right: |log ρ| of tokens over "
-        f"the listed responses. No sampling. Verdicts: {gl.report.sentence(verdicts, '10_engines')}"
+        f"addition {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). {told}. Right: |log ρ| of the "
+        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.sentence(verdicts, '10_engines')}"
     )
 
 

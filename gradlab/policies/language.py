@@ -118,14 +118,19 @@ class LanguageModel:
 
     def _check_first_step(self) -> None:
         """One pass over the prompts: the size of the vocabulary, NaN, and what the action set loses."""
-        first = self.first_step()
+        smallest, largest = min(min(p) for p in self.prompts), max(max(p) for p in self.prompts)
+        try:
+            first = self.first_step()
+        except IndexError as error:
+            raise ValueError(
+                f"prompts hold ids from {smallest} to {largest}, which the network does not know: {error}"
+            ) from None
         width = first.shape[-1]
         chosen = list(range(width)) if self.actions is None else [int(action) for action in self.actions]
         if len(chosen) < 2 or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= width:
             raise ValueError(
                 f"actions must be at least two different ids below {width}, the network's vocabulary, got {chosen}"
             )
-        largest, smallest = max(max(p) for p in self.prompts), min(min(p) for p in self.prompts)
         if smallest < 0 or largest >= width:
             raise ValueError(f"prompts hold ids from {smallest} to {largest}, but the network knows 0 to {width - 1}")
         if self.eos is not None and not 0 <= self.eos < len(chosen):
