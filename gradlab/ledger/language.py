@@ -33,7 +33,9 @@ def _side(scope: str, statistic: str, relation: Relation, value: float, world: s
 
 def _engine(identifier: str, scope: str, estimator: str, relation: Relation, target: str, full: bool | None,
             behaviour: str | tuple[str, ...], margin: float = ZERO) -> Claim:  # fmt: skip
-    where = {"estimator": estimator, "target": target, "behaviour": behaviour} | ({} if full is None else {"full_support": full})
+    where = {"estimator": estimator, "target": target, "behaviour": behaviour} | (
+        {} if full is None else {"full_support": full}
+    )
     return claim(identifier, scope, "10_engines", "bias", relation, 0, margin, **where)  # type: ignore[arg-type]
 
 
