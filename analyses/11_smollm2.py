@@ -302,16 +302,19 @@ def ratios_caption() -> str:
 
     lengths = value(spread[spread["world"] == "all tokens"], "prefixes", steps=stages[-1])
     last = progress[progress["steps"] == stages[-1]]["kl"]
+    outer = spread[(spread["kind"] == "bin") & (np.isinf(spread["low"]) | np.isinf(spread["high"]))]
+    beyond = outer.groupby(["world", "steps"])[["policy", "reference", "vocabulary"]].sum().to_numpy().max()
     return (
         f"**How far single tokens move.** {MODEL} after {', '.join(map(str, stages))} steps of REINFORCE: share of tokens by their "
-        "log-ratio, ℓ = log π − log ref, counted by the policy (drawn), by the reference, and one each. (a) Digits and newline, every "
-        f"prefix of {len(trained)} prompts, exact. (b) All 49,152 tokens at the prefixes of {study.pick(full=64, quick=8)} sampled "
+        "log-ratio, ℓ = log π − log ref, counted by the policy (drawn), by the reference, and one each. (a–c) Digits and newline, every "
+        f"prefix of {len(trained)} prompts, exact. (d–f) All 49,152 tokens at the prefixes of {study.pick(full=64, quick=8)} sampled "
         f"responses ({lengths:.0f} prefixes after {stages[-1]} steps; bands: 95 % intervals). After {stages[-1]} steps (KL "
         f"{last.mean():.2f} nats, mean over prompts) δ = ref/π is below 1/10 for a share of {share('digits', 'δ < 1/10')} of the digits "
         f"drawn and above 10 for {share('digits', 'δ > 10')}; of all tokens, for {share('all tokens', 'δ < 1/10')} and "
         f"{share('all tokens', 'δ > 10')}. The reference would have drawn a token with δ > 10 with a share of "
-        f"{share('digits', 'δ > 10', 'reference')} (digits) and {share('all tokens', 'δ > 10', 'reference')} (all tokens): what is "
-        f"dropped is dropped because it is no longer drawn. After {stages[0]} steps no share of drawn tokens beyond a factor of ten is "
+        f"{share('digits', 'δ > 10', 'reference')} (digits) and {share('all tokens', 'δ > 10', 'reference')} (all tokens); the "
+        f"policy draws what it has dropped much less often than the reference would. Beyond the axis are up to {beyond:.0%} of a panel's "
+        f"tokens. After {stages[0]} steps no share of drawn tokens beyond a factor of ten is "
         f"above {max(float(share(w, k, steps=stages[0])) for w in ('digits', 'all tokens') for k in ('δ < 1/10', 'δ > 10')):.2g}. "
         f"Verdicts: {sentence(verdicts, '11_ratios')}"
     )
@@ -354,7 +357,8 @@ def mismatch_caption() -> str:
     rows = mismatch[mismatch["target"] == "reverse_kl"]
 
     def at(estimator: str, kind: str, column: str = "bias") -> str:
-        return f"{median(rows, column, estimator=estimator, behaviour=kind):.2g}"
+        found = median(rows, column, estimator=estimator, behaviour=kind)
+        return f"{found if found > 1e-9 else 0:.2g}"  # what is left of 0 is rounding
 
     def lag(kind: str) -> str:
         return f"{median(rows, 'lag', behaviour=kind):.2g}"
