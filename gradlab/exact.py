@@ -81,12 +81,17 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
 
     `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
     full, which limits it to small policies. On a `Gaussian` a variance that diverges is `inf`, a covariance `nan`.
-    Raises `ValueError` when there are too many responses or parameters, and for group baselines.
+    Raises `ValueError` when there are too many responses or parameters, for language models, and for group baselines.
     """
     if isinstance(estimator, Estimator) and estimator.grouped:
         raise ValueError(
             f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
             "trace of its covariance"
+        )
+    if isinstance(scenario.policy, LanguageModel):
+        raise ValueError(
+            f"a network's {len(scenario.policy.parameters):,} parameters have too large a covariance matrix; gl.exact.moments gives "
+            "its trace, gl.backprop the inner products between responses"
         )
     with torch.no_grad():
         # Raises where there is no mean to centre at.

@@ -246,6 +246,21 @@ def test_bad_input_is_refused():
         LanguageModel(net, [(1,)], 8).enumerate()
 
 
+def test_what_needs_a_table_of_parameters_says_so(scenario):  # noqa: F811
+    with pytest.raises(ValueError, match="too large a covariance matrix"):
+        gl.exact.covariance(gl.ESTIMATORS["k2-loss"], scenario)
+    with pytest.raises(ValueError, match="no names worth reading"):
+        gl.components("k2-loss", scenario, samples=256)
+    with pytest.raises(ValueError, match="shares are exact sums over tokens"):
+        gl.asymmetry.measure("k2-loss", scenario)
+
+
+def test_workers_give_the_same_bytes(scenario):  # noqa: F811
+    scenarios = [scenario, scenario.on_policy()]
+    one, two = (gl.measure(["k2-loss", "k3-loss"], scenarios, samples=256, seed=1, jobs=jobs) for jobs in (1, 2))
+    assert one.to_csv() == two.to_csv()
+
+
 # ---- what ships with the package ----------------------------------------------------------------------------------------
 
 
