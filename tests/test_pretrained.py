@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import resource
 import time
 import warnings
 
@@ -18,7 +19,7 @@ import torch
 
 import gradlab as gl
 from gradlab import digits, language
-from gradlab.policies import behaviour, pretrained
+from gradlab.policies import behaviour, causal, pretrained
 from gradlab.policies.causal import padded
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.split import faithful, upper
@@ -165,6 +166,21 @@ def test_the_upper_part_shares_weights_and_names(network):
     shared = [name for name, weight in top.named_parameters() if own[name] is weight]
     assert len(shared) == len(dict(top.named_parameters())) > 9
     assert len(network.model.model.layers) == 3, "the whole network stays whole"
+
+
+def test_long_batches_are_read_in_parts(network, monkeypatch):
+    """However many tokens a pass may hold, the logits are the same."""
+    policy = trained(make(network))
+    prompts, tokens, _ = policy.sample(40, np.random.default_rng(0))
+    whole = policy.logits(prompts, tokens)
+    read = []
+    network_of = type(policy).network
+    monkeypatch.setattr(
+        type(policy), "network", lambda self, features: read.append(len(features)) or network_of(self, features)
+    )
+    monkeypatch.setattr(causal, "READ_TOKENS", 30)
+    torch.testing.assert_close(policy.logits(prompts, tokens), whole, rtol=0, atol=1e-12)
+    assert max(read) <= 3
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------------
@@ -545,6 +561,7 @@ def test_the_whole_catalogue_on_one_prompt_is_exact_and_cheap(smollm2, questions
     found = gl.exact.moments(list(gl.ESTIMATORS.values()), scenario)
     seconds = time.process_time() - started
     assert seconds < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20, "kilobytes"
     entries = gl.catalogue.CATALOGUE.values()
     targets = {name: gl.exact.gradient(name, scenario) for entry in entries for name in entry.on_policy or ()}
     goal = targets["reverse_kl"]

@@ -19,6 +19,8 @@ from gradlab.policies.split import Packed, faithful, lower, split, upper
 
 #: Tokens that the key-value cache of one batch of responses may hold.
 CACHED_TOKENS = 2**13
+#: Tokens that one pass reads at most: what the blocks hold of them, not the logits, is what takes memory.
+READ_TOKENS = 2**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,12 @@ class Pretrained(LanguageModel):
             features = features.to(next(self.model.parameters()).dtype)
             logits = self._called(self.model, {"inputs_embeds": features, **given}).logits
         return logits
+
+    def logits(self, prompts: Tensor, tokens: Tensor) -> Tensor:
+        """As `LanguageModel.logits`, `READ_TOKENS` at a time."""
+        size = max(1, READ_TOKENS // (max(len(prompt) for prompt in self.prompts) + tokens.shape[1]))
+        rows = torch.split(torch.arange(len(prompts)), size)
+        return torch.cat([super(Pretrained, self).logits(prompts[part], tokens[part]) for part in rows])
 
     def select(self, raw: Tensor) -> Tensor:
         """The logits of the action set: what `network` gives already, unless the output layer is itself trained."""

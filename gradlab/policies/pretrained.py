@@ -3,6 +3,9 @@
 `load` reads the network once; `Network.policy` makes policies of it that share its weights: prompts in words, an action set, an
 end token, and which of its parameters are trained. What lies below the lowest trained block never changes, so its activations
 are computed once and kept (`gradlab.policies.split`), and only the rows of the output layer that the action set needs are used.
+
+SmolLM2-135M takes 1.3 GB and 16 seconds of a core to read; the whole catalogue on one prompt with 121 responses, exactly and in
+the 331,776 parameters of one matrix, takes 3 more seconds and 0.4 GB.
 """
 
 from __future__ import annotations
