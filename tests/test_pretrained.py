@@ -379,27 +379,6 @@ def test_behaviours_are_what_they_say(network):
     torch.testing.assert_close(low.table[0], raw, rtol=0, atol=0.05)
 
 
-def test_behaviours_work_on_any_language_model():
-    """A network of this package's own: the same wrappers, none of the transformers library."""
-    from gradlab.policies.transformer import Transformer
-
-    torch_state = torch.random.get_rng_state()
-    net = Transformer(7, 8, width=16, layers=1, heads=2).double()
-    torch.random.set_rng_state(torch_state)
-    reference = LanguageModel(net, [[1, 2], [3]], 2, eos=0)
-    policy = trained(reference, 0.05)
-    low = behaviour.low_precision(policy)
-    apart = float((low.table.log_softmax(-1) - policy.table.log_softmax(-1)).abs().max())
-    assert 1e-4 < apart < 0.2
-    assert float((policy.table - reference.table).abs().max()) > 10 * apart, (
-        "the trained weights, not the network's, are rounded"
-    )
-    cut = behaviour.nucleus(policy, 0.9)
-    assert 0 < behaviour.lost_mass(policy, cut).mass < 0.2
-    assert gl.Scenario(policy, reference, behaviour.tempered(policy, 0.8)).lag() > 0
-    assert gl.Scenario(policy, reference, low).lag() > 0
-
-
 # ---- bad input ----------------------------------------------------------------------------------------------------------
 
 
