@@ -13,15 +13,18 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 from gradlab import (
     ascent,
     asymmetry,
+    backprop,
     claims,
     exact,
     fixedpoints,
     intervals,
+    language,
     lengths,
     montecarlo,
     off_policy,
     optima,
     plots,
+    policies,
     report,
     restoring,
     search,
@@ -35,7 +38,7 @@ from gradlab.estimators import Estimator
 from gradlab.field import field, simplex
 from gradlab.measure import measure
 from gradlab.moments import Moments
-from gradlab.policies import Bandit, Gaussian, Markov, Policy, Tree
+from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
@@ -47,6 +50,7 @@ __all__ = [
     "Bandit",
     "Estimator",
     "Gaussian",
+    "LanguageModel",
     "Markov",
     "Moments",
     "Policy",
@@ -56,18 +60,21 @@ __all__ = [
     "ascent",
     "asymmetry",
     "audit",
+    "backprop",
     "claims",
     "components",
     "exact",
     "field",
     "fixedpoints",
     "intervals",
+    "language",
     "lengths",
     "measure",
     "montecarlo",
     "off_policy",
     "optima",
     "plots",
+    "policies",
     "report",
     "restoring",
     "search",

@@ -27,6 +27,7 @@ from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.ledger import CLAIMS
 from gradlab.names import check_name
 from gradlab.policies import Bandit, Gaussian, Markov, Tree
+from gradlab.policies.small import STAGES, TASKS
 from gradlab.resume import Record, Requirements
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
@@ -211,13 +212,14 @@ class Listing(StrEnum):
     kernels = "kernels"
     claims = "claims"
     analyses = "analyses"
+    models = "models"
 
 
 @app.command(name="list")
 def list_command(
     what: Annotated[Listing, typer.Argument(help="Which names to list.")] = Listing.estimators,
 ) -> None:
-    """List estimators, targets, kernels, claims or analyses, with what they are and where they come from."""
+    """List estimators, targets, kernels, claims, analyses or shipped models, with what they are and where they come from."""
     rows: dict[Listing, Callable[[], Sequence[tuple[str, ...]]]] = {
         Listing.estimators: lambda: [
             (e.name, e.estimator.name, _combination(e.on_policy), _combination(e.off_policy), e.source)
@@ -227,6 +229,7 @@ def list_command(
         Listing.kernels: lambda: [(k.name, k.source) for k in KERNELS.values()] + list(VOCABULARY_KERNELS.items()),
         Listing.claims: lambda: [(c.id, c.scope, c.statement, c.source) for c in CLAIMS],
         Listing.analyses: lambda: [(name, _title(path)) for name, path in analyses().items()],
+        Listing.models: lambda: [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()],
     }
     headings = {
         Listing.estimators: ("name", "composition", "descends on-policy", "descends off-policy", "source"),
@@ -234,6 +237,7 @@ def list_command(
         Listing.kernels: ("name", "source"),
         Listing.claims: ("id", "scope", "statement", "source"),
         Listing.analyses: ("name", "question"),
+        Listing.models: ("task", "stages", "what it does"),
     }
     table = Table(header_style="bold")
     for heading in headings[what]:

@@ -14,7 +14,7 @@ from gradlab import exact, intervals, montecarlo
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
-from gradlab.policies import Gaussian
+from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -110,6 +110,10 @@ def parameters(scenario: Scenario) -> list[str]:
     """Names of the policy's parameters, in the order of its gradients."""
     if isinstance(scenario.policy, Gaussian):
         return ["mean", "std"]
+    if isinstance(scenario.policy, LanguageModel):
+        raise ValueError(
+            "a network's parameters have no names worth reading one by one; use gl.measure, or gl.language for tokens"
+        )
     nodes, v = scenario.policy.table.shape
     return [(f"node {i} " if nodes > 1 else "") + f"token {j}" for i in range(nodes) for j in range(v)]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradlab import exact, montecarlo
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
-from gradlab.policies import Bandit, Markov, Policy, Tree
+from gradlab.policies import Bandit, Gaussian, Markov, Tabular, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -30,7 +30,7 @@ ROUNDING = 1e-9
 QUANTILES = {"low": 0.1, "median": 0.5, "high": 0.9}
 
 
-def sweep(policies: Mapping[str, Policy], kls: Iterable[float], seed: int = 0) -> list[Scenario]:
+def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed: int = 0) -> list[Scenario]:
     """References at every distance `KL(policy ‖ reference) = kl` (nats) along one random direction per policy.
 
     The scenario has the policy's name at every distance. Raises `ValueError` when a direction does not reach a distance.
@@ -43,13 +43,13 @@ def sweep(policies: Mapping[str, Policy], kls: Iterable[float], seed: int = 0) -
     ]
 
 
-def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Policy]:
+def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular | Gaussian]:
     """Random policies by name: bandits of 3–20 tokens; trees of 2–4 tokens, 2–4 steps; chains of 2–5 tokens, 4–16 steps.
 
     Logits are Gaussian with a standard deviation between 0.5 and 2. Raises `ValueError` for another family.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(10, *family.encode())))
-    found: dict[str, Policy] = {}
+    found: dict[str, Tabular | Gaussian] = {}
     for index in range(count):
         own, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
         if family == "bandit":

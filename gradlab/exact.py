@@ -14,10 +14,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from gradlab import markov, targets
+from gradlab import backprop, markov, targets
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.moments import Loss, Moments, as_losses, gradients, moments_of
-from gradlab.policies import Gaussian, Markov
+from gradlab.policies import Gaussian, LanguageModel, Markov
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
@@ -31,11 +31,16 @@ COVARIANCE_DOUBLES = 2**26
 def gradient(target: str, scenario: Scenario) -> Tensor:
     """True gradient of a target (`gl.TARGETS`) with respect to the policy's parameters, `[p]`, row-major.
 
-    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`; by dynamic programming on `Markov`.
+    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`, and through the network of a `LanguageModel` whose
+    responses can be listed (mean over prompts, in the network's precision); by dynamic programming on `Markov`.
     Raises `ValueError` for an unknown target, with the nearest names.
     """
     targets.target(target)
-    return markov.gradient(target, scenario) if isinstance(scenario.policy, Markov) else targets.gradient(target, scenario)
+    return (
+        markov.gradient(target, scenario)
+        if isinstance(scenario.policy, Markov)
+        else targets.gradient(target, scenario).double()
+    )
 
 
 def objective(target: str, scenario: Scenario) -> float:
@@ -64,6 +69,8 @@ def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | l
             found = [markov.moments(loss, scenario) for loss in losses]
         elif isinstance(scenario.policy, Gaussian):
             found = _by_quadrature(losses, scenario)
+        elif isinstance(scenario.policy, LanguageModel):
+            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
         else:
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
     return found if isinstance(estimator, Sequence) else found[0]
@@ -74,12 +81,17 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
 
     `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
     full, which limits it to small policies. On a `Gaussian` a variance that diverges is `inf`, a covariance `nan`.
-    Raises `ValueError` when there are too many responses or parameters, and for group baselines.
+    Raises `ValueError` when there are too many responses or parameters, for language models, and for group baselines.
     """
     if isinstance(estimator, Estimator) and estimator.grouped:
         raise ValueError(
             f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
             "trace of its covariance"
+        )
+    if isinstance(scenario.policy, LanguageModel):
+        raise ValueError(
+            f"a network's {len(scenario.policy.parameters):,} parameters have too large a covariance matrix; gl.exact.moments gives "
+            "its trace, gl.backprop the inner products between responses"
         )
     with torch.no_grad():
         # Raises where there is no mean to centre at.

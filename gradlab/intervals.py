@@ -80,6 +80,37 @@ def cosine(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> 
     return Interval(estimate, np.where(known, low, -1)[()], np.where(known, high, 1)[()])
 
 
+def cosine_of_means(means: npt.ArrayLike, others: npt.ArrayLike, level: float = 0.95) -> Interval:
+    """Cosine of the angle between two mean gradients, both known from the same batches only: means and others `[B, p]`.
+
+    `⟨m, t⟩ / √(∥m∥² ∥t∥²)` with every product an average over pairs of different batches, which takes the noise out of it;
+    interval by the delete-one-batch jackknife with a Student quantile, cut at ±1. NaN in [−1, 1] where either squared norm is
+    not told from zero. Raises ValueError as `squared_distance` does. Source: derived here.
+    """
+    _check_probability("level", level)
+    x, y = _validated_means(means), _validated_means(others)
+    if x.shape != y.shape or x.ndim != 2:
+        raise ValueError(f"both runs need means [B, p] of one shape; got {x.shape} and {y.shape}")
+    if min(_squared_norm(x, level).low, _squared_norm(y, level).low) <= 0:
+        return Interval(np.float64(np.nan), np.float64(-1.0), np.float64(1.0))  # type: ignore[arg-type]
+    batches = len(x)
+    grams = [x @ y.T, x @ x.T, y @ y.T]
+
+    def pairs(gram: Array, kept: slice | Array) -> float:
+        part = gram[np.ix_(kept, kept)] if isinstance(kept, np.ndarray) else gram
+        return float(part.sum() - np.trace(part)) / (len(part) * (len(part) - 1))
+
+    def value(kept: slice | Array) -> float:
+        cross, first, second = (pairs(gram, kept) for gram in grams)
+        return float(cross / np.sqrt(max(first, 1e-300) * max(second, 1e-300)))
+
+    whole = value(slice(None))
+    left_out = np.array([value(np.delete(np.arange(batches), b)) for b in range(batches)])
+    error = np.sqrt((batches - 1) * left_out.var())
+    reach = special.stdtrit(batches - 1, (1 + level) / 2) * error
+    return Interval(*(np.float64(np.clip(end, -1, 1)) for end in (whole, whole - reach, whole + reach)))  # type: ignore[arg-type]
+
+
 def noise(means: npt.ArrayLike, traces: npt.ArrayLike | None, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Noise `tr Σ / ∥t∥²` of one sample: over N, the squared relative error of a mean of N. NaN for a zero target.
 

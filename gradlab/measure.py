@@ -17,6 +17,7 @@ from gradlab import exact, intervals, montecarlo, targets
 from gradlab.catalogue import ESTIMATORS, name_of
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
+from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario
 
@@ -24,6 +25,9 @@ from gradlab.scenario import Scenario
 BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 #: A gradient smaller than this share of its own scale is rounding, not a direction.
 ROUNDING = 1e-12
+
+#: Estimators whose expectation is the gradient of a target, on- and off-policy: they stand in where it cannot be computed.
+UNBIASED = {"reverse_kl": "full-both-prefix", "reverse_kl_frozen_prefix": "full-loss", "mse_frozen_prefix": "mse-loss"}
 
 COLUMNS: dict[str, str] = {
     "scenario": "label of the scenario",
@@ -69,6 +73,9 @@ def measure(
 
     estimators: `Estimator`s, catalogue names, or callables from a rollout to per-sample losses `[n]`; a mapping names them.
     samples: `None` for exact moments, or the number of responses to draw. seed: entropy of every draw.
+    A language model has its parameters' gradients compared. Where its responses cannot be listed the target's gradient is
+    estimated too, by an unbiased estimator (`UNBIASED`) from the same draws, and so is the `kl`: bias, cosine and noise, with
+    intervals that allow for it, are about the difference of the two.
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used). The
     result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that stay valid when
     the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed beforehand.
@@ -138,24 +145,47 @@ def _rows(
         if samples is None:
             found = exact.moments(list(losses.values()), scenario)
         else:
-            found = montecarlo.moments(list(losses.values()), scenario, samples, seed, stream=(index,))
-        gradients = {name: exact.gradient(name, scenario) for name in names}
+            estimated = {} if _listed(scenario) else {name: _unbiased(name) for name in names}
+            chosen = [*losses.values(), *estimated.values()]
+            found = montecarlo.moments(chosen, scenario, samples, seed, stream=(index,))
+        gradients: dict[str, Tensor | Moments]
+        if _listed(scenario):
+            gradients = {name: exact.gradient(name, scenario) for name in names}
+        else:
+            gradients = dict(zip(names, found[len(losses) :], strict=True))
         kind = type(scenario.policy).__name__.lower()
         common = {
             "scenario": scenario.label,
             "family": kind,
-            "vocab": None if kind == "gaussian" else int(scenario.policy.table.shape[1]),
+            "vocab": None if isinstance(scenario.policy, Gaussian) else int(scenario.policy.vocab),
             "length": scenario.policy.length,
             "off_policy": scenario.behaviour is not None,
-            "kl": scenario.kl(),
-            "lag": scenario.lag(),
+            "kl": scenario.kl() if _listed(scenario) else montecarlo.kl(scenario, samples or 0, seed),
+            "lag": scenario.lag() if _listed(scenario) else montecarlo.lag(scenario, samples or 0, seed),
         }
         rows = []
-        for (label, _), moments in zip(losses.items(), found, strict=True):
+        for label, moments in zip(losses, found, strict=False):
             for name, gradient in gradients.items():
-                compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
+                if isinstance(gradient, Moments):
+                    compared = _both_sampled(moments, gradient, level)
+                else:
+                    compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
                 rows.append({**common, "estimator": label, "target": name, **_errors(compared)})
     return rows
+
+
+def _listed(scenario: Scenario) -> bool:
+    """Whether the truth about a scenario can be computed."""
+    return not isinstance(scenario.policy, LanguageModel) or scenario.policy.enumerable
+
+
+def _unbiased(target: str) -> Loss:
+    if target not in UNBIASED:
+        raise ValueError(
+            f"the responses of this language model cannot be listed, and no estimator of gradlab is unbiased for {target!r}; "
+            f"possible targets: {', '.join(UNBIASED)}, or restrict actions, length or prompts"
+        )
+    return ESTIMATORS[UNBIASED[target]]
 
 
 def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
@@ -220,6 +250,53 @@ def _sampled(moments: Moments, gradient: Tensor, level: float, anytime: bool) ->
         row[f"{key}_low"] = float(np.fmin(interval.low, row[key]))
         row[f"{key}_high"] = float(np.fmax(interval.high, row[key]))
     return row
+
+
+def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, Any]:
+    """As `_sampled`, where the target's gradient is estimated from the same draws.
+
+    Squared bias is the U-statistic of the draws' differences, the target's norm one of its own; their intervals, each at half
+    the error, bound the quotient (Bonferroni). The cosine's interval is a delete-one-batch jackknife.
+    """
+    assert moments.samples is not None
+    assert moments.batch_means is not None
+    assert target.batch_means is not None
+    n, means, truths = moments.samples, moments.batch_means.numpy(), target.batch_means.numpy()
+    if len(means) < intervals.MINIMUM_BATCHES:
+        raise ValueError(f"{n} responses are too few where the target is estimated, too; take at least 128")
+    origin, half = np.zeros(means.shape[1]), (1 + level) / 2
+    gap, size = intervals.squared_distance(means - truths, origin, half), intervals.squared_distance(truths, origin, half)
+    norm = float(intervals.squared_distance(means, origin, level).estimate)
+    traces = moments.batch_traces
+    # Noise of an estimate of the zero vector plus one: the trace in units of the squared norm is put in afterwards.
+    trace = intervals.noise(means, None if traces is None else traces.numpy(), _unit(origin), half)
+    row: dict[str, Any] = {
+        "via": "sampled",
+        "method": f"{moments.method}, target estimated",
+        "samples": n,
+        "gradient_norm": float(np.sqrt(max(norm, 0.0))),
+        "target_norm": float(np.sqrt(max(float(size.estimate), 0.0))),
+        "trace_cov": moments.trace_cov,
+    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for key, part in (("bias", gap), ("noise", trace)):
+            estimate = np.maximum(part.estimate, 0) / np.float64(size.estimate) if size.estimate > 0 else np.float64(np.nan)
+            low, high = np.maximum(part.low, 0) / size.high, np.float64(part.high) / np.maximum(size.low, 0)
+            found = np.array([estimate, low, high])
+            row[key], row[f"{key}_low"], row[f"{key}_high"] = (float(x) for x in (np.sqrt(found) if key == "bias" else found))
+    row["noise"] = moments.trace_cov / row["target_norm"] ** 2 if row["target_norm"] else float("nan")
+    if np.array_equal(means, truths):
+        # The stand-in itself: that it equals itself says nothing about its bias.
+        return row | {key: float("nan") for end in ("", "_low", "_high") for key in (f"bias{end}", f"cosine{end}")}
+    cosine = intervals.cosine_of_means(means, truths, level)
+    row["cosine"], row["cosine_low"], row["cosine_high"] = (float(x) for x in (cosine.estimate, cosine.low, cosine.high))
+    return row
+
+
+def _unit(origin: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    unit = origin.copy()
+    unit[0] = 1.0
+    return unit
 
 
 def _errors(row: dict[str, Any]) -> dict[str, Any]:

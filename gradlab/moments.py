@@ -16,6 +16,8 @@ from gradlab.rollout import Rollout
 
 #: Whatever maps a rollout to per-sample losses `[n]`: an `Estimator`, a framework's loss, a user's function.
 Loss = Callable[[Rollout], Tensor]
+#: Weighted sums `Σ w g` `[e, p]` and `Σ w ‖g‖²` `[e]` of gradients, in the parameters of the policy.
+Pull = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
 
 
 def as_losses(given: Loss | Sequence[Loss]) -> list[Loss]:
@@ -140,19 +142,24 @@ def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
     return grad.view(*leaf.tokens.shape, -1)
 
 
-def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str) -> list[Moments]:
-    """Exact moments of every loss over an enumerated rollout.
+def in_logits(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sums of gradients and of their squares where the parameters are the logits."""
+    return batch.mean(weight), batch.square(weight)
+
+
+def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pull: Pull = in_logits) -> list[Moments]:
+    """Exact moments of every loss over an enumerated rollout, in the parameters that `pull` leads to.
 
     Grouped estimators are averaged over all groups in closed form, see `group_moments`.
     Raises `ValueError` when a mean overflows float64.
     """
     groups = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
     plain = [e for e in range(len(losses)) if e not in groups]
-    found = group_moments(groups, rollout, method)
+    found = group_moments(groups, rollout, method, pull)
     if plain:
         batch = gradients([losses[e] for e in plain], rollout)
-        means = batch.mean(rollout.weight)
-        traces = (batch.square(rollout.weight) - means.square().sum(-1)).clamp(min=0)
+        means, squares = pull(batch, rollout.weight)
+        traces = (squares - means.square().sum(-1)).clamp(min=0)
         moments = [Moments(mean, trace, method=method) for mean, trace in zip(means, traces.tolist(), strict=True)]
         found |= dict(zip(plain, moments, strict=True))
     for e, loss in enumerate(losses):
@@ -163,22 +170,35 @@ def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str) -> list[Mo
     return [found[e] for e in range(len(losses))]
 
 
-def group_moments(estimators: Mapping[int, Estimator], rollout: Rollout, method: str) -> dict[int, Moments]:
+def group_moments(
+    estimators: Mapping[int, Estimator], rollout: Rollout, method: str, pull: Pull = in_logits
+) -> dict[int, Moments]:
     """Exact moments of estimators that compare the `G` responses of a group.
 
     With `c` a response's coefficient and `s` its weighted score sum, leave-one-out averages to the U-statistic
     `(G(G−1))⁻¹ Σ_{i≠j} (c_i − c_j) s_i`, the sample covariance of `c` and `s`; the group mean is `1 − 1/G` times that. Its
     variance is Hoeffding's `2/(G(G−1)) [2(G−2) ζ₁ + ζ₂]`. `mean` is the expected gradient of the group average, `trace_cov`
     is `G` times the covariance trace of the group average, so that both compare with ungrouped estimators sample for sample.
+    A group answers one prompt; over several prompts the variance between them is added (law of total variance).
     """
     found = {}
-    statistics: dict[Estimator, tuple[Tensor, Tensor, Tensor]] = {}
+    statistics: dict[Estimator, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for e, estimator in estimators.items():
         alone = replace(estimator, baseline=None, group=None)
         if alone not in statistics:
-            statistics[alone] = _covariance_statistics(alone, rollout)
-        found[e] = of_group(estimator, *statistics[alone], method)
+            statistics[alone] = [_covariance_statistics(alone, part, pull) for part in rollout.by_prompt()]
+        found[e] = _over_prompts([of_group(estimator, *each, method) for each in statistics[alone]], estimator.group or 1)
     return found
+
+
+def _over_prompts(parts: list[Moments], group: int) -> Moments:
+    """Moments of a group average when the prompt is drawn first, from those of every prompt."""
+    if len(parts) == 1:
+        return parts[0]
+    means = torch.stack([part.mean for part in parts])
+    between = float((means - means.mean(0)).square().sum(-1).mean())
+    within = sum(part.trace_cov for part in parts) / len(parts)
+    return replace(parts[0], mean=means.mean(0), trace_cov=within + group * between)
 
 
 def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Tensor, method: str) -> Moments:
@@ -190,13 +210,12 @@ def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Ten
     return Moments(shrink * covariance, max(float(shrink**2 * size * variance), 0.0), method=method)
 
 
-def _covariance_statistics(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance_statistics(estimator: Estimator, rollout: Rollout, pull: Pull) -> tuple[Tensor, Tensor, Tensor]:
     """`Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂` of the kernel `½ (c − c')(s − s')`."""
     c, s = group_parts(estimator, rollout)
     a = (c - rollout.weight @ c)[:, None]
     stacked = Gradients(rollout, torch.stack([s.expand_as(rollout.log_prob), a * s, a * a * s]))
-    centre, covariance, second = stacked.mean(rollout.weight)
-    square_s, square_as, _ = stacked.square(rollout.weight)
+    (centre, covariance, second), (square_s, square_as, _) = pull(stacked, rollout.weight)
     spread = rollout.weight @ a.square()[:, 0]
     m22 = square_as - 2 * second @ centre + spread * (centre @ centre)
     zeta1 = (m22 - covariance @ covariance) / 4

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab import backprop
 from gradlab.estimators import Estimator
 from gradlab.moments import Gradients, Loss, Moments, as_losses, gradients
-from gradlab.policies import Gaussian
+from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -26,6 +27,8 @@ BATCHES = 64
 COUNTED_RESPONSES = 2**15
 #: Doubles held at a time for one chunk of drawn responses.
 CHUNK = 2**19
+#: Doubles that the batch means of a language model may take together; it gets fewer batches when it has more parameters.
+BATCH_MEANS = 2**25
 
 
 @overload
@@ -91,7 +94,10 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
         raise ValueError(f"samples must be a multiple of the group size {unit} of the estimators, got {samples}")
     units = samples // unit
     # Batches of one where two each would be too few; at least 8 of nearly equal size otherwise.
-    batches = max(8, min(BATCHES, units // 16)) if units >= 16 else units
+    most = BATCHES
+    if isinstance(scenario.policy, LanguageModel):
+        most = min(most, BATCH_MEANS // (len(losses) * len(scenario.policy.parameters)))
+    batches = max(8, min(most, units // 16)) if units >= 16 else units
     shares = [unit * len(part) for part in np.array_split(np.empty(units), batches)]
     counted = _countable(scenario) and unit == 1
     with torch.no_grad():
@@ -99,7 +105,8 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
             listed = gradients(losses, Rollout.enumerated(scenario))
             parts = [_counted(listed, n, _rng(seed, (*stream, b))) for b, n in enumerate(shares)]
         else:
-            parts = [_drawn(losses, scenario, n, sizes, unit, _rng(seed, (*stream, b))) for b, n in enumerate(shares)]
+            drawn = _answered if isinstance(scenario.policy, LanguageModel) else _drawn
+            parts = [drawn(losses, scenario, n, sizes, unit, _rng(seed, (*stream, b))) for b, n in enumerate(shares)]
     sums, squares = (torch.stack([part[side] for part in parts]) for side in (0, 1))
     group, share = torch.tensor(sizes, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
     batch_traces = _trace(sums, squares, share[:, None] / group, group)
@@ -129,6 +136,7 @@ def _drawn(
 ) -> tuple[Tensor, Tensor]:
     """Sums over the units of one batch, a chunk at a time."""
     policy = scenario.policy
+    assert not isinstance(policy, LanguageModel)
     r, v = policy.table.shape
     # Single steps take length · v doubles a response, whole gradients (where steps share rows, and in groups) take r · v.
     per_response = max(policy.length * v, r * v if policy.revisits or unit > 1 else 0)
@@ -149,9 +157,63 @@ def _drawn(
     return sums, squares
 
 
+def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
+    """Estimate of `KL(policy ‖ reference)` of a language model's whole responses, nats: `Σ_t w_{<t} KL_t` from `samples` responses."""
+    return _divergence(scenario, samples, seed)
+
+
+def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
+    """Estimate of `KL(behaviour ‖ policy)` of a language model's whole responses, nats, from `samples` responses; 0 on-policy."""
+    return 0.0 if scenario.behaviour is None else _divergence(Scenario(scenario.behaviour, scenario.policy), samples, seed)
+
+
+def _divergence(scenario: Scenario, samples: int, seed: int) -> float:
+    """Rao–Blackwellised: the step's whole distribution counts, only prefixes are drawn."""
+    policy, sampler = scenario.policy, scenario.sampler
+    assert isinstance(policy, LanguageModel)
+    assert isinstance(sampler, LanguageModel)
+    check_samples(samples)
+    prompts, tokens, mask = sampler.sample(samples, _rng(seed, (1,)))
+    total, chunk = 0.0, max(1, 8 * CHUNK // (policy.length * policy.vocab))
+    for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
+        ones = torch.ones(len(tokens[part]), dtype=torch.float64)
+        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], ones)
+        before = (rollout.log_weight.cumsum(-1) - rollout.log_weight).exp()
+        total += float((before * rollout.divergence("full")).sum())
+    return total / samples
+
+
+def _answered(
+    losses: Sequence[Loss], scenario: Scenario, n: int, sizes: list[int], unit: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sums over the units of one batch of a language model's answers; a unit answers one prompt."""
+    policy, sampler = scenario.policy, scenario.sampler
+    assert isinstance(policy, LanguageModel)
+    assert isinstance(sampler, LanguageModel)
+    prompts, tokens, mask = sampler.sample(n, rng, unit)
+    length = float(mask.sum()) / n
+    chunk = max(1, 8 * CHUNK // (policy.length * policy.vocab * unit)) * unit
+    sums = torch.zeros(len(losses), len(policy.parameters), dtype=torch.float64)
+    squares = torch.zeros(len(losses), dtype=torch.float64)
+    for part in (slice(start, start + chunk) for start in range(0, n, chunk)):
+        ones = torch.ones(len(tokens[part]), dtype=torch.float64)
+        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], ones / len(ones), length)
+        for size in sorted(set(sizes)):
+            chosen = [e for e, own in enumerate(sizes) if own == size]
+            found = backprop.pull(policy, gradients([losses[e] for e in chosen], rollout), ones / size, unit=size)
+            sums[chosen] += found.total
+            squares[chosen] += found.square.sum(0) / size**2
+    return sums, squares
+
+
 def _countable(scenario: Scenario) -> bool:
     policy = scenario.policy
-    return not isinstance(policy, Gaussian) and policy.enumerable and policy.vocab**policy.length <= COUNTED_RESPONSES
+    # Each count of a language model's responses would cost a pass over all of them.
+    return (
+        not isinstance(policy, Gaussian | LanguageModel)
+        and policy.enumerable
+        and policy.vocab**policy.length <= COUNTED_RESPONSES
+    )
 
 
 def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:

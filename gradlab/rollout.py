@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.policies import Gaussian
+from gradlab.policies import Gaussian, LanguageModel
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
 from gradlab.scenario import Scenario
@@ -28,7 +28,8 @@ class Rollout:
     Shapes: tokens, mask and contexts `[n, t]`, weight `[n]` (sums to 1), tables `[r, v]`; `contexts` says which table row
     emitted a token, so `logits[i, u] = table[contexts[i, u]]` is `[n, t, v]`. `length` is the longest possible response,
     `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once,
-    `expected_length` is `E_μ[L]` where it is known (otherwise the weighted mean of the responses at hand stands in).
+    `expected_length` is `E_μ[L]` where it is known (otherwise the weighted mean of the responses at hand stands in). `prompts`
+    `[n]` says which prompt of a language model a response answers.
     A token behind the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a
     response without a live token, or a table with NaN.
     """
@@ -45,6 +46,7 @@ class Rollout:
     sampled: bool = False
     revisits: bool = False
     expected_length: float | None = None
+    prompts: Tensor | None = None
     _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class Rollout:
         length: int | None = None,
         sampled: bool = True,
         expected_length: float | None = None,
+        prompts: Tensor | None = None,
     ) -> Rollout:
         """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy.
 
@@ -110,12 +113,56 @@ class Rollout:
         )
         return cls(
             tokens, mask, weight, contexts, table, reference_table, behaviour_table, length or tokens.shape[1], family, sampled,
-            expected_length=expected_length,
+            expected_length=expected_length, prompts=prompts,
+        )  # fmt: skip
+
+    @classmethod
+    def answered(
+        cls,
+        scenario: Scenario,
+        prompts: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        expected_length: float | None = None,
+    ) -> Rollout:
+        """Given responses of a language model, with logits `[n, t, v]` of all three policies held at once: mind `n · t · v`.
+
+        prompts `[n]`, tokens and mask `[n, t]`, weight `[n]`. Raises `ValueError` when the scenario's policy is another kind.
+        """
+        if not isinstance(scenario.policy, LanguageModel):
+            raise ValueError(f"answers need the prompts of a language model, the policy is a {type(scenario.policy).__name__}")
+        policy, reference, behaviour = scenario.policy, scenario.reference, scenario.behaviour
+        with torch.no_grad():
+            logits = policy.logits(prompts, tokens)
+            others = (p.logits(prompts, tokens) if isinstance(p, LanguageModel) else None for p in (reference, behaviour))
+            reference_logits, behaviour_logits = others
+        assert reference_logits is not None
+        return cls.from_logits(
+            tokens, mask, weight, logits, reference_logits, behaviour_logits, length=policy.length,
+            expected_length=expected_length, prompts=prompts,
+        )  # fmt: skip
+
+    @classmethod
+    def _listed(cls, scenario: Scenario) -> Rollout:
+        """Every response to every prompt of a language model."""
+        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
+        assert isinstance(policy, LanguageModel)
+        assert isinstance(reference, LanguageModel)
+        assert isinstance(sampler, LanguageModel)
+        prompts, tokens, mask = policy.enumerate()
+        contexts, tables = policy.contexts(tokens, prompts), (policy.table, reference.table.detach(), sampler.table.detach())
+        log_prob = torch.where(mask, policy.family.log_prob(tables[2], contexts, tokens), 0.0).sum(-1)
+        weight = log_prob.exp() / len(policy.prompts)
+        kept = weight > 0  # a nucleus leaves responses out altogether
+        return cls(
+            tokens[kept], mask[kept], weight[kept], contexts[kept], *tables, policy.length, prompts=prompts[kept]
         )  # fmt: skip
 
     @classmethod
     def _of(cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, sampled: bool) -> Rollout:
         policy = scenario.policy
+        assert not isinstance(policy, LanguageModel)
         # Sampling is never differentiated, and neither is the reference: only the policy's own table may carry gradients.
         tables = policy.table, scenario.reference.table.detach(), scenario.sampler.table.detach()
         contexts = policy.contexts(tokens)
@@ -133,8 +180,11 @@ class Rollout:
         """
         if isinstance(scenario.policy, Gaussian):
             return cls._by_quadrature(scenario, log_ratios, log_weights)
+        if isinstance(scenario.policy, LanguageModel):
+            return cls._listed(scenario)
         tokens, mask = scenario.policy.enumerate()
         sampler = scenario.sampler
+        assert not isinstance(sampler, LanguageModel)
         log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
         weight = torch.where(mask, log_prob, 0.0).sum(-1).exp()
         return cls._of(scenario, tokens, mask, weight, sampled=False)
@@ -158,8 +208,10 @@ class Rollout:
         """`samples` independent responses of the sampler, each of weight `1/samples`."""
         if samples < 1:
             raise ValueError(f"samples must be a positive number, got {samples}")
-        tokens, mask = scenario.sampler.sample(samples, rng)
         weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
+        if isinstance(scenario.sampler, LanguageModel):
+            return cls.answered(scenario, *scenario.sampler.sample(samples, rng), weight)
+        tokens, mask = scenario.sampler.sample(samples, rng)
         return cls._of(scenario, tokens, mask, weight, sampled=True)
 
     def counted(self, samples: int, replicates: int, rng: np.random.Generator) -> Tensor:
@@ -240,6 +292,18 @@ class Rollout:
             return self.expected_length
         return float(self.weight @ self.lengths / self.weight.sum())
 
+    def by_prompt(self) -> list[Rollout]:
+        """The rollouts of every single prompt, each of total weight 1; the rollout itself where there are no prompts."""
+        if self.prompts is None:
+            return [self]
+        found = []
+        for prompt in sorted(set(self.prompts.tolist())):
+            rows = self.prompts == prompt
+            weight = self.weight[rows] / self.weight[rows].sum()
+            fields = {name: getattr(self, name)[rows] for name in ("tokens", "mask", "contexts", "prompts")}
+            found.append(replace(self, weight=weight, **fields))
+        return found
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """Return what `compute` gives, computed once for this rollout: estimators share kernels and weights."""
         if key not in self._shared:
@@ -261,5 +325,5 @@ class Rollout:
         leaves = self.logits.detach().clone().requires_grad_(True)
         return Rollout.from_logits(
             self.tokens, self.mask, self.weight, leaves, self.reference_logits, self.behaviour_logits.detach(),
-            self.family, self.length, self.sampled, self.expected_length,
+            self.family, self.length, self.sampled, self.expected_length, self.prompts,
         )  # fmt: skip

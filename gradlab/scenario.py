@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradlab.policies import Policy
+from gradlab.policies import Gaussian, LanguageModel, Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Scenario:
         if self.name is not None:
             return self.name
         kind = type(self.policy).__name__.lower()
-        sizes = "" if kind == "gaussian" else f" v={self.policy.table.shape[1]} T={self.policy.length}"
+        sizes = "" if isinstance(self.policy, Gaussian) else f" v={self.policy.vocab} T={self.policy.length}"
         eos = "" if self.policy.eos is None else f" eos={self.policy.eos}"
         return f"{kind}{sizes}{eos} kl={self.kl():.4g}" + ("" if self.behaviour is None else " off-policy")
 
@@ -71,7 +71,8 @@ class Scenario:
 
 
 def _check_support(role: str, policy: Any) -> None:
-    if policy.family.name != "categorical":
+    # A language model's softmax is positive everywhere but outside a nucleus, which is there to be measured.
+    if policy.family.name != "categorical" or isinstance(policy, LanguageModel):
         return
     # Rows that a uniform policy never visits lie behind an end token and may hold anything.
     used = policy.with_parameters(torch.zeros_like(policy.parameters)).occupancy() > 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradlab.names import check_name
-from gradlab.policies import Policy
+from gradlab.policies import LanguageModel, Policy
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -59,10 +59,11 @@ def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
 
 
 def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
-    if policy.length == 1:
+    if policy.length == 1 and not isinstance(policy, LanguageModel):
         return policy.family.mse(policy.table, reference.table)[0]
     rollout = Rollout.enumerated(Scenario(policy, reference))
-    return 0.5 * (rollout.log_prob.sum(-1).exp() - rollout.reference_log_prob.sum(-1).exp()).square().sum()
+    total = 0.5 * (rollout.log_prob.sum(-1).exp() - rollout.reference_log_prob.sum(-1).exp()).square().sum()
+    return total / len(policy.prompts) if isinstance(policy, LanguageModel) else total
 
 
 _TANG = "Tang & Munos, arXiv 2506.09477"

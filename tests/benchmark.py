@@ -11,11 +11,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
+from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import exact
-from gradlab.policies import Tree
+from gradlab import backprop, exact
+from gradlab.moments import gradients
+from gradlab.policies import LanguageModel, Tree
+from gradlab.policies.small import TASKS
+from gradlab.policies.training import initial
 
 
 def seconds(function: Callable[[], object], repeat: int = 7, at_least: float = 0.05) -> float:
@@ -46,6 +51,45 @@ def enumerated_reverse_kl(policy: Tree, reference: Tree) -> Callable[[], torch.T
         return gradient
 
     return forward_backward
+
+
+def language_model(length: int, prompt: int, batch: int = 256) -> None:
+    """Parameter-space means and norms of six estimators, relative to one ordinary forward and backward pass of the batch."""
+    names = ["k1-loss", "k2-loss", "k3-loss", "k1-reward-to-go", "k2-loss-sequence", "k3-both"]
+    made = [initial(TASKS["names"], np.random.default_rng(seed)) for seed in (0, 1)]
+    for network in made:
+        network.position = torch.nn.Embedding.from_pretrained(torch.zeros(32, 64), freeze=False)
+        network.context = 32
+    policy, reference = (LanguageModel(network, [tuple(range(prompt))], length) for network in made)
+    scenario, weight = gl.Scenario(policy, reference), torch.full((batch,), 1 / batch, dtype=torch.float64)
+    answers = policy.sample(batch, np.random.default_rng(0))
+    found = gradients([gl.ESTIMATORS[name] for name in names], gl.Rollout.answered(scenario, *answers, weight))
+    ((rows, ids),) = policy.sequences(*answers[:2])
+    parameters = dict(policy.model.named_parameters())
+
+    def ordinary() -> None:
+        chosen = policy.model(ids)[:, -length:].log_softmax(-1).gather(-1, answers[1][..., None])
+        torch.autograd.grad(chosen.sum() / batch, list(parameters.values()))
+
+    score = found.rollout.logits.softmax(-1).neg()
+    score = score.scatter_add(-1, answers[1][..., None], torch.ones_like(score[..., :1])).float()
+
+    def surrogate(weights: dict[str, torch.Tensor], row: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        return (functional_call(policy.model, weights, (row[None],))[0, -length:] * seed).sum()
+
+    def each_sample() -> None:
+        for a in found.score:
+            parts = vmap(grad(surrogate), (None, 0, 0))(parameters, ids, a[..., None].float() * score)
+            flat = torch.cat([part.flatten(1) for part in parts.values()], 1)
+            flat.mean(0), flat.square().sum(-1)
+
+    floor = seconds(ordinary)
+    what = f"{len(policy.parameters):,} parameters, {batch} responses, T = {length}"
+    line(f"ordinary forward+backward: {what} (the floor)", 1e3 * floor, "ms", "")
+    for label, pairs, aim in (("means and norms", False, {4: 3, 16: 4.5}[length]), ("and all inner products", True, None)):
+        taken = seconds(lambda p=pairs: backprop.Tape(policy, ids, length).pull(found, rows, weight, pairs=p), repeat=3)
+        line(f"  six estimators, {label}", taken / floor, "x", f"(aim: at most {aim})" if aim else "")
+    line("  six estimators by vmap(grad)", seconds(each_sample, repeat=3) / floor, "x", "")
 
 
 def line(what: str, value: float, unit: str, aim: str) -> None:
@@ -88,6 +132,9 @@ def main() -> None:
         gl.montecarlo.moments(catalogue[:6], drawn, samples)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     line("peak memory of 200,000 drawn responses relative to 20,000", peaks[1] / peaks[0], "x", "(aim: 1)")
+
+    language_model(4, 6)
+    language_model(16, 1)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
+from gradlab.plots.language import language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
+from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -35,13 +37,16 @@ __all__ = [
     "crossovers",
     "distances",
     "dropped",
+    "engines",
     "field",
     "fixed_points",
     "gap",
     "gradients",
     "growth",
     "lags",
+    "language_models",
     "matches",
+    "named_tokens",
     "normalisers",
     "objectives",
     "pulls",
@@ -53,12 +58,15 @@ __all__ = [
     "shifted",
     "shipped_kinds",
     "shipped_settings",
+    "side_shares",
     "sides",
     "slopes",
+    "stages",
     "style_of",
     "styled",
     "stylesheet",
     "tails",
+    "token_ratios",
     "tokens",
     "truncation",
     "variance_map",

@@ -93,7 +93,7 @@ class Tabular:
                 f"exceed the {ENUMERATION_BYTES / 2**30:g} GiB allowed for enumeration; sample it (samples=…) or, if each "
                 "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
             )
-        tokens, mask = _responses(v, length, self.eos)
+        tokens, mask = responses(v, length, self.eos)
         return tokens.clone(), mask.clone()
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class Tabular:
             tokens[alive, t] = drawn
             if self.eos is not None:
                 alive = alive[drawn != self.eos]
-        return tokens, _live(tokens, self.eos)
+        return tokens, live(tokens, self.eos)
 
     def moved(self: P, noise: Tensor) -> P:
         """The policy with noise `[p]` added to its logits."""
@@ -124,11 +124,11 @@ class Tabular:
 
 
 @lru_cache(maxsize=8)
-def _responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
+def responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
     """Tokens and mask of every response, in lexicographic order."""
     grid = torch.arange(vocab**length)
     tokens = torch.stack([grid // vocab ** (length - 1 - t) % vocab for t in range(length)], -1)
-    mask = _live(tokens, eos)
+    mask = live(tokens, eos)
     if eos is None:
         return tokens, mask
     # One representative per response: everything behind the end token is the end token again.
@@ -136,7 +136,7 @@ def _responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor
     return tokens[keep], mask[keep]
 
 
-def _live(tokens: Tensor, eos: int | None) -> Tensor:
+def live(tokens: Tensor, eos: int | None) -> Tensor:
     """Mask `[n, t]` of the tokens up to and including the end token."""
     if eos is None:
         return torch.ones_like(tokens, dtype=torch.bool)
