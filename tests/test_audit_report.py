@@ -49,7 +49,7 @@ def obscure(a, b, mask):
     return k3(a, b, mask)
 
 def returns_float(log_probs, mask):
-    return float((log_probs * mask).sum())
+    return float((log_probs * mask).detach().sum())
 
 def rewards(log_probs, ref_log_probs):
     return ref_log_probs - log_probs
