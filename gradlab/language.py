@@ -85,7 +85,7 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
             moved = policy.with_parameters(parameters)
             return moved.shaped(moved.network(features)[:, -t:])
 
-        z, slope = (part.double() for part in jvp(logits, (theta,), (direction.to(theta.dtype),)))
+        z, slope = (part.double().cpu() for part in jvp(logits, (theta,), (direction.to(theta.dtype),)))
         centred[rows] = slope - (z.softmax(-1) * slope).sum(-1, keepdim=True)
     return torch.where(rollout.mask, centred[which].gather(-1, rollout.tokens[..., None])[..., 0], 0.0)
 

@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import backprop, exact
+from gradlab import exact, tape
 from gradlab.moments import gradients
 from gradlab.policies import LanguageModel, Tree
 from gradlab.policies.small import TASKS
@@ -87,7 +87,7 @@ def language_model(length: int, prompt: int, batch: int = 256) -> None:
     what = f"{len(policy.parameters):,} parameters, {batch} responses, T = {length}"
     line(f"ordinary forward+backward: {what} (the floor)", 1e3 * floor, "ms", "")
     for label, pairs, aim in (("means and norms", False, {4: 3, 16: 4.5}[length]), ("and all inner products", True, None)):
-        taken = seconds(lambda p=pairs: backprop.Tape(policy, ids, length).pull(found, rows, weight, pairs=p), repeat=3)
+        taken = seconds(lambda p=pairs: tape.Tape(policy, ids, length).pull(found, rows, weight, pairs=p), repeat=3)
         line(f"  six estimators, {label}", taken / floor, "x", f"(aim: at most {aim})" if aim else "")
     line("  six estimators by vmap(grad)", seconds(each_sample, repeat=3) / floor, "x", "")
 

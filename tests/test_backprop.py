@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import backprop
+from gradlab import backprop, layers
 from gradlab.moments import Gradients, gradients
 from gradlab.policies import LanguageModel
 from gradlab.policies.transformer import Transformer
@@ -203,9 +203,9 @@ def test_what_cannot_be_pulled_back_is_refused(scenario):
     tied = network(0)
     tied.head.weight = tied.token.weight
     with pytest.raises(ValueError, match="belongs to two layers"):
-        backprop.owners(LanguageModel(tied, [(1,)], 2))
+        layers.owners(LanguageModel(tied, [(1,)], 2))
     with pytest.raises(ValueError, match="per-sample gradients are known for"):
-        backprop.owners(LanguageModel(nn.Sequential(nn.Embedding(6, 4), nn.GRU(4, 6, batch_first=True), First()), [(1,)], 2))
+        layers.owners(LanguageModel(nn.Sequential(nn.Embedding(6, 4), nn.GRU(4, 6, batch_first=True), First()), [(1,)], 2))
     without = Rollout.from_logits(
         *(getattr(batch.rollout, k) for k in ("tokens", "mask", "weight", "logits", "reference_logits"))
     )
@@ -226,3 +226,16 @@ def test_what_cannot_be_pulled_back_is_refused(scenario):
 class First(nn.Module):
     def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         return pair[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; on a CPU there is nothing to move")
+def test_on_a_gpu_the_same_moments(scenario):
+    def moved(seed: int) -> LanguageModel:
+        return LanguageModel(network(seed).cuda(), scenario.policy.prompts, 3, actions=[0, 2, 3, 5], eos=1, tolerance=1.0)
+
+    batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(scenario))
+    there = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(gl.Scenario(moved(0), moved(1), moved(2))))
+    here = backprop.pull(scenario.policy, batch, batch.rollout.weight, pairs=True)
+    found = backprop.pull(moved(0), there, there.rollout.weight, pairs=True)
+    torch.testing.assert_close(found.total, here.total, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.inner, here.inner, rtol=1e-9, atol=1e-12)

@@ -56,6 +56,7 @@ class Pretrained(LanguageModel):
         precision = next(module.parameters()).dtype
         swapped = {**self._rows, **(getattr(self, "_swapped", None) or {})}
         swapped = {name: weight.to(precision) for name, weight in swapped.items()}
+        given = {name: item.to(self.device) if isinstance(item, Tensor) else item for name, item in given.items()}
         with faithful(precision):
             return functional_call(module, swapped, (), given, tie_weights=False)
 

@@ -175,8 +175,13 @@ class LanguageModel:
 
     @cached_property
     def parameters(self) -> Tensor:
-        """The trainable parameters as one vector `[p]`, in the network's precision."""
-        return torch.cat([weight.detach().flatten() for weight in self.weights.values()])
+        """The trainable parameters as one vector `[p]`, in the network's precision, on the CPU wherever the network is."""
+        return torch.cat([weight.detach().flatten() for weight in self.weights.values()]).cpu()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is. Ids go there and logits come back: everything that is not the network is on the CPU."""
+        return next(self.model.parameters()).device
 
     def with_parameters(self: P, parameters: Tensor) -> P:
         """The same policy with other trainable parameters `[p]`; a differentiable vector stays differentiable."""
@@ -184,7 +189,7 @@ class LanguageModel:
         for cached in ("table", "parameters"):
             twin.__dict__.pop(cached, None)
         parts = torch.split(parameters, [weight.numel() for weight in self.weights.values()])
-        swapped = {name: part.view_as(w) for part, (name, w) in zip(parts, self.weights.items(), strict=True)}
+        swapped = {name: part.view_as(w).to(w.device) for part, (name, w) in zip(parts, self.weights.items(), strict=True)}
         object.__setattr__(twin, "_swapped", swapped)
         twin.__dict__["parameters"] = parameters
         return twin
@@ -208,7 +213,7 @@ class LanguageModel:
 
     def features(self, ids: Tensor) -> Tensor:
         """What `model` reads for ids `[b, s]`: the ids, or the activations of the trunk."""
-        return ids if self.trunk is None else self.trunk(ids)
+        return ids.to(self.device) if self.trunk is None else self.trunk(ids.to(self.device))
 
     def network(self, features: Tensor) -> Tensor:
         """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
@@ -239,7 +244,7 @@ class LanguageModel:
                 with torch.set_grad_enabled(hasattr(self, "_swapped") and torch.is_grad_enabled()):
                     raw = self.network(self.features(ids[part]))[:, -t:]
                 object.__setattr__(self, "_width", raw.shape[-1])
-                logits = raw.double()
+                logits = raw.double().cpu()
                 if not bool(torch.isfinite(logits.detach().sum())):
                     raise ValueError("the network gives NaN or infinite logits; check its weights and its precision")
                 yield rows[part], logits
