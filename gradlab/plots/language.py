@@ -23,6 +23,8 @@ def language_models(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
     the scenarios of a world from top to bottom within each estimator's line. A bias of 0 is drawn at the left edge.
     """
     worlds = list(dict.fromkeys(frame["world"]))
+    directed = frame[frame["estimator"].isin(names)].dropna(subset=["cosine"])
+    lowest = min(float(directed[["cosine", "cosine_low"]].min().min()), 0.99)
     figure = Figure(figsize=(PAGE, 0.9 + 2.5 * len(worlds)))
     grid = figure.subplots(len(worlds), 3, sharex="col", sharey=True, squeeze=False)
     for line, world in zip(grid, worlds, strict=True):
@@ -50,7 +52,7 @@ def language_models(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
         line[0].set_yticks(range(len(names)), names[::-1])
         line[0].tick_params(axis="y", length=0)
         line[0].set_ylim(-0.6, len(names) - 0.4)
-        line[1].set(xlim=(-1.05, 1.05), title="direction")
+        line[1].set(xlim=(lowest - 0.08 * (1 - lowest), 1 + 0.08 * (1 - lowest)), title="direction")
         line[1].axvline(1, **{**TRUTH, "linewidth": 0.6})
         line[2].set(xscale="log", title="noise")
     for ax, label in zip(grid[-1], ("relative bias", "cosine with ∇KL", "tr Cov / ‖∇KL‖²"), strict=True):

@@ -126,7 +126,7 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
             part["kl"], part["second"], linestyle="none", marker=look.marker, markersize=3, color=look.colour, alpha=0.8
         )
     axes[2].axhline(0.5, **{**TRUTH, "linewidth": 0.6})
-    axes[2].set(xscale="log", ylim=(0, 1), title="under-sampled", xlabel="KL of a response, nats",
+    axes[2].set(xscale="log", ylim=(0, 1.03), title="under-sampled", xlabel="KL of a response, nats",
                 ylabel="share of the second moment")  # fmt: skip
     figure.legend(handles=[handle(name, linestyle="none") for name in names], loc="outside upper center", ncols=len(names))
     panels(axes)
@@ -137,14 +137,15 @@ def _label(ax: Axes, frame: pd.DataFrame, column: str, labels: int) -> None:
     """Write out the tokens with the largest shares, where there is room, above the highest of their points."""
     tall = frame.loc[frame.groupby(["prefix", "token"])[column].idxmax()].nlargest(labels, column)
     width, height = (float(frame[key].max() - frame[key].min()) for key in ("log_ratio", column))
-    placed: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, float]] = []
     for row in tall.itertuples():
         x, y = float(row.log_ratio), float(getattr(row, column))  # type: ignore[arg-type]
-        if any(abs(x - a) < 0.12 * width and abs(y - b) < 0.07 * height for a, b in placed):
+        text = _written(str(row.prefix), str(row.token))
+        half = 0.018 * len(text) * width  # a letter takes about a thirtieth of a panel
+        if any(abs(x - a) < half + other and abs(y - b) < 0.08 * height for a, b, other in placed):
             continue
-        placed.append((x, y))
-        ax.annotate(_written(str(row.prefix), str(row.token)), (x, y), textcoords="offset points", xytext=(0, 4), ha="center",
-                    fontsize=7)  # fmt: skip
+        placed.append((x, y, half))
+        ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=7)
 
 
 def _written(prefix: str, token: str) -> str:
