@@ -1,4 +1,4 @@
-"""What one layer adds to per-sample gradients: from its inputs `a` `[n, s, i]` and output cotangents `b` `[n, s, o]`.
+"""What one layer adds to per-sample gradients: from its inputs `a` `[n, s, i]` (see `factor`) and output cotangents `b` `[n, s, o]`.
 
 The gradient of a linear layer is `Σ_s b_s aᵀ_s`: inner products of two of them need only those of the `a` and of the `b`, the
 mean over samples is one matrix product. Embeddings are linear layers whose `a` are one-hot; norms multiply elementwise.
@@ -47,14 +47,16 @@ def _is_norm(layer: nn.Module) -> bool:
     return isinstance(layer, nn.LayerNorm) or "RMSNorm" in type(layer).__name__
 
 
-def _normalised(layer: nn.Module, a: Tensor) -> Tensor:
-    """What a norm multiplies its weight with."""
+def factor(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What a layer multiplies its weight with: for a norm its inputs normalised, otherwise the inputs themselves."""
+    if not _is_norm(layer):
+        return inputs
     if isinstance(layer, nn.LayerNorm):
-        return F.layer_norm(a, layer.normalized_shape, None, None, layer.eps)
+        return F.layer_norm(inputs, layer.normalized_shape, None, None, layer.eps)
     eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
-    wide = a if a.dtype == torch.float64 else a.float()
+    wide = inputs if inputs.dtype == torch.float64 else inputs.float()
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(a.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
 
 
 def totals(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], scales: list[Tensor]) -> dict[str, Tensor]:
@@ -67,7 +69,6 @@ def totals(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], 
     linear = isinstance(layer, nn.Linear) and "weight" in owned
     inward = linear and (a.shape[-1] <= b[0].shape[-1] or all(scale is scales[0] for scale in scales))
     found: dict[str, list[Tensor]] = {kind: [] for kind in owned}
-    x = _normalised(layer, a) if _is_norm(layer) and "weight" in owned else a
     last: tuple[Tensor, Tensor] | None = None
     for cotangent, scale in zip(b, scales, strict=True):
         y = cotangent.flatten(0, 1)
@@ -79,7 +80,7 @@ def totals(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], 
         if isinstance(layer, nn.Embedding):
             found["weight"].append(y.new_zeros(layer.weight.shape).index_add_(0, a.flatten(), y * spread))
         elif not linear:
-            found["weight"].append((y * x.flatten(0, 1) * spread).sum(0))
+            found["weight"].append((y * a.flatten(0, 1) * spread).sum(0))
         else:
             if inward and (last is None or last[0] is not scale):
                 last = scale, a.flatten(0, 1) * spread
@@ -96,8 +97,7 @@ def apart(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor]) -
     b: output cotangents of `k` kinds, `[n, s, o]` each; the gradient of a kind at a position is that position's alone.
     """
     if _is_norm(layer):
-        x = _normalised(layer, a) if "weight" in owned else a
-        z = torch.cat([torch.cat(_norm_parts(owned, x, y), -1) for y in b], 1)
+        z = torch.cat([torch.cat(_norm_parts(owned, a, y), -1) for y in b], 1)
         return z @ z.mT
     y = torch.cat(b, 1)
     kernel = _kernel(layer, owned, a, y.dtype)
@@ -118,8 +118,7 @@ def _kernel(layer: nn.Module, owned: dict[str, str], a: Tensor, dtype: torch.dty
 def gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], full: bool) -> Tensor:
     """Inner products of a layer's per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`."""
     if _is_norm(layer):
-        x = _normalised(layer, a) if "weight" in owned else a
-        each = [torch.cat([part.sum(1) for part in _norm_parts(owned, x, y)], -1) for y in b]
+        each = [torch.cat([part.sum(1) for part in _norm_parts(owned, a, y)], -1) for y in b]
         return _products(each, None, full)
     s, o = b[0].shape[1:]
     if "weight" in owned and isinstance(layer, nn.Linear) and s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:

@@ -69,7 +69,7 @@ class Tape:
                 )
             if not output.requires_grad:
                 output.requires_grad_(True)
-            self._seen[name] = inputs[0].detach(), output
+            self._seen[name] = layers.factor(self._layers[name][0], inputs[0].detach()), output
             if self._cut:
                 self._tail.add(name)
 
@@ -112,12 +112,15 @@ class Tape:
                 each = b * e if len(kinds) == 1 else [weighted(own, b) for own in alpha]
                 add(name, a, each, scaled)
                 of_tokens += layers.apart(*self._layers[name], _united(a, unit), [_united(x, unit) for x in b])
+            # Products between tokens serve all estimators, but there may be more of them than of estimators with themselves.
+            few = by_token and (pairs or m * (m + 1) // 2 <= e)
             for name, b in stem.items():
                 a, b = self._heard(self._seen[name][0], b)
-                add(name, a, _mixed(b, alpha) if by_token else b, [mass] * e)
-                gram = layers.gram(*self._layers[name], _united(a, unit), [_united(x, unit) for x in b], by_token or pairs)
-                (of_tokens if by_token else found).add_(gram)
-            if by_token or tail:
+                each = _mixed(b, alpha) if by_token else b
+                add(name, a, each, [mass] * e)
+                united = [_united(x, unit) for x in (b if few else each)]
+                (of_tokens if few else found).add_(layers.gram(*self._layers[name], _united(a, unit), united, few or pairs))
+            if few or tail:
                 share = _united(shares.permute(2, 0, 1, 3), unit, 3)
                 along = share @ of_tokens
                 found += along @ share.mT if pairs else (along * share).sum(-1)
@@ -237,7 +240,7 @@ def _backward(ends: list[Tensor], outputs: list[Tensor], seeds: list[list[Tensor
     passes = []
     for m, seed in enumerate(seeds):
         grads = torch.autograd.grad(ends, outputs, seed, retain_graph=m < len(seeds) - 1, allow_unused=True)
-        passes.append([torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)])
+        passes.append([torch.zeros_like(o) if g is None else g.contiguous() for g, o in zip(grads, outputs, strict=True)])
     return [list(each) for each in zip(*passes, strict=True)]
 
 
