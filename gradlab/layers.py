@@ -67,7 +67,7 @@ def totals(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], 
     """
     # Inputs are weighted rather than cotangents, for these are often the wider ones: once if all have the same weights.
     linear = isinstance(layer, nn.Linear) and "weight" in owned
-    inward = linear and (a.shape[-1] <= b[0].shape[-1] or all(scale is scales[0] for scale in scales))
+    inward = linear and (a.shape[-1] <= b[0].shape[-1] or (len(b) > 1 and all(scale is scales[0] for scale in scales)))
     found: dict[str, list[Tensor]] = {kind: [] for kind in owned}
     last: tuple[Tensor, Tensor] | None = None
     for cotangent, scale in zip(b, scales, strict=True):
@@ -100,23 +100,28 @@ def apart(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor]) -
         z = torch.cat([torch.cat(_norm_parts(owned, a, y), -1) for y in b], 1)
         return z @ z.mT
     y = torch.cat(b, 1)
-    kernel = _kernel(layer, owned, a, y.dtype)
-    return (y @ y.mT) * kernel.repeat(1, len(b), len(b))
+    return (y @ y.mT) * kernel(layer, owned, a).repeat(1, len(b), len(b))
 
 
-def _kernel(layer: nn.Module, owned: dict[str, str], a: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[n, s, s]`: what the inner product of two positions' cotangents counts in that of their gradients."""
+def kernel(layer: nn.Module, owned: dict[str, str], a: Tensor) -> Tensor:
+    """What the inner product of two positions' cotangents counts in that of their gradients, `[n, s, s]`; for a norm nothing."""
+    if _is_norm(layer):
+        return a.new_zeros(0)
+    dtype = a.dtype if a.is_floating_point() else next(layer.parameters()).dtype
     if "weight" not in owned:
-        kernel = torch.zeros(len(a), a.shape[1], a.shape[1], dtype=dtype, device=a.device)
+        found = torch.zeros(len(a), a.shape[1], a.shape[1], dtype=dtype, device=a.device)
     elif isinstance(layer, nn.Embedding):
-        kernel = (a[:, :, None] == a[:, None]).to(dtype)
+        found = (a[:, :, None] == a[:, None]).to(dtype)
     else:
-        kernel = a @ a.mT
-    return kernel + 1 if "bias" in owned else kernel
+        found = a @ a.mT
+    return found + 1 if "bias" in owned else found
 
 
-def gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], full: bool) -> Tensor:
-    """Inner products of a layer's per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`."""
+def gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], full: bool, between: Tensor) -> Tensor:
+    """Inner products of a layer's per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`.
+
+    between: the layer's `kernel` of the same inputs.
+    """
     if _is_norm(layer):
         each = [torch.cat([part.sum(1) for part in _norm_parts(owned, a, y)], -1) for y in b]
         return _products(each, None, full)
@@ -127,7 +132,7 @@ def gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], fu
         return _products(
             [torch.cat([x, y.sum(1)], -1) for x, y in zip(each, b, strict=True)] if "bias" in owned else each, None, full
         )
-    return _products(b, _kernel(layer, owned, a, b[0].dtype), full)
+    return _products(b, between, full)
 
 
 def _norm_parts(owned: dict[str, str], x: Tensor, b: Tensor) -> list[Tensor]:

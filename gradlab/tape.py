@@ -99,11 +99,11 @@ class Tape:
         of_tokens = torch.zeros(n // unit, m * unit, m * unit, **wide)
         found = torch.zeros(n // unit, *(2 if pairs else 1) * [e], **wide)
 
-        def add(name: str, a: Tensor, b: list[Tensor], scales: list[Tensor]) -> None:
+        def add(name: str, a: Tensor, b: list[Tensor], scales: list[Tensor], part: slice = slice(None)) -> None:
             layer, owned = self._layers[name]
             for kind, piece in layers.totals(layer, owned, a, b, scales).items():
                 start = offsets[owned[kind]]
-                total[:, start : start + piece[0].numel()] += piece.flatten(1)
+                total[part, start : start + piece[0].numel()] += piece.flatten(1)
 
         with torch.no_grad():
             scaled = [mass * each[0, ..., None] for each in alpha] if len(kinds) == 1 else [mass] * e
@@ -114,12 +114,21 @@ class Tape:
                 of_tokens += layers.apart(*self._layers[name], _united(a, unit), [_united(x, unit) for x in b])
             # Products between tokens serve all estimators, but there may be more of them than of estimators with themselves.
             few = by_token and (pairs or m * (m + 1) // 2 <= e)
-            for name, b in stem.items():
-                a, b = self._heard(self._seen[name][0], b)
-                each = _mixed(b, alpha) if by_token else b
-                add(name, a, each, [mass] * e)
-                united = [_united(x, unit) for x in (b if few else each)]
-                (of_tokens if few else found).add_(layers.gram(*self._layers[name], _united(a, unit), united, few or pairs))
+            kernels: dict[tuple[str, int], Tensor] = {}
+            for part, passed in _gathered(stem, e) if by_token or pairs else _one_by_one(stem):
+                for name, b in passed.items():
+                    a, b = self._heard(self._seen[name][0], b)
+                    each = _mixed(b, alpha) if by_token else b
+                    add(name, a, each, [mass] * len(each), part)
+                    key, a = (name, a.shape[1]), _united(a, unit)
+                    if key not in kernels:
+                        kernels[key] = layers.kernel(*self._layers[name], a)
+                    united = [_united(x, unit) for x in (b if few else each)]
+                    gram = layers.gram(*self._layers[name], a, united, few or pairs, kernels[key])
+                    if few:
+                        of_tokens += gram
+                    else:
+                        found[:, part] += gram
             if few or tail:
                 share = _united(shares.permute(2, 0, 1, 3), unit, 3)
                 along = share @ of_tokens
@@ -131,13 +140,14 @@ class Tape:
         """Inner products of the gradients of all logits along a sequence, `[n, t·v, t·v]`, float64."""
         n, t, v = self._shaped.shape
         tail, ends = self._through_tail([each.expand(n, t, v) for each in torch.eye(v).to(self._shaped)])
-        stem = self._through_stem(_single(ends, t))
+        ((_, stem),) = _gathered(self._through_stem(_single(ends, t)), t * v)
         found = torch.zeros(n, t * v, t * v, dtype=torch.float64, device=self._shaped.device)
         with torch.no_grad():
             for name, b in tail.items():
                 found += layers.apart(*self._layers[name], self._seen[name][0][:, -t:], b)
             for name, b in stem.items():
-                found += layers.gram(*self._layers[name], self._seen[name][0], b, True)
+                a = self._seen[name][0]
+                found += layers.gram(*self._layers[name], a, b, True, layers.kernel(*self._layers[name], a))
         return found.view(n, v, t, v, t).permute(0, 2, 1, 4, 3).reshape(n, t * v, t * v).cpu()
 
     def _through_tail(self, kinds: list[Tensor]) -> tuple[dict[str, list[Tensor]], list[list[tuple[Tensor, Tensor]]]]:
@@ -147,24 +157,21 @@ class Tape:
             return {}, [[(self._shaped, kind)] for kind in kinds]
         names = [name for name in self._seen if name in self._tail]
         leaves = [(stream, leaf) for stream, leaf in self._cut if stream.requires_grad]
-        passes = _backward(
-            [self._shaped], [self._seen[name][1] for name in names] + [leaf for _, leaf in leaves], [[k] for k in kinds]
-        )
-        tail = {name: [each[:, -self.length :] for each in b] for name, b in zip(names, passes, strict=False)}
-        ends = [
-            list(zip([stream for stream, _ in leaves], each, strict=True)) for each in zip(*passes[len(names) :], strict=True)
+        passes = [
+            _backward([(self._shaped, k)], [self._seen[name][1] for name in names] + [leaf for _, leaf in leaves])
+            for k in kinds
         ]
+        tail = {name: [each[i][:, -self.length :] for each in passes] for i, name in enumerate(names)}
+        ends = [list(zip([stream for stream, _ in leaves], each[len(names) :], strict=True)) for each in passes]
         return tail, ends
 
-    def _through_stem(self, seeds: Iterable[list[tuple[Tensor, Tensor]]]) -> dict[str, list[Tensor]]:
-        """Carry cotangents at the cut to the layers before it: for each, one `[n, s, o]` a seed."""
+    def _through_stem(self, seeds: Iterable[list[tuple[Tensor, Tensor]]]) -> Iterator[dict[str, Tensor]]:
+        """Carry cotangents at the cut to the layers before it, one seed after the other: what each layer gets, `[n, s, o]`."""
         names = [name for name in self._seen if name not in self._tail]
-        seeds = list(seeds) if names else []
-        if not seeds or not seeds[0]:
-            return {}
-        ends = [end for end, _ in seeds[0]]
-        passes = _backward(ends, [self._seen[name][1] for name in names], [[seed for _, seed in each] for each in seeds])
-        return dict(zip(names, passes, strict=True))
+        outputs = [self._seen[name][1] for name in names]
+        for seed in seeds:
+            if names and seed:
+                yield dict(zip(names, _backward(seed, outputs), strict=True))
 
     def _heard(self, a: Tensor, b: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Without the positions that no gradient reaches, as happens in last layers that are not behind a mark."""
@@ -235,13 +242,26 @@ def weighted(own: Tensor, b: list[Tensor]) -> Tensor:
     return found
 
 
-def _backward(ends: list[Tensor], outputs: list[Tensor], seeds: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Cotangents of every output, `m` times `[n, s, o]`: one backward pass for each seed."""
-    passes = []
-    for m, seed in enumerate(seeds):
-        grads = torch.autograd.grad(ends, outputs, seed, retain_graph=m < len(seeds) - 1, allow_unused=True)
-        passes.append([torch.zeros_like(o) if g is None else g.contiguous() for g, o in zip(grads, outputs, strict=True)])
-    return [list(each) for each in zip(*passes, strict=True)]
+def _backward(seed: list[tuple[Tensor, Tensor]], outputs: list[Tensor]) -> list[Tensor]:
+    """Cotangents of every output from those of some ends, by one backward pass."""
+    ends, cotangents = zip(*seed, strict=True)
+    grads = torch.autograd.grad(ends, outputs, cotangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(o) if g is None else g.contiguous() for g, o in zip(grads, outputs, strict=True)]
+
+
+def _gathered(passes: Iterable[dict[str, Tensor]], e: int) -> list[tuple[slice, dict[str, list[Tensor]]]]:
+    """All passes together, for what compares them."""
+    found: dict[str, list[Tensor]] = {}
+    for passed in passes:
+        for name, b in passed.items():
+            found.setdefault(name, []).append(b)
+    return [(slice(0, e), found)]
+
+
+def _one_by_one(passes: Iterable[dict[str, Tensor]]) -> Iterator[tuple[slice, dict[str, list[Tensor]]]]:
+    """One estimator at a time, so that no more than one pass is held."""
+    for k, passed in enumerate(passes):
+        yield slice(k, k + 1), {name: [b] for name, b in passed.items()}
 
 
 def _mixed(b: list[Tensor], alpha: Tensor) -> list[Tensor]:
