@@ -55,7 +55,10 @@ class Scenario:
         kind = type(self.policy).__name__.lower()
         sizes = "" if isinstance(self.policy, Gaussian) else f" v={self.policy.vocab} T={self.policy.length}"
         eos = "" if self.policy.eos is None else f" eos={self.policy.eos}"
-        return f"{kind}{sizes}{eos} kl={self.kl():.4g}" + ("" if self.behaviour is None else " off-policy")
+        # Where responses are too many to list the KL can only be sampled.
+        sampled = isinstance(self.policy, LanguageModel) and not self.policy.enumerable
+        distance = "" if sampled else f" kl={self.kl():.4g}"
+        return f"{kind}{sizes}{eos}{distance}" + ("" if self.behaviour is None else " off-policy")
 
     def kl(self) -> float:
         """`KL(policy ‖ reference)` of whole responses in nats."""

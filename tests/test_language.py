@@ -371,3 +371,12 @@ def test_extremes_count_responses(scenario):  # noqa: F811
         assert sampled.loc[side, "responses_low"] <= frame.loc[side, "responses"] <= sampled.loc[side, "responses_high"]
     low, high = language.clopper_pearson(0, 50)
     assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
+
+
+def test_a_scenario_without_a_name_is_measured_where_its_responses_cannot_be_listed():
+    late, start = (gl.policies.small("names", stage) for stage in ("some", "reference"))
+    sums = gl.Scenario(late, start, start)
+    assert sums.label == "languagemodel v=27 T=10 eos=0 off-policy"
+    row = gl.measure("k2-loss", gl.Scenario(late, start), samples=64).iloc[0]
+    assert row["scenario"] == "languagemodel v=27 T=10 eos=0"
+    assert row["kl"] > 0
