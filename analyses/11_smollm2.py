@@ -61,30 +61,6 @@ for q in asked:
         name = f"{q.line.strip()} after {steps} steps"
         scenarios.append(gl.Scenario(alone[q].with_parameters(weights[steps]), alone[q], name=name))
         places[name] = q.task, steps
-names = study.pick(
-    full=list(gl.ESTIMATORS),
-    quick=[
-        "k1-loss",
-        "k2-loss",
-        "k3-loss",
-        "full-loss",
-        "k2-loss-sequence",
-        "k1-reward-to-go",
-        "k3-reward-to-go",
-        "k3-both",
-        "full-both",
-    ],
-)
-catalogue = gl.measure(names, scenarios, target=[*TARGETS, "forward_kl_frozen_prefix"])
-catalogue.insert(1, "task", [places[name][0] for name in catalogue["scenario"]])
-catalogue.insert(2, "steps", [places[name][1] for name in catalogue["scenario"]])
-drawn = catalogue[catalogue["estimator"] == "k1-reward-to-go"].drop_duplicates("scenario").set_index("scenario")["noise"]
-catalogue["noise_ratio"] = catalogue["noise"] / catalogue["scenario"].map(drawn)
-
-# %% [markdown]
-# One prompt from samples as well, drawn with a key-value cache and pulled back to the matrix response by response.
-
-# %%
 SAMPLED = [
     "k1-loss",
     "k2-loss",
@@ -96,6 +72,17 @@ SAMPLED = [
     "k3-both",
     "full-both",
 ]
+names = study.pick(full=list(gl.ESTIMATORS), quick=SAMPLED)
+catalogue = gl.measure(names, scenarios, target=[*TARGETS, "forward_kl_frozen_prefix"])
+catalogue.insert(1, "task", [places[name][0] for name in catalogue["scenario"]])
+catalogue.insert(2, "steps", [places[name][1] for name in catalogue["scenario"]])
+drawn = catalogue[catalogue["estimator"] == "k1-reward-to-go"].drop_duplicates("scenario").set_index("scenario")["noise"]
+catalogue["noise_ratio"] = catalogue["noise"] / catalogue["scenario"].map(drawn)
+
+# %% [markdown]
+# One prompt from samples as well, drawn with a key-value cache and pulled back to the matrix response by response.
+
+# %%
 one = scenarios[study.pick(full=1, quick=0)]
 samples = study.pick(full=640, quick=64)
 chosen = [name for name in SAMPLED if name in names]
