@@ -122,7 +122,7 @@ def logit_gram(policy: LanguageModel) -> Tensor:
 
 def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
     """How many units of responses of `length` tokens one recorded pass may hold within `PASS_BYTES`."""
-    widths = sum(sum(layer.weight.shape) for layer, _ in owners(policy).values())  # type: ignore[misc, arg-type]
+    widths = sum(sum(owner.layer.weight.shape) for owner in owners(policy).values())  # type: ignore[misc, arg-type]
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
     width = policy.vocab * length * unit
     return max(1, int(PASS_BYTES // (8 * (passes + 2) * (widths * positions + 4 * width))))

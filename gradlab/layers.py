@@ -1,12 +1,15 @@
-"""What one layer adds to per-sample gradients: from its inputs `a` `[n, s, i]` (see `factor`) and output cotangents `b` `[n, s, o]`.
+"""What one layer adds to per-sample gradients: from its inputs `a` `[n, s, i]` (see `factor`) and output cotangents `b` `[n, s, m, o]`.
 
 The gradient of a linear layer is `Σ_s b_s aᵀ_s`: inner products of two of them need only those of the `a` and of the `b`, the
-mean over samples is one matrix product. Embeddings are linear layers whose `a` are one-hot; norms multiply elementwise.
+mean over samples is one matrix product. Embeddings are linear layers whose `a` are one-hot; norms multiply elementwise. Of the
+cotangents `m` lie abreast, one per estimator or element of a basis, so that one product serves them all.
 
 Source: ghost norms, Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +18,26 @@ from torch.nn import functional as F
 from gradlab.policies import LanguageModel
 
 
-def owners(policy: LanguageModel) -> dict[str, tuple[nn.Module, dict[str, str]]]:
-    """The layers that hold trainable parameters: name → (layer, {`weight` or `bias`: the parameter's full name}).
+@dataclass(frozen=True)
+class Owner:
+    """A layer that holds trainable parameters: `names` maps `weight` or `bias` to the parameter's full name."""
+
+    layer: nn.Module
+    names: dict[str, str]
+
+    @property
+    def norm(self) -> bool:
+        """Whether it multiplies elementwise."""
+        return _is_norm(self.layer)
+
+
+def owners(policy: LanguageModel) -> dict[str, Owner]:
+    """The layers that hold trainable parameters, by name.
 
     Raises `ValueError` for a layer that is not linear, an embedding or a norm, and for a parameter that two layers share.
     """
     wanted, identity = policy.weights, {id(weight): name for name, weight in policy.weights.items()}
-    found: dict[str, tuple[nn.Module, dict[str, str]]] = {}
+    found: dict[str, Owner] = {}
     seen: dict[str, str] = {}
     for name, layer in policy.model.named_modules():
         for kind, parameter in layer.named_parameters(recurse=False):
@@ -38,7 +54,7 @@ def owners(policy: LanguageModel) -> dict[str, tuple[nn.Module, dict[str, str]]]
                     f"parameter {full} belongs to a {type(layer).__name__}; per-sample gradients are known for nn.Linear, "
                     "nn.Embedding, nn.LayerNorm and RMSNorm: leave it out of `trainable`"
                 )
-            found.setdefault(name, (layer, {}))[1][kind] = full
+            found.setdefault(name, Owner(layer, {})).names[kind] = full
     assert set(seen) == set(wanted)
     return found
 
@@ -59,104 +75,93 @@ def factor(layer: nn.Module, inputs: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
 
 
-def totals(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], scales: list[Tensor]) -> dict[str, Tensor]:
-    """Weighted sums over samples and positions for each parameter, `[e, …]`.
-
-    b: output cotangents, `e` times `[n, s, o]`. scales: what each is weighted by, `[n, s, 1]` or `[n, 1, 1]`; estimators may
-    share cotangents and differ in weights, or the other way round.
-    """
-    # Inputs are weighted rather than cotangents, for these are often the wider ones: once if all have the same weights.
-    linear = isinstance(layer, nn.Linear) and "weight" in owned
-    inward = linear and (a.shape[-1] <= b[0].shape[-1] or (len(b) > 1 and all(scale is scales[0] for scale in scales)))
-    found: dict[str, list[Tensor]] = {kind: [] for kind in owned}
-    last: tuple[Tensor, Tensor] | None = None
-    for cotangent, scale in zip(b, scales, strict=True):
-        y = cotangent.flatten(0, 1)
-        spread = scale.expand(*cotangent.shape[:2], 1).reshape(-1, 1)
-        if "bias" in owned:
-            found["bias"].append((y.T @ spread)[:, 0])
-        if "weight" not in owned:
-            continue
-        if isinstance(layer, nn.Embedding):
-            found["weight"].append(y.new_zeros(layer.weight.shape).index_add_(0, a.flatten(), y * spread))
-        elif not linear:
-            found["weight"].append((y * a.flatten(0, 1) * spread).sum(0))
-        else:
-            if inward and (last is None or last[0] is not scale):
-                last = scale, a.flatten(0, 1) * spread
-            left, right = (y, last[1]) if inward and last is not None else (y * spread, a.flatten(0, 1))
-            # The wider factor on the right: matrix products are faster so.
-            wide = left.shape[1] > right.shape[1]
-            found["weight"].append((right.T @ left).T if wide else left.T @ right)
-    return {kind: torch.stack(each) for kind, each in found.items()}
+def totals(owner: Owner, a: Tensor, b: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Sums over samples, weighted by `weight` `[n, 1]`, and over positions: `[m, …]` for each parameter of the layer."""
+    layer, names = owner.layer, owner.names
+    m, o = b.shape[2:]
+    y, spread = b.flatten(2).flatten(0, 1), weight.expand(b.shape[:2]).reshape(-1, 1)
+    if owner.norm:
+        found = {"weight": ((y.view(-1, m, o) * (a.flatten(0, 1) * spread)[:, None]).sum(0))} if "weight" in names else {}
+    elif "weight" not in names:
+        found = {}
+    elif isinstance(layer, nn.Embedding):
+        rows = y.new_zeros(len(layer.weight), m * o).index_add_(0, a.flatten(), y * spread)
+        found = {"weight": rows.view(-1, m, o).movedim(1, 0)}
+    else:
+        # The bias is the weight of an input that is always 1.
+        inputs = torch.cat([a.flatten(0, 1) * spread, spread], -1)
+        both = (inputs.T @ y).view(-1, m, o)
+        found = {"weight": both[:-1].permute(1, 2, 0), "bias": both[-1]}
+    if "bias" in names and "bias" not in found:
+        found["bias"] = (spread.T @ y).view(m, o)
+    return {kind: found[kind] for kind in names}
 
 
-def apart(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor]) -> Tensor:
-    """Inner products of the gradients of single positions, `[n, k·s, k·s]`: behind the last place where positions mix.
-
-    b: output cotangents of `k` kinds, `[n, s, o]` each; the gradient of a kind at a position is that position's alone.
-    """
-    if _is_norm(layer):
-        z = torch.cat([torch.cat(_norm_parts(owned, a, y), -1) for y in b], 1)
+def apart(owner: Owner, a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the gradients of single positions, `[n, s·m, s·m]`: behind the last place where positions mix."""
+    if owner.norm:
+        z = torch.cat(_norm_parts(owner, a, b), -1).flatten(1, 2)
         return z @ z.mT
-    y = torch.cat(b, 1)
-    return (y @ y.mT) * kernel(layer, owned, a).repeat(1, len(b), len(b))
+    y, m = b.flatten(1, 2), b.shape[2]
+    return _spread(y @ y.mT, m).mul_(kernel(owner, a)[:, :, None, :, None]).view(len(y), y.shape[1], y.shape[1])
 
 
-def kernel(layer: nn.Module, owned: dict[str, str], a: Tensor) -> Tensor:
-    """What the inner product of two positions' cotangents counts in that of their gradients, `[n, s, s]`; for a norm nothing."""
-    if _is_norm(layer):
-        return a.new_zeros(0)
+def kernel(owner: Owner, a: Tensor) -> Tensor:
+    """What the inner product of two positions' cotangents counts in that of their gradients, `[n, s, s]`; not for norms."""
+    layer, names = owner.layer, owner.names
     dtype = a.dtype if a.is_floating_point() else next(layer.parameters()).dtype
-    if "weight" not in owned:
+    if "weight" not in names:
         found = torch.zeros(len(a), a.shape[1], a.shape[1], dtype=dtype, device=a.device)
     elif isinstance(layer, nn.Embedding):
         found = (a[:, :, None] == a[:, None]).to(dtype)
     else:
         found = a @ a.mT
-    return found + 1 if "bias" in owned else found
+    return found + 1 if "bias" in names else found
 
 
-def gram(layer: nn.Module, owned: dict[str, str], a: Tensor, b: list[Tensor], full: bool, between: Tensor) -> Tensor:
-    """Inner products of a layer's per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`.
+def gram(heard: list[tuple[Owner, Tensor]], b: Tensor, full: bool) -> Tensor:
+    """Inner products of per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`.
 
-    between: the layer's `kernel` of the same inputs.
+    heard: layers that have these cotangents in common, each with its inputs.
     """
-    if _is_norm(layer):
-        each = [torch.cat([part.sum(1) for part in _norm_parts(owned, a, y)], -1) for y in b]
-        return _products(each, None, full)
-    s, o = b[0].shape[1:]
-    if "weight" in owned and isinstance(layer, nn.Linear) and s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:
-        # Long sequences through a narrow layer: the gradients themselves are smaller than what their products need.
-        each = [(y.mT @ a).flatten(1) for y in b]
-        return _products(
-            [torch.cat([x, y.sum(1)], -1) for x, y in zip(each, b, strict=True)] if "bias" in owned else each, None, full
-        )
-    return _products(b, between, full)
-
-
-def _norm_parts(owned: dict[str, str], x: Tensor, b: Tensor) -> list[Tensor]:
-    return [b * x if kind == "weight" else b for kind in owned]
-
-
-def _products(x: list[Tensor], kernel: Tensor | None, full: bool) -> Tensor:
-    """`⟨x_m, x_k⟩` per sample, `[n, m, m]`, or for `m = k` alone, `[n, m]`; of vectors `[n, d]`, or of `[n, s, o]` with
-    `Σ_{s,u} kernel_su ⟨x_ms, x_ku⟩`."""  # fmt: skip
-
-    def product(y: Tensor, z: Tensor) -> Tensor:
-        return (y * z).sum(-1) if kernel is None else ((y @ z.mT) * kernel).sum((1, 2))
-
+    n, s, m, o = b.shape
+    found = b.new_zeros((n, m, m) if full else (n, m))
+    between = None
+    for owner, a in heard:
+        linear = isinstance(owner.layer, nn.Linear) and "weight" in owner.names
+        if owner.norm:
+            found += _products(torch.cat([part.sum(1) for part in _norm_parts(owner, a, b)], -1), full)
+        elif linear and s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:
+            # Long sequences through a narrow layer: the gradients themselves are smaller than what their products need.
+            each = (b.flatten(2).mT @ a).view(n, m, -1)
+            found += _products(torch.cat([each, b.sum(1)], -1) if "bias" in owner.names else each, full)
+        else:
+            between = kernel(owner, a) if between is None else between + kernel(owner, a)
+    if between is None:
+        return found
     if not full:
-        return torch.stack([product(y, y) for y in x], -1)
-    if kernel is None:
-        stacked = torch.stack(x, 1)
-        return stacked @ stacked.mT
-    if len(x) > 8:
+        for i in range(m):
+            y = b[:, :, i]
+            found[:, i] += ((y @ y.mT).mul_(between)).sum((1, 2))
+    elif m <= s:
+        y = b.flatten(1, 2)
+        found += _spread(y @ y.mT, m).mul_(between[:, :, None, :, None]).sum((1, 3))
+    else:
         # Many at once: kernel times vectors, then one product of all with all.
-        stacked = torch.stack(x, 1)
-        return stacked.flatten(2) @ (kernel[:, None] @ stacked).flatten(2).mT
-    found = x[0].new_zeros(len(x[0]), len(x), len(x))
-    for m, y in enumerate(x):
-        for k in range(m + 1):
-            found[:, m, k] = found[:, k, m] = product(y, x[k])
+        y, z = (x.view(n, s, m, o).transpose(1, 2).flatten(2) for x in (b, between @ b.flatten(2)))
+        found += y @ z.mT
     return found
+
+
+def _norm_parts(owner: Owner, x: Tensor, b: Tensor) -> list[Tensor]:
+    return [b * x[:, :, None] if kind == "weight" else b for kind in owner.names]
+
+
+def _spread(products: Tensor, m: int) -> Tensor:
+    """`[n, s·m, s·m]` → `[n, s, m, s, m]`."""
+    n, size, _ = products.shape
+    return products.view(n, size // m, m, size // m, m)
+
+
+def _products(x: Tensor, full: bool) -> Tensor:
+    return x @ x.mT if full else x.square().sum(-1)

@@ -173,6 +173,11 @@ class LanguageModel:
         known = dict(self.model.named_parameters())
         return {name: known[name] for name in (known if self.trainable is None else self.trainable)}
 
+    @property
+    def current(self) -> dict[str, Tensor]:
+        """All parameters of the network by name, those of `with_parameters` in place of its own."""
+        return {**dict(self.model.named_parameters()), **getattr(self, "_swapped", {})}
+
     @cached_property
     def parameters(self) -> Tensor:
         """The trainable parameters as one vector `[p]`, in the network's precision, on the CPU wherever the network is."""

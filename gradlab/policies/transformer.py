@@ -7,24 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Apart(nn.Module):
-    """Identity on tensors `[n, s, …]`: a mark that says that behind it no position reads another one.
-
-    Gradients of all tokens of a response go back to it in one pass, since each lives at a position of its own.
-    """
-
-    def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
-        """The same tensors."""
-        return streams
-
-
 class Block(nn.Module):
-    """Pre-norm self-attention and a feed-forward layer, each added to the stream. `last`: positions go apart after it."""
+    """Pre-norm self-attention and a feed-forward layer, each added to the stream."""
 
-    def __init__(self, width: int, heads: int, last: bool = False) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.apart = Apart() if last else None
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -36,8 +24,6 @@ class Block(nn.Module):
         later = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
         scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
         read = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, s, width)
-        if self.apart is not None:
-            x, read = self.apart(x, read)
         x = x + self.out(read)
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
         return x
@@ -50,7 +36,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.context = context
         self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, last=i == layers - 1) for i in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
