@@ -11,6 +11,7 @@ Source: ghost norms, Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679. 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,16 +20,28 @@ from torch import Tensor
 from gradlab.layers import owners
 from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
-from gradlab.tape import Pulled, Tape, basis_size, kinds_of, weighted
+from gradlab.tape import Tape, basis_size, kinds_of, weighted
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
 PASS_BYTES = 2**28
 
 
+@dataclass(frozen=True)
+class Moments:
+    """`total` `[e, p]`: weighted sum of the gradients. `square` `[units, e]`: squared norm of every unit's gradient.
+
+    A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
+    """
+
+    total: Tensor
+    square: Tensor
+    inner: Tensor | None = None
+
+
 _GRAMS: WeakKeyDictionary[LanguageModel, Tensor] = WeakKeyDictionary()
 
 
-def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> Pulled:
+def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> Moments:
     """Carry gradients with respect to logits back to the policy's parameters, a bounded chunk of sequences at a time.
 
     batch: gradients over a rollout of a language model, whose `prompts` say what was answered. weight `[n]`: of each response in
@@ -42,8 +55,9 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
         )
     n, t = rollout.tokens.shape
     e = len(batch.score)
-    size = unit * chunk(policy, basis_size(batch) if unit == 1 else e, t, unit)
+    size = unit * even(n // unit, chunk(policy, basis_size(batch) if unit == 1 else e, t, unit))
     total = torch.zeros(e, len(policy.parameters), dtype=torch.float64)
+    places = dict(zip(policy.weights, total.split([weight.numel() for weight in policy.weights.values()], 1), strict=True))
     square = torch.zeros(n // unit, e, dtype=torch.float64)
     inner = torch.zeros(n // unit, e, e, dtype=torch.float64) if pairs else None
     for start in range(0, n, size):
@@ -51,11 +65,12 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
         for rows, ids in policy.sequences(rollout.prompts[part], rollout.tokens[part]):
             found = Tape(policy, ids, t).pull(batch, rows + start, weight, unit, pairs)
             units = (rows[::unit] + start) // unit
-            total += found.total
+            for name, each in found.sums.items():
+                places[name].unflatten(1, each.shape[1:]).add_(each.cpu())
             square[units] = found.square
             if inner is not None and found.inner is not None:
                 inner[units] = found.inner
-    return Pulled(total, square, inner)
+    return Moments(total, square, inner)
 
 
 def sums(policy: LanguageModel) -> Pull:
@@ -126,3 +141,8 @@ def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
     width = policy.vocab * length * unit
     return max(1, int(PASS_BYTES // (8 * (passes + 2) * (widths * positions + 4 * width))))
+
+
+def even(n: int, most: int) -> int:
+    """Size of the fewest parts of at most `most` of `n` things, all as large as one another, or nearly."""
+    return -(-n // -(-n // most))

@@ -18,6 +18,10 @@ from torch.nn import functional as F
 from gradlab.policies import LanguageModel
 
 
+#: Sequences whose cotangents are mixed at a time.
+MIXED = 32
+
+
 @dataclass(frozen=True)
 class Owner:
     """A layer that holds trainable parameters: `names` maps `weight` or `bias` to the parameter's full name."""
@@ -29,6 +33,10 @@ class Owner:
     def norm(self) -> bool:
         """Whether it multiplies elementwise."""
         return _is_norm(self.layer)
+
+    def split(self, together: Tensor) -> dict[str, Tensor]:
+        """What lies behind one another for the parameters of a norm, `[…, p]`, by their full names."""
+        return dict(zip(self.names.values(), together.chunk(len(self.names), -1), strict=True))
 
 
 def owners(policy: LanguageModel) -> dict[str, Owner]:
@@ -75,35 +83,31 @@ def factor(layer: nn.Module, inputs: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(inputs.dtype)
 
 
-def totals(owner: Owner, a: Tensor, b: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """Sums over samples, weighted by `weight` `[n, 1]`, and over positions: `[m, …]` for each parameter of the layer."""
-    layer, names = owner.layer, owner.names
-    m, o = b.shape[2:]
-    y, spread = b.flatten(2).flatten(0, 1), weight.expand(b.shape[:2]).reshape(-1, 1)
-    if owner.norm:
-        found = {"weight": ((y.view(-1, m, o) * (a.flatten(0, 1) * spread)[:, None]).sum(0))} if "weight" in names else {}
-    elif "weight" not in names:
-        found = {}
-    elif isinstance(layer, nn.Embedding):
-        rows = y.new_zeros(len(layer.weight), m * o).index_add_(0, a.flatten(), y * spread)
-        found = {"weight": rows.view(-1, m, o).movedim(1, 0)}
+def sums(owner: Owner, a: Tensor, b: Tensor, weight: Tensor, share: Tensor | None = None) -> dict[str, Tensor]:
+    """Sums over samples, weighted by `weight` `[n, 1]`, and over positions: `[m, …]` by each parameter's full name; not for norms.
+
+    share: `[n, e, m]` of the cotangents that each of `e` gradients is made of, instead of being one of them.
+    """
+    n, s, m, o = b.shape
+    e = m if share is None else share.shape[1]
+    names, spread = owner.names, weight.expand(n, s).reshape(-1, 1)
+    if "weight" in names and isinstance(owner.layer, nn.Embedding):
+        places = torch.stack([a.flatten(), torch.arange(n * s, device=a.device)])
+        hot = torch.sparse_coo_tensor(places, spread[:, 0], (len(owner.layer.weight), n * s), check_invariants=False)
+        y = b if share is None else share[:, None] @ b
+        return {names["weight"]: (hot @ y.flatten(2).flatten(0, 1)).view(-1, e, o).movedim(1, 0)}
+    # The bias is the weight of an input that is always 1.
+    inputs = torch.cat([a.flatten(0, 1) * spread, spread], -1) if "weight" in names else spread
+    if share is None:
+        both = inputs.T @ b.flatten(2).flatten(0, 1)
     else:
-        # The bias is the weight of an input that is always 1.
-        inputs = torch.cat([a.flatten(0, 1) * spread, spread], -1)
-        both = (inputs.T @ y).view(-1, m, o)
-        found = {"weight": both[:-1].permute(1, 2, 0), "bias": both[-1]}
-    if "bias" in names and "bias" not in found:
-        found["bias"] = (spread.T @ y).view(m, o)
-    return {kind: found[kind] for kind in names}
-
-
-def apart(owner: Owner, a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the gradients of single positions, `[n, s·m, s·m]`: behind the last place where positions mix."""
-    if owner.norm:
-        z = torch.cat(_norm_parts(owner, a, b), -1).flatten(1, 2)
-        return z @ z.mT
-    y, m = b.flatten(1, 2), b.shape[2]
-    return _spread(y @ y.mT, m).mul_(kernel(owner, a)[:, :, None, :, None]).view(len(y), y.shape[1], y.shape[1])
+        both = b.new_zeros(inputs.shape[1], e * o)
+        # What is mixed is used at once, while it is in the processor's cache.
+        for x, y, own in zip(*(each.split(MIXED) for each in (inputs.view(n, s, -1), b, share)), strict=True):
+            both.addmm_(x.flatten(0, 1).T, (own[:, None] @ y).flatten(2).flatten(0, 1))
+    each = both.view(-1, e, o)
+    found = {"weight": each[:-1].permute(1, 2, 0), "bias": each[-1]}
+    return {name: found[kind] for kind, name in names.items()}
 
 
 def kernel(owner: Owner, a: Tensor) -> Tensor:
@@ -119,22 +123,44 @@ def kernel(owner: Owner, a: Tensor) -> Tensor:
     return found + 1 if "bias" in names else found
 
 
+def at_positions(owner: Owner, a: Tensor, b: Tensor) -> Tensor:
+    """Gradients of a norm at single positions, its parameters behind one another: `[n, s, m, p]`."""
+    return torch.cat([b * a[:, :, None] if kind == "weight" else b for kind in owner.names], -1)
+
+
+def summed(owner: Owner, a: Tensor, b: Tensor) -> Tensor:
+    """Gradients of a norm, its parameters behind one another: `[n, m, p]`."""
+    found = {"bias": b.sum(1)} if "bias" in owner.names else {}
+    if "weight" in owner.names:
+        # Position by position, so that products of the size of `b` are not written.
+        found["weight"] = b[:, 0] * a[:, 0, None]
+        for s in range(1, b.shape[1]):
+            found["weight"].addcmul_(b[:, s], a[:, s, None])
+    return torch.cat([found[kind] for kind in owner.names], -1)
+
+
+def apart(owner: Owner, a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the gradients of single positions, `[n, s·m, s·m]`: behind the last place where positions mix."""
+    if owner.norm:
+        return products(at_positions(owner, a, b).flatten(1, 2), True)
+    y, m = b.flatten(1, 2), b.shape[2]
+    return _spread(y @ y.mT, m).mul_(kernel(owner, a)[:, :, None, :, None]).view(len(y), y.shape[1], y.shape[1])
+
+
 def gram(heard: list[tuple[Owner, Tensor]], b: Tensor, full: bool) -> Tensor:
     """Inner products of per-sample gradients between basis elements, `[n, m, m]`, or their squares `[n, m]`.
 
-    heard: layers that have these cotangents in common, each with its inputs.
+    heard: layers, none of them norms, that have these cotangents in common, each with its inputs.
     """
     n, s, m, o = b.shape
     found = b.new_zeros((n, m, m) if full else (n, m))
     between = None
     for owner, a in heard:
         linear = isinstance(owner.layer, nn.Linear) and "weight" in owner.names
-        if owner.norm:
-            found += _products(torch.cat([part.sum(1) for part in _norm_parts(owner, a, b)], -1), full)
-        elif linear and s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:
+        if linear and s * (a.shape[-1] + o) > 4 * a.shape[-1] * o:
             # Long sequences through a narrow layer: the gradients themselves are smaller than what their products need.
             each = (b.flatten(2).mT @ a).view(n, m, -1)
-            found += _products(torch.cat([each, b.sum(1)], -1) if "bias" in owner.names else each, full)
+            found += products(torch.cat([each, b.sum(1)], -1) if "bias" in owner.names else each, full)
         else:
             between = kernel(owner, a) if between is None else between + kernel(owner, a)
     if between is None:
@@ -142,7 +168,7 @@ def gram(heard: list[tuple[Owner, Tensor]], b: Tensor, full: bool) -> Tensor:
     if not full:
         for i in range(m):
             y = b[:, :, i]
-            found[:, i] += ((y @ y.mT).mul_(between)).sum((1, 2))
+            found[:, i] += (y @ y.mT).mul_(between).sum((1, 2))
     elif m <= s:
         y = b.flatten(1, 2)
         found += _spread(y @ y.mT, m).mul_(between[:, :, None, :, None]).sum((1, 3))
@@ -153,15 +179,12 @@ def gram(heard: list[tuple[Owner, Tensor]], b: Tensor, full: bool) -> Tensor:
     return found
 
 
-def _norm_parts(owner: Owner, x: Tensor, b: Tensor) -> list[Tensor]:
-    return [b * x[:, :, None] if kind == "weight" else b for kind in owner.names]
+def products(x: Tensor, full: bool) -> Tensor:
+    """Inner products `[n, m, m]` of vectors `[n, m, p]`, or their squares `[n, m]`."""
+    return x @ x.mT if full else x.square().sum(-1)
 
 
 def _spread(products: Tensor, m: int) -> Tensor:
     """`[n, s·m, s·m]` → `[n, s, m, s, m]`."""
     n, size, _ = products.shape
     return products.view(n, size // m, m, size // m, m)
-
-
-def _products(x: Tensor, full: bool) -> Tensor:
-    return x @ x.mT if full else x.square().sum(-1)

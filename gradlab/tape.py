@@ -1,8 +1,8 @@
 """A pass through a language model, played back for the gradients of many estimators at once.
 
 A sample's gradient is a sum of shares of cotangents of the logits: the score of its tokens and, where a vocabulary kernel is in
-use, that kernel's slope. What differs between estimators are the shares. They are applied where the least work follows: before
-the backward pass, one cotangent per estimator, or, where the tokens are far fewer, behind it, to the gradients of single tokens.
+use, that kernel's slope. What differs between estimators are the shares. They are applied where the fewest cotangents go back:
+before the pass, one per estimator, or, where the tokens are fewer, behind it, to the gradients of single tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gradlab.policies.transformer import Transformer
 
 @dataclass(frozen=True)
 class Pulled:
-    """`total` `[e, p]`: weighted sum of the gradients. `square` `[units, e]`: squared norm of every unit's gradient.
+    """`sums` `[e, …]` of weighted gradients for every parameter, and `square` `[units, e]`: squared norm of every unit's gradient.
 
     A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
     """
 
-    total: Tensor
+    sums: dict[str, Tensor]
     square: Tensor
     inner: Tensor | None = None
 
@@ -107,40 +107,45 @@ class Tape:
     def pull(self, batch: Gradients, rows: Tensor, weight: Tensor, unit: int = 1, pairs: bool = False) -> Pulled:
         """Pull back these rows of a batch, in the order of the tape's ids; arguments as in `pull`."""
         kinds, shares = kinds_of(batch, rows)
-        alpha = shares.to(self._raw).permute(2, 3, 0, 1)
+        alpha = shares.to(self._raw).permute(2, 3, 0, 1).contiguous()
         n, t, e, k = alpha.shape
         m, units = t * k, n // unit
         # Shares of tokens and kinds, those of a unit's responses behind one another.
         share = alpha.view(units, unit * t, e, k).transpose(1, 2).flatten(2)
-        mass, offsets = weight[rows].to(self._raw)[:, None], _offsets(self.policy)
-        by_token = unit == 1 and far_fewer(m, e)
+        mass = weight[rows].to(self._raw)[:, None]
+        by_token = unit == 1 and m < e
         # Products between tokens serve all estimators, but there may be more of them than of estimators with themselves.
-        few = by_token and (pairs or m * (m + 1) // 2 <= e)
-        total = self._zeros(e, len(self.policy.parameters))
+        few = by_token and (pairs or m * m <= 3 * e)
+        sums: dict[str, Tensor] = {}
         of_tokens = self._zeros(units, m * unit, m * unit)
         found = self._zeros(units, *(2 if pairs else 1) * [e])
 
-        def add(name: str, a: Tensor, b: Tensor) -> None:
-            owner = self._owners[name]
-            for kind, piece in layers.totals(owner, a, b, mass).items():
-                start = offsets[owner.names[kind]]
-                total[:, start : start + piece[0].numel()] += piece.flatten(1)
-
         def hear_tail(heard: dict[str, Tensor], b: Tensor) -> None:
-            for name, a in self._trainable(heard).items():
-                add(name, a, _applied(alpha, b))
-                of_tokens.add_(layers.apart(self._owners[name], *_united(unit, a, b)))
+            for owner, a in self._trainable(heard):
+                if owner.norm:
+                    at = layers.at_positions(owner, a, b).flatten(0, 2)
+                    sums.update(owner.split((mass[..., None, None] * alpha).transpose(2, 3).flatten(0, 2).T @ at))
+                else:
+                    sums.update(layers.sums(owner, a, _applied(alpha, b), mass))
+                of_tokens.add_(layers.apart(owner, *_united(unit, a, b)))
 
         def hear_stem(heard: dict[str, Tensor], b: Tensor) -> None:
             mine = self._trainable(heard)
-            if not mine:
+            if any(owner.norm for owner, _ in mine):
+                ((owner, a),) = mine
+                own = layers.summed(owner, a, b)
+                each = share @ own if by_token else own
+                sums.update(owner.split((mass[..., None] * each).sum(0)))
+                gram = layers.products((own if few else each).unflatten(0, (units, unit)).sum(1), few or pairs)
+            elif mine:
+                if by_token and not few:
+                    b = share[:, None] @ b
+                for owner, a in mine:
+                    sums.update(layers.sums(owner, a, b, mass, share if few else None))
+                gram = layers.gram([(owner, *_united(unit, a)) for owner, a in mine], *_united(unit, b), few or pairs)
+            else:
                 return
-            each = share[:, None] @ b if by_token else b
-            for name, a in mine.items():
-                add(name, a, each)
-            (united,) = _united(unit, b if few else each)
-            owned = [(self._owners[name], *_united(unit, a)) for name, a in mine.items()]
-            (of_tokens if few else found).add_(layers.gram(owned, united, few or pairs))
+            (of_tokens if few else found).add_(gram)
 
         with torch.no_grad():
             ends = self._played.tail(self._of_raw(kinds), hear_tail)
@@ -149,8 +154,8 @@ class Tape:
             wide = share.double()
             along = wide @ of_tokens
             found += along @ wide.mT if pairs else (along * wide).sum(-1)
-        total, found = total.cpu(), found.cpu()
-        return Pulled(total, found.diagonal(dim1=-2, dim2=-1), found) if pairs else Pulled(total, found)
+        found = found.cpu()
+        return Pulled(sums, found.diagonal(dim1=-2, dim2=-1), found) if pairs else Pulled(sums, found)
 
     def gram(self) -> Tensor:
         """Inner products of the gradients of all logits along a sequence, `[n, t·v, t·v]`, float64."""
@@ -158,19 +163,24 @@ class Tape:
         found = self._zeros(n, t * v, t * v)
 
         def hear_tail(heard: dict[str, Tensor], b: Tensor) -> None:
-            for name, a in self._trainable(heard).items():
-                found.add_(layers.apart(self._owners[name], a, b))
+            for owner, a in self._trainable(heard):
+                found.add_(layers.apart(owner, a, b))
 
         def hear_stem(heard: dict[str, Tensor], b: Tensor) -> None:
-            found.add_(layers.gram([(self._owners[name], a) for name, a in self._trainable(heard).items()], b, True))
+            mine = self._trainable(heard)
+            if any(owner.norm for owner, _ in mine):
+                ((owner, a),) = mine
+                found.add_(layers.products(layers.summed(owner, a, b), True))
+            elif mine:
+                found.add_(layers.gram([(owner, a) for owner, a in mine], b, True))
 
         with torch.no_grad():
             ends = self._played.tail(self._of_raw([each.expand(n, t, v) for each in torch.eye(v)]), hear_tail)
             self._played.stem([_applied(self._each_token(t * v), end) for end in ends], hear_stem)
         return found.cpu()
 
-    def _trainable(self, heard: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: a for name, a in heard.items() if name in self._owners}
+    def _trainable(self, heard: dict[str, Tensor]) -> list[tuple[layers.Owner, Tensor]]:
+        return [(self._owners[name], a) for name, a in heard.items() if name in self._owners]
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self._raw.device)
@@ -183,7 +193,7 @@ class Tape:
 
     def _each_token(self, m: int) -> Tensor:
         """Shares `[t, m, k]` of a basis of single tokens and kinds."""
-        return torch.eye(m).to(self._raw).view(self.length, -1, m).mT
+        return torch.eye(m).to(self._raw).view(self.length, -1, m).mT.contiguous()
 
 
 def _is_small(policy: LanguageModel) -> bool:
@@ -194,15 +204,10 @@ def _is_small(policy: LanguageModel) -> bool:
 # ---- the basis ----------------------------------------------------------------------------------------------------------
 
 
-def far_fewer(m: int, e: int) -> bool:
-    """Whether `m` tokens and kinds are a better basis than `e` estimators, given what it takes to mix them behind the pass."""
-    return 2 * m <= e
-
-
 def basis_size(batch: Gradients) -> int:
-    """Size of the basis: estimators, or kinds and tokens where these are far fewer."""
-    e, m = len(batch.score), (1 + len(batch.direct) + len(batch.cotangents)) * batch.score.shape[2]
-    return m if far_fewer(m, e) else e
+    """Size of the basis: estimators, or kinds and tokens where these are fewer."""
+    kinds = 1 + len(batch.direct) + len(batch.cotangents)
+    return min(len(batch.score), kinds * batch.score.shape[2])
 
 
 def kinds_of(batch: Gradients, rows: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -242,11 +247,3 @@ def _applied(mixing: Tensor, b: Tensor) -> Tensor:
 def _united(unit: int, *tensors: Tensor) -> list[Tensor]:
     """Responses of a unit behind one another, as if they were one: `[n, s, …]` → `[n/unit, unit·s, …]`."""
     return [x.reshape(len(x) // unit, -1, *x.shape[2:]) for x in tensors]
-
-
-def _offsets(policy: LanguageModel) -> dict[str, int]:
-    """Where each parameter starts in the flat vector."""
-    offsets, start = {}, 0
-    for name, weight in policy.weights.items():
-        offsets[name], start = start, start + weight.numel()
-    return offsets

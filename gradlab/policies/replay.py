@@ -30,12 +30,14 @@ class Normed:
     scale: Tensor
     weight: Tensor
 
-    def back(self, cotangent: Tensor) -> Tensor:
-        """From the cotangents of the output, `[n, s, m, d]`, to those of the input."""
-        z = self.z[:, :, None]
-        c = cotangent * self.weight
-        along = (c * z).mean(-1, keepdim=True)
-        return (c - c.mean(-1, keepdim=True)).addcmul_(z, along, value=-1).mul_(self.scale[:, :, None])
+    def back_(self, cotangent: Tensor) -> Tensor:
+        """From the cotangents of the output, `[n, s, m, d]`, to those of the input, in their place."""
+        n, s, m, d = cotangent.shape
+        inward = self.scale * self.weight
+        along = cotangent.view(n * s, m, d) @ (self.z * inward / -d).view(n * s, d, 1)
+        mean = (cotangent @ (self.weight / -d)).mul_(self.scale)
+        cotangent.mul_(inward[:, :, None]).addcmul_(self.z[:, :, None], along.view(n, s, m, 1))
+        return cotangent.add_(mean[..., None])
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,19 @@ class Attended:
 
     def back(self, cotangent: Tensor) -> Tensor:
         """From the cotangents of what was read, `[n, t, m, h·d]`, to those of queries, keys and values, `[n, s, m, 3·h·d]`."""
-        n, t, m, _ = cotangent.shape
+        n, t, m, width = cotangent.shape
         _, h, s, d = self.k.shape
-        read = cotangent.view(n, t, m, h, d).permute(0, 3, 1, 2, 4).contiguous().view(n * h, t * m, d)
-        share = self.p[:, :, :, None]
         q, k, v, p = (x.flatten(0, 1) for x in (self.q, self.k, self.v, self.p))
-        along = (read @ v.mT).view(n, h, t, m, s) * share
-        score = along.addcmul_(share, along.sum(-1, keepdim=True), value=-1).view(n * h, t * m, s)
+        read = cotangent.view(n, t, m, h, d).permute(0, 3, 1, 2, 4).contiguous().view(n * h, t * m, d)
+        share = p[:, :, None]
+        score = (read @ v.mT).view(n * h, t, m, s).mul_(share)
+        score.addcmul_(share, score.sum(-1, keepdim=True), value=-1)
         found = cotangent.new_empty(n, s, m, 3, h, d)
         found[:, : s - t, :, 0] = 0
-        found[:, s - t :, :, 0] = (score @ k).view(n, h, t, m, d).permute(0, 2, 3, 1, 4)
+        found[:, s - t :, :, 0] = (score.view(n * h, t * m, s) @ k).view(n, h, t, m, d).permute(0, 2, 3, 1, 4)
         found[:, :, :, 1] = (score.view(n * h, t, m * s).mT @ q).view(n, h, m, s, d).permute(0, 3, 2, 1, 4)
         found[:, :, :, 2] = (p.mT @ read.view(n * h, t, m * d)).view(n, h, s, m, d).permute(0, 2, 3, 1, 4)
-        return found.view(n, s, m, 3 * h * d)
+        return found.view(n, s, m, 3 * width)
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,16 @@ class Replay:
         q, k, v = self._linear(f"{block}.qkv", normed).view(n, s, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         q, k, v = q[:, :, s - t :] * q.shape[-1] ** -0.5, k.contiguous(), v.contiguous()
         later = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)[s - t :]
-        p = (q @ k.mT).masked_fill_(later, -torch.inf).softmax(-1)
+        # Not `softmax`, which is slow on rows as short as these.
+        score = (q @ k.mT).masked_fill_(later, -torch.inf)
+        p = score.sub_(score.amax(-1, keepdim=True)).exp_()
+        p /= p.sum(-1, keepdim=True)
         self._attended.append(Attended(norm, normed, q, k * q.shape[-1] ** -0.5, v, p))
         read = (p @ v).transpose(1, 2).reshape(n, t, width)
         x = x[:, s - t :] + self._linear(f"{block}.out", read)
         norm, normed = self._normalise(f"{block}.norm2", x)
         before = self._linear(f"{block}.up", normed)
-        slope = torch.ops.aten.gelu_backward(torch.ones_like(before), before)
+        slope = torch.ops.aten.gelu_backward(before.new_ones(()).expand_as(before), before)
         self._fed.append(Fed(read, norm, normed, slope, F.gelu(before)))
         return x + self._linear(f"{block}.down", self._fed[-1].active)
 
@@ -138,13 +143,13 @@ class Replay:
 
     def _through_norm(self, layer: str, norm: Normed, cotangent: Tensor, hear: Hear) -> Tensor:
         hear({layer: norm.z}, cotangent)
-        return norm.back(cotangent)
+        return norm.back_(cotangent)
 
     def _through_feed(self, i: int, stream: Tensor, hear: Hear) -> list[Tensor]:
         block, fed = f"blocks.{i}", self._fed[i]
         hear({f"{block}.down": fed.active}, stream)
         cotangent = (stream @ self._of(f"{block}.down")).mul_(fed.slope[:, :, None])
         hear({f"{block}.up": fed.normed}, cotangent)
-        stream = self._through_norm(f"{block}.norm2", fed.norm, cotangent @ self._of(f"{block}.up"), hear) + stream
+        stream = self._through_norm(f"{block}.norm2", fed.norm, cotangent @ self._of(f"{block}.up"), hear).add_(stream)
         hear({f"{block}.out": fed.read}, stream)
         return [stream, stream @ self._of(f"{block}.out")]
