@@ -20,10 +20,12 @@ from torch import Tensor
 from gradlab.layers import owners
 from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
-from gradlab.tape import Tape, basis_size, kinds_of, weighted
+from gradlab.tape import Tape, abreast, is_small, kinds_of, weighted
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
 PASS_BYTES = 2**28
+#: The largest block that glibc learns to keep, in bytes.
+LARGEST_KEPT = 2**25 - 2**16
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,16 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
         raise ValueError(
             "parameter-space gradients need a rollout of a language model: this one does not say which prompts it answers"
         )
+    # Blocks as large as those of a pass come and go all the time. What the C library of Linux keeps instead of handing it back to
+    # the system, to be cleared page by page at the next use, grows with the largest block it has seen go: let it see one.
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
     n, t = rollout.tokens.shape
     e = len(batch.score)
-    size = unit * even(n // unit, chunk(policy, basis_size(batch) if unit == 1 else e, t, unit))
+    size = unit * even(n // unit, chunk(policy, abreast(batch) if unit == 1 else e, t, unit))
     total = torch.zeros(e, len(policy.parameters), dtype=torch.float64)
-    places = dict(zip(policy.weights, total.split([weight.numel() for weight in policy.weights.values()], 1), strict=True))
+    places = dict(
+        zip(policy.weights, torch.split(total, [weight.numel() for weight in policy.weights.values()], 1), strict=True)
+    )
     square = torch.zeros(n // unit, e, dtype=torch.float64)
     inner = torch.zeros(n // unit, e, e, dtype=torch.float64) if pairs else None
     for start in range(0, n, size):
@@ -66,7 +73,7 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
             found = Tape(policy, ids, t).pull(batch, rows + start, weight, unit, pairs)
             units = (rows[::unit] + start) // unit
             for name, each in found.sums.items():
-                places[name].unflatten(1, each.shape[1:]).add_(each.cpu())
+                places[name].view(each.shape).add_(each.cpu())
             square[units] = found.square
             if inner is not None and found.inner is not None:
                 inner[units] = found.inner
@@ -79,7 +86,7 @@ def sums(policy: LanguageModel) -> Pull:
     def both(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, t = batch.rollout.tokens.shape
         sequences = len(policy.prompts) * policy.vocab ** (t - 1)
-        if policy in _GRAMS or sequences * t * policy.vocab < n * basis_size(batch):
+        if policy in _GRAMS or sequences * t * policy.vocab < n * abreast(batch):
             return means(policy, batch.mean(weight)), weight @ squares(policy, batch)
         found = pull(policy, batch, weight)
         return found.total, weight @ found.square
@@ -136,11 +143,18 @@ def logit_gram(policy: LanguageModel) -> Tensor:
 
 
 def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
-    """How many units of responses of `length` tokens one recorded pass may hold within `PASS_BYTES`."""
-    widths = sum(sum(owner.layer.weight.shape) for owner in owners(policy).values())  # type: ignore[misc, arg-type]
+    """How many units of responses of `length` tokens one pass may hold within `PASS_BYTES`."""
+    widths = [sum(owner.layer.weight.shape) for owner in owners(policy).values()]  # type: ignore[arg-type]
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
-    width = policy.vocab * length * unit
-    return max(1, int(PASS_BYTES // (8 * (passes + 2) * (widths * positions + 4 * width))))
+    # A replay holds the cotangents of one layer at a time, and what becomes of them; a recording those of all layers.
+    cotangents = 3 * max(widths) if is_small(policy) else sum(widths)
+    return max(
+        1,
+        int(
+            PASS_BYTES
+            // (8 * (positions * (2 * sum(widths) + passes * cotangents) + 4 * passes * policy.vocab * length * unit))
+        ),
+    )
 
 
 def even(n: int, most: int) -> int:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from gradlab.policies import LanguageModel
 
-
 #: Sequences whose cotangents are mixed at a time.
 MIXED = 32
 
@@ -103,7 +102,7 @@ def sums(owner: Owner, a: Tensor, b: Tensor, weight: Tensor, share: Tensor | Non
     else:
         both = b.new_zeros(inputs.shape[1], e * o)
         # What is mixed is used at once, while it is in the processor's cache.
-        for x, y, own in zip(*(each.split(MIXED) for each in (inputs.view(n, s, -1), b, share)), strict=True):
+        for x, y, own in zip(*(torch.split(each, MIXED) for each in (inputs.view(n, s, -1), b, share)), strict=True):
             both.addmm_(x.flatten(0, 1).T, (own[:, None] @ y).flatten(2).flatten(0, 1))
     each = both.view(-1, e, o)
     found = {"weight": each[:-1].permute(1, 2, 0), "bias": each[-1]}
@@ -171,7 +170,7 @@ def gram(heard: list[tuple[Owner, Tensor]], b: Tensor, full: bool) -> Tensor:
             found[:, i] += (y @ y.mT).mul_(between).sum((1, 2))
     elif m <= s:
         y = b.flatten(1, 2)
-        found += _spread(y @ y.mT, m).mul_(between[:, :, None, :, None]).sum((1, 3))
+        found += torch.einsum("nsmuk,nsu->nmk", _spread(y @ y.mT, m), between)
     else:
         # Many at once: kernel times vectors, then one product of all with all.
         y, z = (x.view(n, s, m, o).transpose(1, 2).flatten(2) for x in (b, between @ b.flatten(2)))

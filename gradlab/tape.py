@@ -73,8 +73,7 @@ class Recording:
         """Carry cotangents of the logits, `[n, t, m, v]`, to all layers, one after the other."""
         outputs = [output for _, output in self._seen.values()]
         passes = [
-            torch.autograd.grad(self.logits, outputs, seed, retain_graph=True, allow_unused=True)
-            for seed in ends[0].unbind(2)
+            torch.autograd.grad(self.logits, outputs, seed, retain_graph=True, allow_unused=True) for seed in ends[0].unbind(2)
         ]
         silent = outputs[0].shape[1] - self.logits.shape[1]
         for (name, (a, output)), each in zip(self._seen.items(), zip(*passes, strict=True), strict=True):
@@ -92,7 +91,7 @@ class Tape:
         self._owners = layers.owners(policy)
         self._played = (
             Replay(policy.model, policy.current, ids.to(policy.device), length)
-            if _is_small(policy)
+            if isinstance(policy.model, Transformer) and is_small(policy)
             else Recording(policy, self._owners, ids, length)
         )
         with torch.enable_grad():
@@ -113,9 +112,8 @@ class Tape:
         # Shares of tokens and kinds, those of a unit's responses behind one another.
         share = alpha.view(units, unit * t, e, k).transpose(1, 2).flatten(2)
         mass = weight[rows].to(self._raw)[:, None]
-        by_token = unit == 1 and m < e
-        # Products between tokens serve all estimators, but there may be more of them than of estimators with themselves.
-        few = by_token and (pairs or m * m <= 3 * e)
+        by_token, few = _basis(m, e) if unit == 1 else (False, False)
+        few |= by_token and pairs
         sums: dict[str, Tensor] = {}
         of_tokens = self._zeros(units, m * unit, m * unit)
         found = self._zeros(units, *(2 if pairs else 1) * [e])
@@ -127,7 +125,7 @@ class Tape:
                     sums.update(owner.split((mass[..., None, None] * alpha).transpose(2, 3).flatten(0, 2).T @ at))
                 else:
                     sums.update(layers.sums(owner, a, _applied(alpha, b), mass))
-                of_tokens.add_(layers.apart(owner, *_united(unit, a, b)))
+                of_tokens.add_(layers.apart(owner, _united(unit, a), _united(unit, b)))
 
         def hear_stem(heard: dict[str, Tensor], b: Tensor) -> None:
             mine = self._trainable(heard)
@@ -136,13 +134,13 @@ class Tape:
                 own = layers.summed(owner, a, b)
                 each = share @ own if by_token else own
                 sums.update(owner.split((mass[..., None] * each).sum(0)))
-                gram = layers.products((own if few else each).unflatten(0, (units, unit)).sum(1), few or pairs)
+                gram = layers.products((own if few else each).view(units, unit, -1, own.shape[-1]).sum(1), few or pairs)
             elif mine:
                 if by_token and not few:
                     b = share[:, None] @ b
                 for owner, a in mine:
                     sums.update(layers.sums(owner, a, b, mass, share if few else None))
-                gram = layers.gram([(owner, *_united(unit, a)) for owner, a in mine], *_united(unit, b), few or pairs)
+                gram = layers.gram([(owner, _united(unit, a)) for owner, a in mine], _united(unit, b), few or pairs)
             else:
                 return
             (of_tokens if few else found).add_(gram)
@@ -196,7 +194,7 @@ class Tape:
         return torch.eye(m).to(self._raw).view(self.length, -1, m).mT.contiguous()
 
 
-def _is_small(policy: LanguageModel) -> bool:
+def is_small(policy: LanguageModel) -> bool:
     """Whether the network is our own and nothing was put around it, so that its way back is known."""
     return type(policy.model) is Transformer and policy.trunk is None and type(policy).network is LanguageModel.network
 
@@ -204,10 +202,16 @@ def _is_small(policy: LanguageModel) -> bool:
 # ---- the basis ----------------------------------------------------------------------------------------------------------
 
 
-def basis_size(batch: Gradients) -> int:
-    """Size of the basis: estimators, or kinds and tokens where these are fewer."""
-    kinds = 1 + len(batch.direct) + len(batch.cotangents)
-    return min(len(batch.score), kinds * batch.score.shape[2])
+def _basis(m: int, e: int) -> tuple[bool, bool]:
+    """Whether `m` tokens and kinds are the basis rather than `e` estimators, and whether products between them serve all
+    estimators: there may be so many that those of estimators with themselves are less work."""  # fmt: skip
+    return m < e, m < e and m * m <= 3 * e
+
+
+def abreast(batch: Gradients) -> int:
+    """Cotangents that lie side by side in a pass: of tokens and kinds, or of estimators."""
+    e, m = len(batch.score), (1 + len(batch.direct) + len(batch.cotangents)) * batch.score.shape[2]
+    return m if all(_basis(m, e)) else e
 
 
 def kinds_of(batch: Gradients, rows: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -244,6 +248,6 @@ def _applied(mixing: Tensor, b: Tensor) -> Tensor:
     return mixing * b if b.shape[2] == 1 else mixing @ b
 
 
-def _united(unit: int, *tensors: Tensor) -> list[Tensor]:
+def _united(unit: int, x: Tensor) -> Tensor:
     """Responses of a unit behind one another, as if they were one: `[n, s, …]` → `[n/unit, unit·s, …]`."""
-    return [x.reshape(len(x) // unit, -1, *x.shape[2:]) for x in tensors]
+    return x.reshape(len(x) // unit, -1, *x.shape[2:])

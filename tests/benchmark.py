@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import exact, tape
+from gradlab import backprop, exact
 from gradlab.moments import gradients
 from gradlab.policies import LanguageModel, Tree
 from gradlab.policies.small import TASKS
@@ -38,6 +38,18 @@ def seconds(function: Callable[[], object], repeat: int = 7, at_least: float = 0
     return statistics.median(runs)
 
 
+def against(floor: Callable[[], object], function: Callable[[], object], rounds: int = 15) -> float:
+    """Median ratio of one call to a call of the floor just before it: what slows the machine slows both."""
+    runs = []
+    for _ in range(rounds + 1):
+        times = [time.perf_counter()]
+        for each in (floor, function):
+            each()
+            times.append(time.perf_counter())
+        runs.append((times[2] - times[1]) / (times[1] - times[0]))
+    return statistics.median(runs[1:])
+
+
 def enumerated_reverse_kl(policy: Tree, reference: Tree) -> Callable[[], torch.Tensor]:
     """The floor: enumerate, then one forward and backward pass of `Σ_y π(y) S(y)`, written as plainly as possible."""
 
@@ -53,7 +65,7 @@ def enumerated_reverse_kl(policy: Tree, reference: Tree) -> Callable[[], torch.T
     return forward_backward
 
 
-def language_model(length: int, prompt: int, batch: int = 256) -> None:
+def language_model(length: int, prompt: int, batch: int) -> None:
     """Parameter-space means and norms of six estimators, relative to one ordinary forward and backward pass of the batch."""
     names = ["k1-loss", "k2-loss", "k3-loss", "k1-reward-to-go", "k2-loss-sequence", "k3-both"]
     made = [initial(TASKS["names"], np.random.default_rng(seed)) for seed in (0, 1)]
@@ -64,7 +76,7 @@ def language_model(length: int, prompt: int, batch: int = 256) -> None:
     scenario, weight = gl.Scenario(policy, reference), torch.full((batch,), 1 / batch, dtype=torch.float64)
     answers = policy.sample(batch, np.random.default_rng(0))
     found = gradients([gl.ESTIMATORS[name] for name in names], gl.Rollout.answered(scenario, *answers, weight))
-    ((rows, ids),) = policy.sequences(*answers[:2])
+    ((_, ids),) = policy.sequences(*answers[:2])
     parameters = dict(policy.model.named_parameters())
 
     def ordinary() -> None:
@@ -83,13 +95,12 @@ def language_model(length: int, prompt: int, batch: int = 256) -> None:
             flat = torch.cat([part.flatten(1) for part in parts.values()], 1)
             flat.mean(0), flat.square().sum(-1)
 
-    floor = seconds(ordinary)
     what = f"{len(policy.parameters):,} parameters, {batch} responses, T = {length}"
-    line(f"ordinary forward+backward: {what} (the floor)", 1e3 * floor, "ms", "")
+    line(f"ordinary forward+backward: {what} (the floor)", 1e3 * seconds(ordinary), "ms", "")
     for label, pairs, aim in (("means and norms", False, {4: 3, 16: 4.5}[length]), ("and all inner products", True, None)):
-        taken = seconds(lambda p=pairs: tape.Tape(policy, ids, length).pull(found, rows, weight, pairs=p), repeat=3)
-        line(f"  six estimators, {label}", taken / floor, "x", f"(aim: at most {aim})" if aim else "")
-    line("  six estimators by vmap(grad)", seconds(each_sample, repeat=3) / floor, "x", "")
+        taken = against(ordinary, partial(backprop.pull, policy, found, weight, pairs=pairs))
+        line(f"  six estimators, {label}", taken, "x", f"(aim: at most {aim})" if aim else "")
+    line("  six estimators by vmap(grad)", against(ordinary, each_sample, 5), "x", "")
 
 
 def line(what: str, value: float, unit: str, aim: str) -> None:
@@ -133,8 +144,9 @@ def main() -> None:
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     line("peak memory of 200,000 drawn responses relative to 20,000", peaks[1] / peaks[0], "x", "(aim: 1)")
 
-    language_model(4, 6)
-    language_model(16, 1)
+    for batch in (256, 1024):
+        language_model(4, 6, batch)
+        language_model(16, 1, batch)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ class LanguageModel:
         lengths = torch.tensor([len(prompt) for prompt in self.prompts])[prompts]
         for size in sorted(set(lengths.tolist())):
             rows = torch.nonzero(lengths == size)[:, 0]
-            given = torch.tensor([[int(i) for i in self.prompts[p]] for p in prompts[rows].tolist()])
+            asked, which = torch.unique(prompts[rows], return_inverse=True)
+            given = torch.tensor([[int(i) for i in self.prompts[p]] for p in asked.tolist()])[which]
             chosen = getattr(self, "_chosen", None)
             said = tokens[rows, :-1] if chosen is None else chosen[tokens[rows, :-1]]
             yield rows, torch.cat([given, said], -1)

@@ -42,7 +42,7 @@ class Normed:
 
 @dataclass(frozen=True)
 class Attended:
-    """Attention of the last `t` positions: scaled queries `[n, h, t, d]`, scaled keys and values `[n, h, s, d]`, and their shares `[n, h, t, s]`."""
+    """Attention of the last `t` positions: queries and keys, scaled, and values, `[n, h, t or s, d]`; their shares `[n, h, t, s]`."""
 
     norm: Normed
     normed: Tensor
@@ -120,14 +120,16 @@ class Replay:
         x = x[:, s - t :] + self._linear(f"{block}.out", read)
         norm, normed = self._normalise(f"{block}.norm2", x)
         before = self._linear(f"{block}.up", normed)
-        slope = torch.ops.aten.gelu_backward(before.new_ones(()).expand_as(before), before)
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(before), before)
         self._fed.append(Fed(read, norm, normed, slope, F.gelu(before)))
         return x + self._linear(f"{block}.down", self._fed[-1].active)
 
     def tail(self, cotangent: Tensor, hear: Hear) -> list[Tensor]:
         """Carry cotangents of the logits, `[n, t, m, v]`, to where positions mix: those of the stream and of what was read there."""
         hear({"head": self._normed}, cotangent)
-        return self._through_feed(len(self._fed) - 1, self._through_norm("norm", self._norm, cotangent @ self._of("head"), hear), hear)
+        return self._through_feed(
+            len(self._fed) - 1, self._through_norm("norm", self._norm, cotangent @ self._of("head"), hear), hear
+        )
 
     def stem(self, ends: list[Tensor], hear: Hear) -> None:
         """Carry what `tail` returned to the embeddings."""
