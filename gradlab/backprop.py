@@ -20,7 +20,7 @@ from torch import Tensor
 from gradlab.layers import owners
 from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
-from gradlab.tape import Tape, abreast, is_small, kinds_of, weighted
+from gradlab.tape import Tape, abreast, replayable, kinds_of, weighted
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
 PASS_BYTES = 2**28
@@ -147,7 +147,7 @@ def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int
     widths = [sum(owner.layer.weight.shape) for owner in owners(policy).values()]  # type: ignore[arg-type]
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
     # A replay holds the cotangents of one layer at a time, and what becomes of them; a recording those of all layers.
-    cotangents = 3 * max(widths) if is_small(policy) else sum(widths)
+    cotangents = 3 * max(widths) if replayable(policy) else sum(widths)
     return max(
         1,
         int(

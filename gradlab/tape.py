@@ -91,7 +91,7 @@ class Tape:
         self._owners = layers.owners(policy)
         self._played = (
             Replay(policy.model, policy.current, ids.to(policy.device), length)
-            if isinstance(policy.model, Transformer) and is_small(policy)
+            if isinstance(policy.model, Transformer) and replayable(policy)
             else Recording(policy, self._owners, ids, length)
         )
         with torch.enable_grad():
@@ -194,7 +194,7 @@ class Tape:
         return torch.eye(m).to(self._raw).view(self.length, -1, m).mT.contiguous()
 
 
-def is_small(policy: LanguageModel) -> bool:
+def replayable(policy: LanguageModel) -> bool:
     """Whether the network is our own and nothing was put around it, so that its way back is known."""
     return type(policy.model) is Transformer and policy.trunk is None and type(policy).network is LanguageModel.network
 

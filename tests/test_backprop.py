@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import backprop, layers
+from gradlab import backprop, layers, tape
 from gradlab.moments import Gradients, gradients
 from gradlab.policies import LanguageModel
+from gradlab.policies.replay import Replay
 from gradlab.policies.transformer import Transformer
 from gradlab.rollout import Rollout
 
@@ -67,9 +68,11 @@ def oracle(policy: LanguageModel, batch: Gradients) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("names", [NAMES[:1], NAMES, MANY], ids=["one", "by estimator", "by token"])
+@pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "recorded"])
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:4], NAMES, MANY], ids=["one", "by estimator", "mixed behind", "by token"])
 @pytest.mark.parametrize("trainable", [None, ["blocks.1.qkv.weight", "norm.bias", "token.weight", "blocks.0.up.bias"]])
-def test_totals_norms_and_inner_products_are_those_of_vmap_grad(scenario, names, trainable):
+def test_totals_norms_and_inner_products_are_those_of_vmap_grad(scenario, names, trainable, replayed, monkeypatch):
+    monkeypatch.setattr(tape, "replayable", lambda policy: replayed)
     policy = model(0, trainable=trainable)
     batch = gradients([gl.ESTIMATORS[name] for name in names], Rollout.enumerated(scenario))
     weight, full = batch.rollout.weight, oracle(policy, batch)
@@ -81,6 +84,52 @@ def test_totals_norms_and_inner_products_are_those_of_vmap_grad(scenario, names,
     alone = backprop.pull(policy, batch, weight)
     torch.testing.assert_close(alone.square, full.square().sum(-1), rtol=1e-10, atol=1e-10 * size)
     assert alone.inner is None
+
+
+class Twisted(Transformer):
+    """The same layers, put together in another way."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 0.5
+
+
+def test_only_the_network_whose_way_back_is_written_is_replayed(scenario):
+    twisted = network(0)
+    twisted.__class__ = Twisted
+    policy = LanguageModel(twisted, scenario.policy.prompts, 3, actions=[0, 2, 3, 5], eos=1, tolerance=1.0)
+    assert tape.replayable(scenario.policy)
+    assert not tape.replayable(policy)
+    batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(gl.Scenario(policy, scenario.reference)))
+    found, full = backprop.pull(policy, batch, batch.rollout.weight), oracle(policy, batch)
+    torch.testing.assert_close(found.square, full.square().sum(-1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_replay_has_the_logits_of_the_network_and_the_cotangents_of_autograd(layers, length):
+    """Every layer's cotangents, of the tail and of the stem, for three seeds abreast."""
+    rng = np.random.default_rng(0)
+    made = Transformer(5, 8, 12, layers, 3).double()
+    ids = torch.from_numpy(rng.integers(5, size=(7, 6)))
+    outputs: dict[str, Tensor] = {}
+    for name, layer in made.named_modules():
+        if isinstance(layer, nn.Linear | nn.Embedding | nn.LayerNorm):
+            layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+    logits = made(ids)[:, -length:]
+    played = Replay(made, dict(made.named_parameters()), ids, length)
+    torch.testing.assert_close(played.logits, logits.detach(), rtol=1e-12, atol=1e-12)
+    seeds, heard = torch.from_numpy(rng.standard_normal((7, length, 3, 5))), {}
+    played.stem(
+        played.tail(seeds, lambda a, b: heard.update(dict.fromkeys(a, b.clone()))),
+        lambda a, b: heard.update(dict.fromkeys(a, b.clone())),
+    )
+    assert set(heard) == set(outputs)
+    for k in range(3):
+        expected = torch.autograd.grad(logits, list(outputs.values()), seeds[:, :, k], retain_graph=True)
+        for name, each in zip(outputs, expected, strict=True):
+            s = heard[name].shape[1]
+            torch.testing.assert_close(heard[name][:, :, k], each[:, -s:], rtol=1e-10, atol=1e-12)
+            assert not each[:, :-s].any()
 
 
 def test_callables_and_parameters_that_were_swapped_in(scenario):
