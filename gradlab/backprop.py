@@ -20,7 +20,7 @@ from torch import Tensor
 from gradlab.layers import owners
 from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
-from gradlab.tape import Tape, abreast, replayable, kinds_of, weighted
+from gradlab.tape import Tape, abreast, kinds_of, replayable, weighted
 
 #: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
 PASS_BYTES = 2**28
