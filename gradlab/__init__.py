@@ -27,9 +27,11 @@ from gradlab import (
     policies,
     report,
     restoring,
+    runs,
     search,
     sequences,
     testing,
+    training,
 )
 from gradlab.audit import audit
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
@@ -42,6 +44,7 @@ from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tr
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
+from gradlab.training import train
 
 __all__ = [
     "CATALOGUE",
@@ -77,9 +80,12 @@ __all__ = [
     "policies",
     "report",
     "restoring",
+    "runs",
     "search",
     "sequences",
     "simplex",
     "testing",
+    "train",
+    "training",
     "values",
 ]

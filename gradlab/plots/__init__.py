@@ -17,6 +17,7 @@ from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers,
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
+from gradlab.plots.training import training_compared, training_runs
 from gradlab.plots.values import crossover, gradients, schulman
 
 __all__ = [
@@ -68,6 +69,8 @@ __all__ = [
     "tails",
     "token_ratios",
     "tokens",
+    "training_compared",
+    "training_runs",
     "truncation",
     "variance_map",
     "weaker",

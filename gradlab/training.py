@@ -1,0 +1,292 @@
+"""Optimisation runs: the same policy, reward and draws under each regulariser.
+
+A run is REINFORCE with the mean of the other responses of a group as baseline; with several epochs per batch the ratio to the
+policy that drew the data comes in, clipped as PPO clips it. A regulariser is added with its coefficient β:
+`g = −Σ_t min-clipped ρ_t A ∇log π_t + β ∇(surrogate)`. What it puts into the reward is worked out once per batch, at the policy
+that drew it, and takes part in ratio and clipping like the reward does; what it puts into the loss is worked out anew at every
+step. That is how frameworks do it, and with one epoch it is the estimator as it stands in the catalogue.
+
+Source: REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740; clipping, Schulman et al., arXiv 1707.06347.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gradlab import backprop
+from gradlab.coefficients import coefficients
+from gradlab.estimators import Estimator
+from gradlab.measure import by_name, one_thread
+from gradlab.moments import Gradients, Loss, cotangent, gradients
+from gradlab.names import check_name
+from gradlab.policies import LanguageModel, Policy
+from gradlab.policies.small import TASKS
+from gradlab.provenance import versions
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+
+#: The run without a regulariser, in frames.
+NONE = "none"
+#: Rewards `[n]` of the responses of a rollout.
+Reward = Callable[[Rollout], Tensor]
+
+COLUMNS: dict[str, str] = {
+    "estimator": "regulariser by its catalogue name, or none",
+    "coefficient": "β, nats of the regulariser against units of the reward; 0 without one",
+    "epochs": "optimiser steps per batch",
+    "seed": "number of the run; runs of one number share their draws",
+    "step": "batches so far",
+    "reward": "mean reward of fresh responses",
+    "kl": "KL(policy ‖ reference) of whole responses, nats: exact, or summed over the vocabulary at drawn prefixes",
+    "length": "mean number of tokens of a response",
+    "trace_cov": "tr Cov of a response's gradient with its group's baseline, squared units of the gradient",
+    "trace_cov_none": "the same at the same policy and responses without the regulariser",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs of a comparison have in common.
+
+    steps: batches. batch: responses in each; group: successive ones that answer one prompt. epochs: optimiser steps per batch.
+    rate: learning rate of Adam. clip: PPO's range `1 ± clip`, of use only with several epochs. look, watch: every `look` batches,
+    and at the end, reward and KL are measured on `watch` fresh responses.
+    Raises `ValueError` for numbers that are not positive and for batches that do not divide into groups of at least two.
+    """
+
+    steps: int = 200
+    batch: int = 64
+    group: int = 8
+    epochs: int = 1
+    rate: float = 1e-3
+    clip: float = 0.2
+    look: int = 20
+    watch: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.type == "int"
+            if isinstance(value, bool) or not (value > 0 and np.isfinite(value)) or (whole and value != int(value)):
+                raise ValueError(f"{field.name} must be a positive {'whole number' if whole else 'number'}, got {value!r}")
+        if self.group < 2 or self.batch % self.group or self.watch % self.group:
+            raise ValueError(
+                f"batch and watch are made of groups of at least 2 responses, each compared with the others of its group: "
+                f"got batch={self.batch}, watch={self.watch}, group={self.group}"
+            )
+
+
+def train(
+    policy: Policy,
+    reward: Reward,
+    regularisers: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
+    coefficients: float | Sequence[float] = 0.1,
+    *,
+    reference: Policy | None = None,
+    recipe: Recipe | None = None,
+    seeds: int = 4,
+    seed: int = 0,
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """Train a policy under each regulariser, with each coefficient, from each of `seeds` streams, and once without any.
+
+    reward: maps a rollout to one reward per response, `[n]`, e.g. `lambda rollout: (rollout.tokens[:, 0] == 2).double()`; for a
+    task that ships, `gl.training.task_reward("names", policy)`. reference: by default the policy as given. seed: entropy of all draws; runs
+    of one number share their random streams, so that comparisons between regularisers are paired.
+    Returns one row per run and look, see `COLUMNS`; the same bytes for any `jobs`.
+    Raises `ValueError` for a reward or a regulariser that does not give one finite number per response, for group baselines
+    (groups are the recipe's), and for coefficients that are negative or not finite.
+    """
+    recipe = recipe or Recipe()
+    named = by_name(regularisers)
+    grouped = [name for name, loss in named.items() if isinstance(loss, Estimator) and loss.grouped]
+    if grouped:
+        raise ValueError(f"a recipe has its own groups; regularisers with a group baseline cannot be trained with: {grouped}")
+    sizes = [float(c) for c in (coefficients if isinstance(coefficients, Sequence) else [coefficients])]
+    if not sizes or not all(np.isfinite(size) and size >= 0 for size in sizes):
+        raise ValueError(f"coefficients must be numbers from 0 on, got {sizes}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    kinds: list[tuple[str, Loss | None, float]] = [(NONE, None, 0.0)]
+    kinds += [(name, loss, size) for (name, loss), size in product(named.items(), sizes)]
+    start = Scenario(policy, reference or policy, name="start")
+    runs = list(product(kinds, range(seeds)))
+    tasks = (
+        joblib.delayed(_run)(start, reward, name, loss, size, recipe, seed, number)
+        for (name, loss, size), number in tqdm(runs, desc="train", unit="run", disable=None, delay=2)
+    )
+    rows = [row for part in joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(tasks) for row in part]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame.attrs.update(seed=seed, **versions())
+    return frame
+
+
+def task_reward(task: str, policy: LanguageModel) -> Reward:
+    """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0."""
+    check_name("task", task, TASKS)
+    return partial(_solved, task, policy)
+
+
+def _solved(task: str, policy: LanguageModel, rollout: Rollout) -> Tensor:
+    assert rollout.prompts is not None
+    return TASKS[task].reward(policy, rollout.prompts, rollout.tokens, rollout.mask)
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    start: Scenario, reward: Reward, name: str, loss: Loss | None, coefficient: float, recipe: Recipe, seed: int, number: int
+) -> list[dict[str, Any]]:
+    """Rows of one run. Draws of batches and of looks have streams of their own, so that looking changes nothing."""
+    drawing, looking = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(13, number, k))) for k in (0, 1))
+    rows = []
+    with one_thread():
+        for step, scenario in _steps(start, reward, loss, coefficient, recipe, drawing):
+            if step % recipe.look and step != recipe.steps:
+                continue
+            seen = _look(scenario, reward, loss, coefficient, recipe, looking)
+            rows.append(
+                {"estimator": name, "coefficient": coefficient, "epochs": recipe.epochs, "seed": number, "step": step, **seen}
+            )
+    return rows
+
+
+def _steps(
+    start: Scenario, reward: Reward, loss: Loss | None, coefficient: float, recipe: Recipe, rng: np.random.Generator
+) -> Iterator[tuple[int, Scenario]]:
+    """The policy before the first batch and after every one."""
+    theta = start.policy.parameters.detach().clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([theta], lr=recipe.rate)
+    scenario = start
+    yield 0, scenario
+    for step in range(1, recipe.steps + 1):
+        drawn = _draw(scenario, recipe.batch, recipe.group, rng)
+        advantages = _advantages(drawn, reward, recipe.group)
+        frozen = _in_reward(loss, drawn)
+        behaviour = scenario.policy
+        for epoch in range(recipe.epochs):
+            rollout = drawn if epoch == 0 else _again(replace(scenario, behaviour=behaviour), drawn)
+            batch = _gradients(rollout, advantages, loss, coefficient, frozen, recipe.clip)
+            with torch.no_grad():
+                theta.grad = _mean(scenario.policy, batch).to(theta)
+            optimiser.step()
+            scenario = replace(scenario, policy=start.policy.with_parameters(theta.detach().clone()))
+        yield step, scenario
+
+
+def _look(
+    scenario: Scenario, reward: Reward, loss: Loss | None, coefficient: float, recipe: Recipe, rng: np.random.Generator
+) -> dict[str, float]:
+    rollout = _draw(scenario, recipe.watch, recipe.group, rng)
+    rewards, advantages = _rewards(rollout, reward), _advantages(rollout, reward, recipe.group)
+    exact = not isinstance(scenario.policy, LanguageModel)
+    return {
+        "reward": float(rewards.mean()),
+        "kl": scenario.kl() if exact else float(rollout.divergence("full").sum(-1).mean()),
+        "length": float(rollout.lengths.mean()),
+        **{
+            column: _trace(
+                scenario.policy, _gradients(rollout, advantages, loss, size, _in_reward(loss, rollout), recipe.clip), recipe
+            )
+            for column, size in (("trace_cov", coefficient), ("trace_cov_none", 0.0))
+        },
+    }
+
+
+def _draw(scenario: Scenario, n: int, group: int, rng: np.random.Generator) -> Rollout:
+    """`n` responses of the policy itself, in groups to one prompt."""
+    if not isinstance(scenario.policy, LanguageModel):
+        return Rollout.drawn(scenario, n, rng)
+    return Rollout.answered(scenario, *scenario.policy.sample(n, rng, group), torch.full((n,), 1 / n, dtype=torch.float64))
+
+
+def _again(scenario: Scenario, drawn: Rollout) -> Rollout:
+    """The same responses at the policy as it is by now."""
+    if drawn.prompts is not None:
+        return Rollout.answered(scenario, drawn.prompts, drawn.tokens, drawn.mask, drawn.weight)
+    policy, behaviour = scenario.policy.table.detach(), scenario.sampler.table.detach()
+    return replace(drawn, table=policy, behaviour_table=behaviour)
+
+
+def _rewards(rollout: Rollout, reward: Reward) -> Tensor:
+    found = reward(rollout)
+    n = len(rollout.weight)
+    if not isinstance(found, Tensor) or found.shape != (n,) or not bool(torch.isfinite(found).all()):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"a reward gives one finite number per response, [{n}], got {shape}")
+    return found.double()
+
+
+def _advantages(rollout: Rollout, reward: Reward, group: int) -> Tensor:
+    """Reward less the mean of the other responses of the group, `[n]`."""
+    rewards = _rewards(rollout, reward).view(-1, group)
+    return (rewards - rewards.mean(1, keepdim=True)).flatten() * group / (group - 1)
+
+
+def _in_reward(loss: Loss | None, rollout: Rollout) -> Tensor | None:
+    """What a regulariser puts into the reward of every token, `[n, t]`, at the policy that drew the data."""
+    if not isinstance(loss, Estimator) or loss.placement not in ("reward", "loss+reward"):
+        return None
+    # There the ratio is 1; at later steps the recipe's own takes its place.
+    plain = replace(loss, placement="reward", weight="none", clip=None, truncate=None, differentiate_weight=False)
+    return coefficients(plain, rollout).score
+
+
+def _gradients(
+    rollout: Rollout, advantages: Tensor, loss: Loss | None, coefficient: float, frozen: Tensor | None, clip: float
+) -> Gradients:
+    """Gradients of every response, with the recipe's clipped ratio on all that is in the reward."""
+    gain = advantages[:, None] * rollout.live
+    if frozen is not None:
+        gain = gain - coefficient * frozen
+    ratio = rollout.log_weight.exp()
+    clipped = ((gain > 0) & (ratio > 1 + clip)) | ((gain < 0) & (ratio < 1 - clip))
+    score = -torch.where(clipped, 0.0, ratio * gain)[None]
+    if loss is None or (isinstance(loss, Estimator) and loss.placement == "reward"):
+        return Gradients(rollout, score)
+    if not isinstance(loss, Estimator):
+        whole = coefficient * cotangent(loss, rollout) + _as_cotangent(rollout, score[0])
+        return Gradients(rollout, torch.zeros_like(score), cotangents={0: whole})
+    of_loss = replace(loss, placement="loss", credit="token") if loss.placement == "loss+reward" else loss
+    found = gradients([of_loss], rollout)
+    direct = tuple((losses, coefficient * each, slope) for losses, each, slope in found.direct)
+    return Gradients(rollout, score + coefficient * found.score, direct)
+
+
+def _as_cotangent(rollout: Rollout, score: Tensor) -> Tensor:
+    """`c_t ∇_z log π(y_t|s_t)` for coefficients `[n, t]`, `[n, t, v]`: the form that gradients of callables have."""
+    found = -rollout.logits.softmax(-1)
+    found.scatter_add_(-1, rollout.tokens[..., None], torch.ones_like(found[..., :1]))
+    return score[..., None] * found
+
+
+def _mean(policy: Policy, batch: Gradients) -> Tensor:
+    """The mean gradient of the batch, `[p]`."""
+    weight = batch.rollout.weight
+    return (backprop.pull(policy, batch, weight).total if isinstance(policy, LanguageModel) else batch.mean(weight))[0]
+
+
+def _trace(policy: Policy, batch: Gradients, recipe: Recipe) -> float:
+    """`G · tr Cov` of a group's mean gradient, unbiased, from the groups of a batch."""
+    n, group = len(batch.rollout.weight), recipe.group
+    groups = n // group
+    if isinstance(policy, LanguageModel):
+        found = backprop.pull(policy, batch, batch.rollout.weight, unit=group)
+        second, mean = float(found.square[:, 0].mean()) / group**2, found.total[0]
+    else:
+        member = torch.eye(groups, dtype=torch.float64).repeat_interleave(group, 1) / group
+        means = torch.cat([batch.mean(weight) for weight in member])
+        second, mean = float(means.square().sum(-1).mean()), means.mean(0)
+    return group * (second - float(mean @ mean)) * groups / (groups - 1) if groups > 1 else float("nan")

@@ -1,0 +1,259 @@
+"""Training runs against loops written out with autograd, and what is said of them against hand calculation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+import gradlab as gl
+from gradlab import runs, training
+from gradlab.policies import small
+from gradlab.training import Recipe
+
+QUICK = Recipe(steps=3, batch=8, group=4, rate=0.05, look=1, watch=8)
+
+
+def second(rollout: gl.Rollout) -> Tensor:
+    return (rollout.tokens[:, 0] == 1).double()
+
+
+def my_loss(rollout: gl.Rollout) -> Tensor:
+    return (0.5 * rollout.log_ratio.square() * rollout.live).sum(-1)
+
+
+@pytest.fixture(scope="module")
+def tree() -> gl.Tree:
+    return gl.Tree.random(vocab=3, length=3, seed=0, eos=2)
+
+
+def by_hand(start: gl.Tree, recipe: Recipe, name: str | None, beta: float, seed: int, number: int) -> list[float]:
+    """KL after every batch: sampling as in the package, everything else by autograd on the logits."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(13, number, 0)))
+    table = start.table.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([table], lr=recipe.rate)
+    found = []
+    for _ in range(recipe.steps):
+        old = start.with_parameters(table.detach().flatten().clone())
+        tokens, mask = old.sample(recipe.batch, rng)
+        rows = old.contexts(tokens)
+
+        def log_prob(logits: Tensor, rows: Tensor = rows, tokens: Tensor = tokens, mask: Tensor = mask) -> Tensor:
+            return logits.log_softmax(-1)[rows, tokens] * mask
+
+        reward = (tokens[:, 0] == 1).double()
+        advantage = torch.tensor([
+            reward[i] - np.mean([float(reward[j]) for j in range(recipe.batch) if j != i and j // recipe.group == i // recipe.group])
+            for i in range(recipe.batch)
+        ])  # fmt: skip
+        before, ref = log_prob(old.table), log_prob(start.table)
+        for _ in range(recipe.epochs):
+            now = log_prob(table)
+            ratio = (now - before).exp()
+            ell = now - ref
+            gain = advantage[:, None] * mask
+            if name == "k1-reward":
+                gain = gain - beta * (before - ref)
+            loss = -torch.minimum(ratio * gain, ratio.clamp(1 - recipe.clip, 1 + recipe.clip) * gain).sum(-1)
+            if name == "k2-loss":
+                loss = loss + beta * (0.5 * ell.square() * mask).sum(-1)
+            if name == "k3-loss":
+                loss = loss + beta * (((-ell).exp() - 1 + ell) * mask).sum(-1)
+            optimiser.zero_grad()
+            loss.mean().backward()
+            optimiser.step()
+        found.append(gl.Scenario(start.with_parameters(table.detach().flatten()), start).kl())
+    return found
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+@pytest.mark.parametrize("name", ["none", "k1-reward", "k2-loss", "k3-loss"])
+def test_a_run_is_that_of_a_loop_with_autograd(tree, name, epochs):
+    recipe = Recipe(steps=4, batch=8, group=4, epochs=epochs, rate=0.2, clip=0.1, look=1, watch=8)
+    frame = gl.train(tree, second, ["k1-reward", "k2-loss", "k3-loss"], 0.3, recipe=recipe, seeds=2, seed=5)
+    run = frame[(frame["estimator"] == name) & (frame["seed"] == 1) & (frame["step"] > 0)]
+    expected = by_hand(tree, recipe, None if name == "none" else name, 0.3, 5, 1)
+    np.testing.assert_allclose(run["kl"], expected, rtol=1e-9)
+    assert run["kl"].max() > 0.05  # it went somewhere
+
+
+def test_a_users_loss_is_trained_like_the_estimator_it_is(tree):
+    """Gradient by gradient: Adam makes much of what is nothing but rounding in one of them."""
+    rollout = gl.Rollout.drawn(gl.Scenario(tree, tree.perturbed(kl=0.3, seed=1)), 12, np.random.default_rng(0))
+    advantages = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    one, two = (training._gradients(rollout, advantages, loss, 0.3, None, 0.2) for loss in (my_loss, gl.ESTIMATORS["k2-loss"]))
+    torch.testing.assert_close(one.mean(rollout.weight), two.mean(rollout.weight), rtol=1e-12, atol=1e-14)
+    frame = gl.train(tree, second, {"mine": my_loss}, 0.3, recipe=QUICK, seeds=1)
+    assert set(frame["estimator"]) == {"none", "mine"}
+
+
+@pytest.mark.parametrize("names", [["full-both", "k1-reward-to-go"], ["k3-both", "k1-reward-to-go"]])
+def test_the_same_kernel_in_loss_and_reward_is_trained_towards_the_optimum(tree, names):
+    """Both are unbiased for the same target, so with enough responses they arrive at the same place."""
+    recipe = Recipe(steps=60, batch=512, group=512, epochs=2, rate=0.05, look=60, watch=512)
+    frame = gl.train(tree, second, names, 0.5, recipe=recipe, seeds=1)
+    ends = frame[frame["step"] == 60].set_index("estimator")["kl"]
+    assert ends["none"] > 1.5 * ends[names[0]]
+    assert ends[names[0]] == pytest.approx(ends[names[1]], rel=0.1)
+
+
+def test_traces_are_those_of_group_means(tree):
+    """`G tr Cov` from many groups, against one gradient per group by autograd."""
+    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=4000)
+    frame = gl.train(tree, second, "k2-loss", 0.7, recipe=recipe, seeds=1)
+    row = frame[(frame["estimator"] == "k2-loss") & (frame["step"] == 1)].iloc[0]
+    assert row["trace_cov_none"] == pytest.approx(frame[frame["step"] == 0]["trace_cov_none"].iloc[0], rel=0.2)
+    moved = gl.train(tree, second, "k2-loss", 0.7, recipe=Recipe(steps=1, batch=8, group=4, look=1, watch=8), seeds=1)
+    assert moved["kl"].iloc[-1] == row["kl"]  # looking draws from a stream of its own
+
+
+def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
+    policy = small("names", length=3, precision=torch.float64)
+    recipe = Recipe(steps=2, batch=16, group=4, epochs=2, rate=1e-3, look=1, watch=16)
+
+    def starts_with_m(rollout: gl.Rollout) -> Tensor:
+        return (rollout.tokens[:, 0] == 13).double()
+
+    frame = gl.train(policy, starts_with_m, "k3-loss", 0.3, recipe=recipe, seeds=1, seed=2)
+    model, rng = copy.deepcopy(policy.model), np.random.default_rng(np.random.SeedSequence(2, spawn_key=(13, 0, 0)))
+    looking = np.random.default_rng(np.random.SeedSequence(2, spawn_key=(13, 0, 1)))
+    optimiser, trained = torch.optim.Adam(model.parameters(), lr=1e-3), policy.changed(model=model)
+
+    def log_probs(network: torch.nn.Module, answers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        prompts, tokens, mask = answers
+        ((_, ids),) = policy.sequences(prompts, tokens)
+        return network(ids)[:, -3:].log_softmax(-1), tokens, mask
+
+    def chosen(network: torch.nn.Module, answers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        every, tokens, mask = log_probs(network, answers)
+        return every.gather(-1, tokens[..., None])[..., 0] * mask
+
+    for step in range(3):
+        answers = trained.sample(16, looking, 4)
+        with torch.no_grad():
+            now, ref = log_probs(model, answers)[0], log_probs(policy.model, answers)[0]
+            kl = (((now.exp() * (now - ref)).sum(-1)) * answers[2]).sum(-1).mean()
+        row = frame[(frame["estimator"] == "k3-loss") & (frame["step"] == step)].iloc[0]
+        assert row["kl"] == pytest.approx(float(kl), rel=1e-6, abs=1e-14)
+        answers = trained.sample(16, rng, 4)
+        reward = (answers[1][:, 0] == 13).double().view(4, 4)
+        advantage = (reward - (reward.sum(1, keepdim=True) - reward) / 3).flatten()
+        with torch.no_grad():
+            before, ref = chosen(model, answers), chosen(policy.model, answers)
+        for _ in range(2):
+            now = chosen(model, answers)
+            ratio, gain, ell = (now - before).exp(), advantage[:, None], now - ref
+            loss = -torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain) * answers[2] + 0.3 * ((-ell).exp() - 1 + ell)
+            optimiser.zero_grad()
+            loss.sum(-1).mean().backward()
+            optimiser.step()
+    assert row["kl"] > 1e-3
+
+
+def test_k1_in_the_reward_is_k2_as_loss_sample_by_sample():
+    policy = small("names", length=4)
+    recipe = Recipe(steps=3, batch=16, group=4, rate=1e-3, look=1, watch=16)
+    frame = gl.train(policy, training.task_reward("names", policy), ["k1-reward", "k2-loss"], 0.3, recipe=recipe, seeds=1)
+    one, two = (frame[frame["estimator"] == name]["kl"].to_numpy() for name in ("k1-reward", "k2-loss"))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_the_same_bytes_for_any_number_of_workers(tree):
+    frames = [gl.train(tree, second, ["k2-loss"], 0.1, recipe=QUICK, seeds=2, jobs=jobs) for jobs in (1, 2)]
+    pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coefficients": -1.0}, "from 0 on"),
+        ({"coefficients": []}, "from 0 on"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"regularisers": "k1-reward-loo"}, "own groups"),
+        ({"regularisers": "k2"}, "unknown estimator"),
+        ({"reward": lambda rollout: rollout.tokens[:, :1].double()}, "one finite number per response"),
+        ({"reward": lambda rollout: torch.full((8,), math.nan)}, "one finite number per response"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tree, given, message):
+    arguments = {"reward": second, "regularisers": "k2-loss", "coefficients": 0.1, "recipe": QUICK, "seeds": 1, **given}
+    with pytest.raises(ValueError, match=message):
+        gl.train(tree, **arguments)
+
+
+@pytest.mark.parametrize(
+    "given", [{"steps": 0}, {"rate": math.inf}, {"group": 1}, {"batch": 10, "group": 4}, {"epochs": 1.5}, {"look": True}]
+)
+def test_recipes_that_mean_nothing_are_refused(given):
+    with pytest.raises(ValueError, match=r"positive|groups of at least 2"):
+        Recipe(**given)
+
+
+# ---- what is said of runs -----------------------------------------------------------------------------------------------
+
+
+def made(values: dict[tuple[str, float], tuple[list[float], list[float]]]) -> pd.DataFrame:
+    """A frame of runs with these KLs and rewards at the end, one per seed."""
+    rows = [
+        {"estimator": name, "coefficient": beta, "epochs": 1, "seed": seed, "step": step, "reward": r, "kl": kl, "length": 1.0,
+         "trace_cov": 3.0, "trace_cov_none": 2.0}
+        for (name, beta), (kls, rewards) in values.items()
+        for seed, (kl, r) in enumerate(zip(kls, rewards, strict=True))
+        for step in (0, 10)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_quotients_are_paired_by_seed():
+    x, y = np.array([2.0, 6.0, 4.0]), np.array([1.0, 2.0, 4.0])
+    found = runs.quotient(x, y)
+    test = stats.ttest_1samp(np.log(x / y), 0).confidence_interval(0.95)
+    assert found == pytest.approx((6 ** (1 / 3), math.exp(test.low), math.exp(test.high)))
+    assert np.isnan(runs.quotient([0.0, 1.0], [1.0, 1.0])).all()
+
+
+def test_pitmans_interval_ends_where_pitmans_test_rejects():
+    """At an end of the interval sums and differences of the scaled pairs correlate just significantly."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 9)) + rng.standard_normal(9)
+    centre, low, high = runs.spread(2 * x, y)
+    assert low < centre < high
+    assert centre == pytest.approx(2 * x.std(ddof=1) / y.std(ddof=1))
+    for end in (low, high):
+        scaled = 2 * x / end
+        assert stats.pearsonr(scaled + y, scaled - y).pvalue == pytest.approx(0.05, rel=1e-6)
+
+
+def test_spread_covers():
+    rng = np.random.default_rng(1)
+    hits = []
+    for _ in range(2000):
+        x, y = rng.multivariate_normal([0, 0], [[4.0, 1.2], [1.2, 1.0]], size=6).T
+        _, low, high = runs.spread(x, y)
+        hits.append(low <= 2 <= high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+
+
+def test_rewards_are_compared_at_the_same_kl():
+    frame = made({
+        ("none", 0.0): ([4.0, 4.0], [1.0, 1.0]),
+        ("k2-loss", 0.1): ([2.0, 2.0], [0.8, 0.8]),
+        ("k3-loss", 0.1): ([1.0, 1.0], [0.3, 0.5]),
+        ("k3-loss", 0.03): ([4.0, 4.0], [0.7, 0.9]),
+    })  # fmt: skip
+    found = runs.compare(frame).set_index(["estimator", "budget", "coefficient"])
+    matched = found.loc["k3-loss", runs.MATCHED, 0.1]
+    # Half-way between 1 and 4 nats on a logarithmic axis: rewards of 0.5 and 0.7 against 0.8.
+    assert matched["reward_over_k2"] == pytest.approx(math.sqrt(0.5 * 0.7) / 0.8)
+    assert found.loc["k3-loss", runs.COEFFICIENT, 0.1]["kl_over_k2"] == pytest.approx(0.5)
+    assert found.loc["k2-loss", runs.COEFFICIENT, 0.1]["kl_over_none"] == pytest.approx(0.5)
+    assert found.loc["k3-loss", runs.COEFFICIENT, 0.03]["noise_over_none"] == pytest.approx(1.5)
+    # Where the KL was not reached there is nothing to read.
+    far = made({("none", 0.0): ([4.0], [1.0]), ("k2-loss", 0.1): ([9.0], [0.8]), ("k3-loss", 0.1): ([1.0], [0.3])})
+    assert runs.MATCHED not in set(runs.compare(far)["budget"])
