@@ -31,6 +31,7 @@ from gradlab.policies.small import STAGES, TASKS
 from gradlab.resume import Record, Requirements
 from gradlab.scenario import Scenario
 from gradlab.targets import TARGETS
+from gradlab.train_command import train_command
 
 app = typer.Typer(
     name="gradlab",
@@ -201,6 +202,7 @@ def measure_command(
     show(frame)
 
 
+app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
 
 

@@ -70,6 +70,22 @@ def test_measure_prints_what_the_library_measures(monkeypatch, capsys, tmp_path)
     assert "k3-loss" in capsys.readouterr().out
 
 
+def test_train_prints_and_writes_what_the_library_trains(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "runs.csv"
+    shape = {"steps": 2, "batch": 16, "group": 4, "look": 1, "watch": 16}
+    options = [part for name, value in shape.items() for part in (f"--{name}", value)]
+    assert run(monkeypatch, "train", "-e", "k2-loss", "-b", 0.3, "--seeds", 2, *options, "-o", file) == 0
+    policy = gl.policies.small("names")
+    recipe = gl.training.Recipe(rate=5e-4, **shape)
+    expected = gl.train(policy, gl.training.task_reward("names", policy), "k2-loss", 0.3, recipe=recipe, seeds=2)
+    frame = pd.read_csv(file)
+    assert list(frame["estimator"]) == ["none"] * 6 + ["k2-loss"] * 6
+    assert frame["kl"].to_list() == pytest.approx(expected["kl"].to_list(), rel=1e-12)
+    printed = capsys.readouterr().out
+    assert "KL over k2-loss" in printed
+    assert "means over 2 seeds" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -84,6 +100,10 @@ def test_measure_prints_what_the_library_measures(monkeypatch, capsys, tmp_path)
         (("claims", "--only", "k3-biassed"), "did you mean 'k3-biased'"),
         (("reproduce", "--only", "07_nothing_like_it"), "unknown analysis"),
         (("reproduce", "--quik"), "--quik"),
+        (("train", "-e", "k4-loss"), "unknown estimator 'k4-loss'"),
+        (("train", "--batch", "10"), "groups of at least 2"),
+        (("train", "--coefficient", "nan"), "from 0 on"),
+        (("train", "--task", "poetry"), "poetry"),
     ],
 )
 def test_a_mistake_is_explained_and_exits_with_2(monkeypatch, capsys, arguments, said):
@@ -108,7 +128,7 @@ def test_list_names_everything_there_is(monkeypatch, capsys, what):
 
 
 def test_every_command_has_help_with_an_example_or_a_sentence(monkeypatch, capsys):
-    for command in ("reproduce", "claims", "measure", "list"):
+    for command in ("reproduce", "claims", "measure", "train", "list"):
         assert run(monkeypatch, command, "--help") == 0
         assert len(capsys.readouterr().out) > 400
 

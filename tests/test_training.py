@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from scripts import Run, run
 from torch import Tensor
 
 import gradlab as gl
@@ -257,3 +258,51 @@ def test_rewards_are_compared_at_the_same_kl():
     # Where the KL was not reached there is nothing to read.
     far = made({("none", 0.0): ([4.0], [1.0]), ("k2-loss", 0.1): ([9.0], [0.8]), ("k3-loss", 0.1): ([1.0], [0.3])})
     assert runs.MATCHED not in set(runs.compare(far)["budget"])
+
+
+# ---- analysis 13 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run("13_training", tmp_path_factory.mktemp("analysis_13"))
+
+
+def test_files_and_captions(ran):
+    suffixes = ("png", "pdf", "csv", "md")
+    expected = {f"{name}.{suffix}" for name in ("13_runs", "13_training") for suffix in suffixes} | {"13_ends.csv"}
+    assert {path.name for path in ran.folder.iterdir()} == expected
+    for name in ("13_runs", "13_training"):
+        assert "nan" not in ran.caption(name)
+        assert "Made by `gradlab reproduce --only 13_training --quick`, seed 0, with gradlab" in ran.caption(name)
+
+
+def test_the_numbers_of_the_analysis_once_more(ran):
+    """KL of k3 over that of k2, from the looks themselves, and the caption's digits."""
+    looks = ran.names["one"]
+    late = looks[(looks["step"] >= 2) & (looks["coefficient"] == 0.1)]
+    ends = {name: late[late["estimator"] == name].groupby("seed")["kl"].mean() for name in ("k2-loss", "k3-loss")}
+    expected = float(np.exp(np.log(ends["k3-loss"] / ends["k2-loss"]).mean()))
+    frame = ran.frame("13_training")
+    row = frame[(frame["estimator"] == "k3-loss") & (frame["budget"] == runs.COEFFICIENT) & (frame["data"] == runs.ONE_EPOCH)]
+    assert row["kl_over_k2"].item() == pytest.approx(expected, rel=1e-12)
+    assert f"k3-loss at β = 0.1: {expected:.2f} (" in ran.caption("13_training")
+
+
+@pytest.mark.parametrize(
+    ("claim", "estimator", "column", "value", "verdict"),
+    [
+        ("k3-weaker", "k3-loss", "kl_over_k2", 2.0, "HOLDS"),
+        ("k3-weaker", "k3-loss", "kl_over_k2", 0.5, "FAILS"),
+        ("k1-loss-noise", "k1-loss", "noise_over_none", 0.5, "FAILS"),
+        ("train-k1-loss", "k1-loss", "kl_over_none", 3.0, "FAILS"),
+    ],
+)
+def test_a_planted_change_changes_the_verdict(ran, claim, estimator, column, value, verdict):
+    frame = ran.frame("13_training")
+    rows = frame["estimator"] == estimator
+    for end, factor in (("", 1.0), ("_low", 0.99), ("_high", 1.01)):
+        frame.loc[rows, f"{column}{end}"] = factor * value
+    settled = gl.claims.verify({"13_training": frame}, [claim])
+    settled = settled[(settled["frame"] == "13_training") & settled["rule"].str.contains(column)]
+    assert list(settled["verdict"]) == [verdict]

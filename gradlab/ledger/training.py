@@ -1,4 +1,4 @@
-"""What training runs would settle. The rules are fixed before the runs exist, so until there are any these claims are OPEN."""
+"""What analysis 13 settles: training runs of a small language model. These rules were fixed before there were any runs."""
 
 from gradlab.ledger.form import Claim, Relation, among, claim
 

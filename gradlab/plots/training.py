@@ -46,49 +46,50 @@ def training_compared(frame: pd.DataFrame, ends: pd.DataFrame) -> Figure:
     Reads of `frame` `estimator, data, budget, coefficient` and, with `_low` and `_high`, `kl_over_k2, noise_over_none`; of `ends`
     `estimator, coefficient, kl, reward`, one row per run.
     """
-    figure = Figure(figsize=(PAGE, 2.9))
-    axes = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
+    figure = Figure(figsize=(PAGE, 3.0))
+    axes = figure.subplots(1, 3, width_ratios=[1.2, 1, 1])
     names = list(dict.fromkeys(ends["estimator"]))
-    for name in names:
-        rows = ends[ends["estimator"] == name]
-        look = style_of(name)
-        axes[0].plot(rows["kl"], rows["reward"], look.marker, color=look.colour, markersize=3.5, alpha=0.7, markeredgewidth=0)
+    for i, name in enumerate(names):
+        rows, look = ends[ends["estimator"] == name], style_of(name)
+        # Smaller as they go, so that points on top of each other all show.
+        size = 5 - 2.5 * i / max(len(names) - 1, 1)
+        axes[0].plot(rows["kl"], rows["reward"], look.marker, color=look.colour, markersize=size, alpha=0.8, markeredgewidth=0)
     axes[0].set(title="where runs end", xlabel="KL(π ‖ ref), nats", ylabel="mean reward", xscale="log")
-    axes[0].xaxis.set_major_formatter("{x:g}")
-    axes[0].xaxis.set_minor_formatter("{x:g}")
-    axes[0].tick_params(axis="x", which="minor", labelsize=6)
-    equal = frame[frame["budget"] == "equal coefficient"]
-    _quotients(axes[1], equal[equal["estimator"] != "k2-loss"], "kl_over_k2", "KL over that of k2-loss")
-    _quotients(axes[2], equal, "noise_over_none", "noise over that without")
-    figure.legend(
-        handles=[handle(name, linestyle="none", markersize=3.5) for name in names], loc="outside upper center", ncols=len(names)
-    )
+    _ticks(axes[0], ends["kl"])
+    axes[0].grid()
+    rows = frame[frame["budget"] == "equal coefficient"].reset_index(drop=True)
+    labels = [f"{name}, β = {beta:g}" for name, beta in zip(rows["estimator"], rows["coefficient"], strict=True)]
+    for ax, column, title in zip(
+        axes[1:], ("kl_over_k2", "noise_over_none"), ("KL over k2-loss", "noise over none"), strict=True
+    ):
+        _quotients(ax, rows, column)
+        ax.set_title(title)
+        ax.set_yticks([-i for i in range(len(rows))], labels if ax is axes[1] else [])
+    axes[1].tick_params(axis="y", labelsize=6.5)
+    handles = [handle(name, linestyle="none", markersize=3.5) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(names))
     panels(axes)
     return figure
 
 
-def _quotients(ax: Axes, frame: pd.DataFrame, column: str, label: str) -> None:
-    """One line per estimator, coefficient and number of epochs: centre and interval, on a logarithmic axis."""
-    rows = frame[frame[column].notna()].reset_index(drop=True)
+def _quotients(ax: Axes, rows: pd.DataFrame, column: str) -> None:
+    """One line per row: centre and interval, on a logarithmic axis; open for several epochs."""
     ax.axvline(1, **TRUTH)
     for i, row in enumerate(rows.to_dict("records")):
+        if row["estimator"] == "k2-loss" and column == "kl_over_k2":
+            continue
         centre, low, high = (float(row[key]) for key in (column, f"{column}_low", f"{column}_high"))
         reach: dict[str, Any] = {"xerr": np.nan_to_num([[centre - low], [high - centre]])}
-        several = row["data"] != "one epoch per batch"
-        look = style_of(row["estimator"])
-        dots(
-            ax,
-            [centre],
-            [-i],
-            row["estimator"],
-            "sampled",
-            reach,
-            markersize=4,
-            markerfacecolor="white" if several else look.colour,
-        )
-    ax.set(title=label, xscale="log")
-    labels = [f"{name}, β = {beta:g}" for name, beta in zip(rows["estimator"], rows["coefficient"], strict=True)]
-    ax.set_yticks([-i for i in range(len(rows))], labels)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.tick_params(axis="y", labelsize=6.5)
+        fill = style_of(row["estimator"]).colour if row["data"] == "one epoch per batch" else "white"
+        dots(ax, [centre], [-i], row["estimator"], "sampled", reach, markersize=4, markerfacecolor=fill)
+    ax.set_xscale("log")
+    _ticks(ax, rows[[f"{column}_low", f"{column}_high"]].to_numpy().ravel())
     ax.grid(axis="x")
+
+
+def _ticks(ax: Axes, values: Any) -> None:
+    """Round numbers within a logarithmic axis."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    ax.set_xticks([x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if 0.9 * low <= x <= 1.1 * high])
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter("{x:g}")
