@@ -83,7 +83,7 @@ class Replay:
     """One pass of a `Transformer` with these weights over ids `[n, s]`, played back for cotangents of the last `length` logits."""
 
     def __init__(self, network: Transformer, weights: dict[str, Tensor], ids: Tensor, length: int) -> None:
-        self._weights = {name: weight.detach() for name, weight in weights.items()}
+        self._network, self._weights = network, {name: weight.detach() for name, weight in weights.items()}
         self._ids, self._steps = ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self._attended: list[Attended] = []
         self._fed: list[Fed] = []
@@ -102,7 +102,8 @@ class Replay:
         return F.linear(x, self._of(layer), self._of(layer, "bias"))
 
     def _normalise(self, layer: str, x: Tensor) -> tuple[Normed, Tensor]:
-        z, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+        eps: float = self._network.get_submodule(layer).eps  # type: ignore[assignment]
+        z, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
         return Normed(z, scale, self._of(layer)), torch.addcmul(self._of(layer, "bias"), z, self._of(layer))
 
     def _forward(self, block: str, x: Tensor, heads: int, t: int) -> Tensor:
