@@ -104,14 +104,59 @@ def test_the_same_kernel_in_loss_and_reward_is_trained_towards_the_optimum(tree,
     assert ends[names[0]] == pytest.approx(ends[names[1]], rel=0.1)
 
 
-def test_traces_are_those_of_group_means(tree):
-    """`G tr Cov` from many groups, against one gradient per group by autograd."""
-    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=4000)
-    frame = gl.train(tree, second, "k2-loss", 0.7, recipe=recipe, seeds=1)
-    row = frame[(frame["estimator"] == "k2-loss") & (frame["step"] == 1)].iloc[0]
-    assert row["trace_cov_none"] == pytest.approx(frame[frame["step"] == 0]["trace_cov_none"].iloc[0], rel=0.2)
-    moved = gl.train(tree, second, "k2-loss", 0.7, recipe=Recipe(steps=1, batch=8, group=4, look=1, watch=8), seeds=1)
-    assert moved["kl"].iloc[-1] == row["kl"]  # looking draws from a stream of its own
+@pytest.mark.parametrize("name", ["none", "k2-loss"])
+def test_traces_are_those_of_one_gradient_per_group(tree, name):
+    """`G tr Cov` of group means: each group's gradient by autograd, their covariance by numpy."""
+    reference = tree.perturbed(kl=0.4, seed=3)
+    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=40)
+    frame = gl.train(tree, second, "k2-loss", 0.7, reference=reference, recipe=recipe, seeds=1)
+    tokens, mask = tree.sample(40, np.random.default_rng(np.random.SeedSequence(0, spawn_key=(13, 0, 1))))
+    rows, reward = tree.contexts(tokens), (tokens[:, 0] == 1).double().view(10, 4)
+    advantage = (reward - (reward.sum(1, keepdim=True) - reward) / 3).flatten()
+    ref = reference.table.log_softmax(-1)[rows, tokens] * mask
+    table = tree.table.clone().requires_grad_(True)
+    means = []
+    for group in range(10):
+        part = slice(4 * group, 4 * group + 4)
+        now = table.log_softmax(-1)[rows[part], tokens[part]] * mask[part]
+        loss = -(advantage[part, None] * now) + (0.7 * 0.5 * (now - ref[part]).square() if name == "k2-loss" else 0.0)
+        means.append(torch.autograd.grad(loss.sum(-1).mean(), table)[0].flatten().numpy())
+    expected = 4 * np.cov(np.array(means).T).trace()
+    row = frame[(frame["estimator"] == name) & (frame["step"] == 0)].iloc[0]
+    assert row["trace_cov"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_traces_in_parameters_are_those_of_the_tables_chain_rule():
+    """A network's traces from group gradients by autograd in its own parameters."""
+    policy, reference = (small("names", stage, length=3, precision=torch.float64) for stage in ("few", "reference"))
+    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=16, rate=1e-6)
+
+    def starts_with_m(rollout: gl.Rollout) -> Tensor:
+        return (rollout.tokens[:, 0] == 13).double()
+
+    frame = gl.train(policy, starts_with_m, "k3-loss", 0.7, reference=reference, recipe=recipe, seeds=1)
+    answers = policy.sample(16, np.random.default_rng(np.random.SeedSequence(0, spawn_key=(13, 0, 1))), 4)
+    ((_, ids),) = policy.sequences(*answers[:2])
+    _, tokens, mask = answers
+    ref = reference.model(ids)[:, -3:].log_softmax(-1).gather(-1, tokens[..., None])[..., 0].detach()
+    means = []
+    for part in torch.arange(16).view(4, 4):
+        now = policy.model(ids[part])[:, -3:].log_softmax(-1).gather(-1, tokens[part][..., None])[..., 0]
+        reward = (tokens[part, 0] == 13).double()
+        ell, advantage = now - ref[part], reward - (reward.sum() - reward) / 3
+        loss = ((-advantage[:, None] * now + 0.7 * ((-ell).exp() - 1 + ell)) * mask[part]).sum(-1).mean()
+        means.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.model.parameters()))]))
+    stacked = torch.stack(means)
+    expected = 4 * float((stacked - stacked.mean(0)).square().sum()) / 3
+    row = frame[(frame["estimator"] == "k3-loss") & (frame["step"] == 0)].iloc[0]
+    assert row["trace_cov"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_looking_changes_nothing(tree):
+    """Looks draw from a stream of their own."""
+    more, less = (gl.train(tree, second, "k2-loss", 0.7, recipe=Recipe(steps=4, batch=8, group=4, look=look, watch=watch), seeds=1)
+                  for look, watch in ((1, 80), (4, 8)))  # fmt: skip
+    assert more[more["step"] == 4]["kl"].to_list() == less[less["step"] == 4]["kl"].to_list()
 
 
 def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
