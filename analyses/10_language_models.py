@@ -135,11 +135,17 @@ unbiased = list(dict.fromkeys(gl.search.twins({name: tried[name] for name in kno
 BEST = "full-both-prefix"
 
 
+def over(noise: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Quotient of noises. A sum over all that can follow has none on a single token, but for rounding: any noise is ∞ times that."""
+    some, none = other > 1e-12, other <= 1e-12
+    return np.where(some, noise / np.where(some, other, 1), np.where(none & (noise > 1e-12), np.inf, np.nan))
+
+
 def against_best(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Noise over that of complete Rao–Blackwell with prefix weights, from the same data; ends of the quotient from the ends."""
     best, key = frame[frame["estimator"] == BEST].set_index(by), pd.MultiIndex.from_frame(frame[by])
     for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
-        frame[f"noise_ratio{end}"] = frame[f"noise{end}"].to_numpy() / best[f"noise{other}"].reindex(key).to_numpy()
+        frame[f"noise_ratio{end}"] = over(frame[f"noise{end}"].to_numpy(), best[f"noise{other}"].reindex(key).to_numpy())
     return frame
 
 
@@ -201,7 +207,7 @@ GROWING = [BEST, "full-loss+reward-to_go-sequence-weight", "k3-loss+reward-to_go
 growing = {name: ALL[name] for name in GROWING}
 LISTED, BEYOND = study.pick(full=[1, 2, 3], quick=[1, 2]), [10]
 KINDS = study.pick(full=["bfloat16 engine", "temperature 0.8", "stale weights"], quick=["bfloat16 engine"])
-spelled = study.pick(full=512, quick=256)
+spelled = study.pick(full=1152, quick=256)
 
 
 def speller(kind: str, length: int) -> gl.Scenario:
@@ -227,7 +233,7 @@ shorter = growth[growth["via"] == "exact"].set_index(["behaviour", "estimator", 
 growth["since"] = [max([n for n in LISTED if n < length], default=0) for length in growth["length"]]
 before = shorter.reindex(pd.MultiIndex.from_frame(growth[["behaviour", "estimator", "since"]])).to_numpy()
 for end in ("", "_low", "_high"):
-    growth[f"growth{end}"] = growth[f"noise{end}"] / before
+    growth[f"growth{end}"] = over(growth[f"noise{end}"].to_numpy(), before)
 growth = against_best(growth, ["behaviour", "length"]).merge(gl.search.described(growing), on="estimator")
 
 # %% [markdown]
@@ -349,10 +355,60 @@ def engines_caption(frame: pd.DataFrame) -> str:
     return (
         "**Data from an engine that is not quite the policy.** Relative bias against the gradient of the reverse KL, exact, on the "
         f"addition {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). {told}. Right: |log ρ| of the "
-        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.sentence(verdicts, '10_engines')}"
+        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.sentence(verdicts[verdicts['figure'] == '10_engines'])}"
     )
 
 
 per_token = pd.concat(steps_of_engine, ignore_index=True)
 study.save_frame("10_log_weights", per_token)
-study.save_figure("10_engines", gl.plots.engines(engines, per_token), engines, engines_caption(engines))
+shown = engines[engines["estimator"].isin(OFF)]
+study.save_figure("10_engines", gl.plots.engines(shown, per_token), engines, engines_caption(engines))
+
+# %%
+rivals = engines[
+    engines["unbiased"]
+    & engines["off_policy"]
+    & engines["full_support"]
+    & (engines["target"] == TARGETS[0])
+    & (engines["estimator"] != BEST)
+]
+
+
+def growth_caption(frame: pd.DataFrame) -> str:
+    def path(part: pd.DataFrame, name: str) -> str:
+        rows = part[part["estimator"] == name].sort_values("length")
+        spans = [
+            f"{row['noise'] if row['noise'] > 1e-12 else 0:.3g}"
+            + ("" if row["via"] == "exact" else f" ({row['noise_low']:.3g}–{row['noise_high']:.3g})")
+            for row in rows.to_dict("records")
+        ]
+        return f"{name} {', '.join(spans)}"
+
+    least = rivals.loc[rivals["noise_ratio"].idxmin()]
+    sampled = rivals[rivals["sampled"]]
+    closest = sampled.loc[sampled["noise_ratio"].idxmin()]
+    told = "; ".join(
+        f"{kind} (lag {part['lag'].min():.2g} to {part['lag'].max():.2g} nats, KL {part['kl'].min():.2g} to {part['kl'].max():.2g}): "
+        + ", ".join(path(part, name) for name in (BEST, "k3-loss-prefix", "k1-reward-sequence-weight"))
+        for kind, part in frame.groupby("behaviour", sort=False)
+    )
+    listed = frame[frame["via"] == "exact"].dropna(subset=["growth"])
+    slowest = listed.loc[listed["growth"].idxmin()]
+    letters, panels = sorted(set(frame["length"])), frame["behaviour"].nunique()
+    return (
+        f"**Noise of the unbiased compositions on data from another engine.** (a) Of {len(tried)} compositions "
+        f"{len(known)} are unbiased off-policy, {len(unbiased)} of them different; their noise over that of complete Rao–Blackwell "
+        f"with prefix weights, exact, on the addition {prompts[0]} after {STEPS[stage]} steps (KL {rivals['kl'].iloc[0]:.3g} nats), with "
+        "data of engines that leave nothing out. "
+        f"The least is {least['noise_ratio']:.6g} ({least['estimator']}, {least['behaviour']}), "
+        f"among those that read sampled tokens only {closest['noise_ratio']:.3g} ({closest['estimator']}, {closest['behaviour']}). "
+        f"({'b' if panels == 1 else 'b–' + 'abcde'[panels]}) "
+        f"Noise of names cut off after {', '.join(map(str, letters))} letters, exact up to {max(LISTED)} and from {spelled:,} responses "
+        f"beyond (95 % intervals, seed {seed}), relative to the gradient of KL(π‖ref) of names that long: {told}. "
+        f"Among the listed lengths it grows least from {slowest['since']} to {slowest['length']}, to {slowest['growth']:.3g} times "
+        f"({slowest['estimator']}, {slowest['behaviour']}). "
+        f"Verdicts: {gl.report.sentence(verdicts[verdicts['figure'] == '10_growth'])}"
+    )
+
+
+study.save_figure("10_growth", gl.plots.engine_noise(rivals, growth), growth, growth_caption(growth))

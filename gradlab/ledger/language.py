@@ -85,8 +85,8 @@ CLAIMS: tuple[Claim, ...] = (
              behaviour=_FULL, target=REVERSE, unbiased=True, sampled=True),
     _noisier(f"against itself with a sequence weight, {_S} (addition), engines of full support", "10_engines", 1, behaviour=_FULL,
              target=REVERSE, estimator="full-loss+reward-to_go-sequence-weight"),
-    _noisier(f"six unbiased compositions, {_S} (names of up to three letters), three engines of full support", "10_growth", 1 - ZERO,
-             via="exact"),
+    _noisier(f"six unbiased compositions, {_S} (names of two and three letters), three engines of full support", "10_growth",
+             1 - ZERO, *within("length", low=2), via="exact"),
     _grows(f"from one letter to two and to three, {_S} (names), three engines of full support", "exact", *within("length", low=2)),
     _grows(f"from three letters to ten, {_S} (names), three engines of full support", "sampled"),
 )  # fmt: skip
