@@ -217,7 +217,10 @@ def test_noise_and_its_growth_one_answer_after_the_other(ran: Run, spelled: dict
     rows = ran.frame("10_growth").set_index(["behaviour", "length", "estimator"]).loc["bfloat16 engine"]
     for name in ("full-both-prefix", "k1-reward-sequence-weight"):
         assert [rows.loc[(n, name), "noise"] for n in (1, 2)] == pytest.approx([spelled[n][name] for n in (1, 2)], rel=1e-7)
-        assert rows.loc[(2, name), "growth"] == pytest.approx(spelled[2][name] / spelled[1][name], rel=1e-7)
+    growth = spelled[2]["k1-reward-sequence-weight"] / spelled[1]["k1-reward-sequence-weight"]
+    assert rows.loc[(2, "k1-reward-sequence-weight"), "growth"] == pytest.approx(growth, rel=1e-7)
+    assert abs(spelled[1]["full-both-prefix"]) < 1e-12  # nothing is drawn that it does not sum over
+    assert rows.loc[(2, "full-both-prefix"), "growth"] == np.inf
     ratio = spelled[2]["k1-reward-sequence-weight"] / spelled[2]["full-both-prefix"]
     assert rows.loc[(2, "k1-reward-sequence-weight"), "noise_ratio"] == pytest.approx(ratio, rel=1e-7)
     assert rows.loc[1, "growth"].isna().all()

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradlab.plots.off_policy import field_look
-from gradlab.plots.style import PAGE, TRUTH, VIA, dots, handle, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Style, dots, handle, panels, style_of, styled
 
 #: Lower edge of a logarithmic axis of biases, where 0 is drawn.
 FLOOR = 0.003
@@ -119,10 +119,12 @@ def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     kinds, looks, floor = list(dict.fromkeys(growth["behaviour"])), {}, 0.1
     lines = below.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for line, kind in zip(lines, kinds, strict=True):
-        for name in dict.fromkeys(growth["estimator"]):
+        for k, name in enumerate(dict.fromkeys(growth["estimator"])):
             rows = growth[(growth["behaviour"] == kind) & (growth["estimator"] == name)].sort_values("length")
             looks[name] = field_look(rows)
-            _grown(line, rows, looks[name].colour, looks[name].marker, floor)
+            # What is sampled stands a little beside its length, so that intervals do not cover each other.
+            beside = rows["length"] * np.where(rows["via"] == "sampled", 1.05 ** (k - 2.5), 1)
+            _grown(line, rows.assign(length=beside), looks[name], floor)
         lengths = sorted(set(growth["length"]))
         line.set(xscale="log", yscale="log", title=kind, xlabel="letters of a name, at most")
         line.set_xticks(lengths, [f"{n}" for n in lengths])
@@ -135,12 +137,13 @@ def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     return figure
 
 
-def _grown(ax: Axes, rows: pd.DataFrame, colour: str, marker: str, floor: float) -> None:
+def _grown(ax: Axes, rows: pd.DataFrame, look: Style, floor: float) -> None:
     """Noise of one estimator over the length: a line through the exact values, and on to the sampled ones with their intervals."""
-    noise, drawn = rows["noise"].clip(lower=floor), rows["via"] == "sampled"
-    ax.plot(rows["length"][~drawn], noise[~drawn], VIA["exact"], color=colour, marker=marker, markersize=3, clip_on=False)
-    tail = drawn | (rows["length"] == rows["length"][~drawn].max())
-    ax.plot(rows["length"][tail], noise[tail], VIA["sampled"], color=colour, linewidth=0.8)
+    x, noise, drawn = rows["length"], rows["noise"].clip(lower=floor), rows["via"] == "sampled"
+    common = {"color": look.colour, "marker": look.marker, "markersize": 3}
+    ax.plot(x[~drawn], noise[~drawn], VIA["exact"], clip_on=False, **common)
+    tail = drawn | (x == x[~drawn].max())
+    ax.plot(x[tail], noise[tail], VIA["sampled"], color=look.colour, linewidth=0.8)
     reach = np.abs(rows.loc[drawn, ["noise_low", "noise_high"]].to_numpy().T - noise[drawn].to_numpy())
-    ax.errorbar(rows["length"][drawn], noise[drawn], yerr=reach, color=colour, marker=marker, markersize=3, markerfacecolor="white",
-                markeredgewidth=0.8, linestyle="none", elinewidth=0.8)  # fmt: skip
+    hollow = {"markerfacecolor": "white", "markeredgewidth": 0.8, "linestyle": "none", "elinewidth": 0.8}
+    ax.errorbar(x[drawn], noise[drawn], yerr=reach, **common, **hollow)
