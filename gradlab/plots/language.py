@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -140,10 +141,10 @@ def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
 def _grown(ax: Axes, rows: pd.DataFrame, look: Style, floor: float) -> None:
     """Noise of one estimator over the length: a line through the exact values, and on to the sampled ones with their intervals."""
     x, noise, drawn = rows["length"], rows["noise"].clip(lower=floor), rows["via"] == "sampled"
-    common = {"color": look.colour, "marker": look.marker, "markersize": 3}
+    common: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 3}
     ax.plot(x[~drawn], noise[~drawn], VIA["exact"], clip_on=False, **common)
     tail = drawn | (x == x[~drawn].max())
     ax.plot(x[tail], noise[tail], VIA["sampled"], color=look.colour, linewidth=0.8)
     reach = np.abs(rows.loc[drawn, ["noise_low", "noise_high"]].to_numpy().T - noise[drawn].to_numpy())
-    hollow = {"markerfacecolor": "white", "markeredgewidth": 0.8, "linestyle": "none", "elinewidth": 0.8}
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 0.8, "linestyle": "none", "elinewidth": 0.8}
     ax.errorbar(x[drawn], noise[drawn], yerr=reach, **common, **hollow)
