@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import gradlab as gl
 from gradlab import intervals, language, montecarlo
 from gradlab.policies import LanguageModel, small
-from gradlab.policies.language import Trunk, inverted
+from gradlab.policies.actions import inverted
 from gradlab.policies.small import STAGES, TASKS
 from gradlab.policies.training import initial, pairs, reinforce, stream, sums, supervised
+from gradlab.policies.trunk import Trunk
 from gradlab.rollout import Rollout
 
 measure_module = __import__("sys").modules["gradlab.measure"]
@@ -235,8 +236,9 @@ def test_bad_input_is_refused():
         broken.head.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite logits"):
         LanguageModel(broken, [(1,)], 2)
-    with pytest.warns(UserWarning, match=r"leaves out up to \d+\.\d% of the first step's probability"):
+    with pytest.warns(UserWarning, match=r"leaves out up to \d+\.\d% of the first step's probability") as told:
         LanguageModel(net, [(1,)], 2, actions=[0, 1])
+    assert told[0].filename == __file__  # where the policy was made
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LanguageModel(net, [(1,)], 2, actions=[0, 1], tolerance=1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 import gradlab as gl
 from gradlab.policies import LanguageModel, small
 
-FIGURES = ("10_catalogue", "10_ratios", "10_sides", "10_tokens", "10_engines")
+FIGURES = ("10_catalogue", "10_ratios", "10_sides", "10_tokens", "10_engines", "10_growth")
 DATA = ("10_precision", "10_extremes", "10_named", "10_log_weights")
 
 
@@ -160,6 +160,76 @@ def test_engines_by_importance_weights_written_out(ran: Run) -> None:
     assert 0 < nucleus["lost_mass"].iloc[0] < 1 - 0.95**3
 
 
+def test_every_unbiased_composition_is_there(ran: Run) -> None:
+    """What a random tree says is unbiased is so on the language model, to rounding, and nothing else that is measured."""
+    frame = ran.frame("10_engines")
+    rows = frame[(frame["behaviour"] == "bfloat16 engine") & (frame["target"] == "reverse_kl")].set_index("estimator")
+    assert set(rows.index[rows["unbiased"]]) == set(ran.names["unbiased"])
+    assert rows.loc[rows["unbiased"], "bias"].max() < 1e-10 < 1e-4 < rows.loc[~rows["unbiased"], "bias"].min()
+    assert {"k1-loss-prefix", "k3-loss-prefix", "k1-reward-sequence-weight", "full-both-prefix"} < set(ran.names["unbiased"])
+    assert not rows.loc[rows["weight"].isin(["none", "token"]), "unbiased"].any()
+    noise = rows.loc[rows["unbiased"], "noise"]
+    assert np.allclose(rows.loc[rows["unbiased"], "noise_ratio"], noise / noise["full-both-prefix"])
+
+
+@pytest.fixture(scope="module")
+def spelled() -> dict[int, dict[str, float]]:
+    """Noise of two compositions on names of up to one and two letters under the bfloat16 engine, one answer after the other."""
+    found = {}
+    for length in (1, 2):
+        policy, reference = (small("names", stage, length=length, precision=torch.float64) for stage in ("some", "reference"))
+        engine = small("names", "some", length=length, precision=torch.bfloat16)
+        end = policy.eos
+        answers = (
+            [[end], *([a, b] for a in range(27) if a != end for b in range(27))] if length == 2 else [[a] for a in range(27)]
+        )
+        theta = policy.parameters.clone().requires_grad_(True)
+        moved = policy.with_parameters(theta)
+        second = {"full-both-prefix": 0.0, "k1-reward-sequence-weight": 0.0}
+        mean = {name: torch.zeros_like(theta) for name in second}
+        for answer in answers:
+            ids = torch.tensor([[*policy.prompts[0], *answer[:-1]]])
+            log_p = moved.network(ids)[0].log_softmax(-1)
+            with torch.no_grad():
+                log_ref, log_mu = (other.network(ids)[0].double().log_softmax(-1) for other in (reference, engine))
+            at = (torch.arange(len(answer)), torch.tensor(answer))
+            weight, ratio = (log_p - log_mu)[at], (log_p - log_ref)[at].detach()
+            step_kl = (log_p.exp() * (log_p - log_ref)).sum(-1)
+            to_go = ratio.flip(-1).cumsum(-1).flip(-1)
+            losses = {  # the first with its weights differentiated: the same gradient as a detached weight with credit to-go
+                "full-both-prefix": ((weight.cumsum(-1) - weight).exp() * step_kl).sum(),
+                "k1-reward-sequence-weight": weight.sum().exp().detach() * (to_go * log_p[at]).sum(),
+            }
+            probability = float(log_mu[at].sum().exp())
+            for name, loss in losses.items():
+                (g,) = torch.autograd.grad(loss, theta, retain_graph=True)
+                second[name] += probability * float(g.square().sum())
+                mean[name] += probability * g
+        size = {name: float(m.square().sum()) for name, m in mean.items()}
+        assert torch.allclose(
+            mean["full-both-prefix"], mean["k1-reward-sequence-weight"], atol=1e-9 * size["full-both-prefix"] ** 0.5
+        )
+        found[length] = {name: (second[name] - size[name]) / size[name] for name in second}
+    return found
+
+
+def test_noise_and_its_growth_one_answer_after_the_other(ran: Run, spelled: dict[int, dict[str, float]]) -> None:
+    rows = ran.frame("10_growth").set_index(["behaviour", "length", "estimator"]).loc["bfloat16 engine"]
+    for name in ("full-both-prefix", "k1-reward-sequence-weight"):
+        assert [rows.loc[(n, name), "noise"] for n in (1, 2)] == pytest.approx([spelled[n][name] for n in (1, 2)], rel=1e-7)
+    growth = spelled[2]["k1-reward-sequence-weight"] / spelled[1]["k1-reward-sequence-weight"]
+    assert rows.loc[(2, "k1-reward-sequence-weight"), "growth"] == pytest.approx(growth, rel=1e-7)
+    assert abs(spelled[1]["full-both-prefix"]) < 1e-12  # nothing is drawn that it does not sum over
+    assert rows.loc[(2, "full-both-prefix"), "growth"] == np.inf
+    ratio = spelled[2]["k1-reward-sequence-weight"] / spelled[2]["full-both-prefix"]
+    assert rows.loc[(2, "k1-reward-sequence-weight"), "noise_ratio"] == pytest.approx(ratio, rel=1e-7)
+    assert rows.loc[1, "growth"].isna().all()
+    long = rows.loc[10]
+    assert (long["via"] == "sampled").all()
+    assert (long["growth_low"] <= long["growth"]).all()
+    assert np.allclose(long["growth"] / long["noise"], 1 / rows.loc[2, "noise"].reindex(long.index))
+
+
 def test_verdicts(ran: Run) -> None:
     settled = ran.names["verdicts"].set_index(["id", "scope"])["verdict"]
     assert not settled.eq("OPEN").any()
@@ -170,6 +240,15 @@ def test_verdicts(ran: Run) -> None:
         ("rao-blackwell", "complete, small language model (addition): unbiased"): "HOLDS",
         ("k3-asymmetry", "second moment: mostly under-sampled tokens, small language model (addition)"): "HOLDS",
         ("off-policy-fix", "complete Rao–Blackwell with prefix weights, small language model, a nucleus of 0.95"): "FAILS",
+        ("off-policy-noise", "every unbiased composition, small language model (addition), engines of full support"): "HOLDS",
+        (
+            "off-policy-noise",
+            "six unbiased compositions, small language model (names of two and three letters), three engines of full support",
+        ): "FAILS",
+        (
+            "off-policy-growth",
+            "from one letter to two and to three, small language model (names), three engines of full support",
+        ): "FAILS",
     }
     for key, verdict in expected.items():
         assert settled[key] == verdict, key
@@ -187,3 +266,30 @@ def test_a_planted_change_of_a_frame_changes_the_verdict(ran: Run) -> None:
 
     assert verdict(frame) == "HOLDS"
     assert verdict(planted) == "FAILS"
+
+
+@pytest.mark.parametrize(("frame", "column", "at", "worse"), [
+    ("10_engines", "noise_ratio", {"estimator": "k3-loss-prefix", "behaviour": "bfloat16 engine", "target": "reverse_kl"}, 0.99),
+    ("10_growth", "noise_ratio", {"estimator": "k3-loss-prefix", "length": 2}, 0.99),
+    ("10_growth", "growth", {"estimator": "k3-loss-prefix", "length": 2}, 0.99),
+    ("10_growth", "growth", {"estimator": "k3-loss-prefix", "length": 10}, 0.99),
+])  # fmt: skip
+def test_planted_noise_is_noticed(ran: Run, frame: str, column: str, at: dict[str, object], worse: float) -> None:
+    """One row against the claim, and the claims that hold such rows to be on its side fail; all rows for it, and they hold."""
+    data = ran.frame(frame)
+    where = pd.concat([data[key].eq(value) for key, value in at.items()], axis=1).all(axis=1)
+    assert where.sum() == 1
+    ends = [f"{column}{end}" for end in ("", "_low", "_high")]
+    kind = "off-policy-growth" if column == "growth" else "off-policy-noise"
+    via = data.loc[where, "via"].iloc[0]
+    claims = [c for c in gl.claims.CLAIMS if c.frame == frame and c.id == kind and c.statistic == column]
+    claims = [c for c in claims if not any(w.column == "via" and via not in (w.among or ()) for w in c.where)]
+    claims = [c for c in claims if not any(w.column == "estimator" for w in c.where)]
+    assert claims
+    good, bad = data.copy(), data.copy()
+    good[ends] = 1.5
+    bad[ends] = 1.5
+    bad.loc[where, ends] = worse
+    assert {gl.claims.settle(c, good).verdict for c in claims} == {"HOLDS"}
+    assert {gl.claims.settle(c, bad).verdict for c in claims} == {"FAILS"}
+    assert {gl.claims.settle(c, bad).effect for c in claims} == {worse}

@@ -27,6 +27,7 @@ DRAWN_IN = {
     "08_exponents": "08_growth",
     "08_repulsion": "08_published",
     "09_fixed_points": "09_trees",
+    "10_engines/off-policy-noise": "10_growth",
     "10_extremes": "10_ratios",
     "11_sides": "11_tokens",
 }

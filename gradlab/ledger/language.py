@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradlab.ledger.form import Claim, Condition, Relation, claim, within
+from gradlab.ledger.form import Claim, Condition, Relation, Value, claim, within
 
 ZERO = 1e-9
 REVERSE, FROZEN = "reverse_kl", "reverse_kl_frozen_prefix"
@@ -39,6 +39,16 @@ def _engine(identifier: str, scope: str, estimator: str, relation: Relation, tar
     return claim(identifier, scope, "10_engines", "bias", relation, 0, margin, **where)  # type: ignore[arg-type]
 
 
+def _noisier(scope: str, frame: str, value: float, *ranges: Condition, **where: Value | tuple[Value, ...]) -> Claim:
+    """More noise than complete Rao–Blackwell with prefix weights, from the same data."""
+    return claim("off-policy-noise", scope, frame, "noise_ratio", ">", value, 0.0, *ranges, **where)  # type: ignore[arg-type]
+
+
+def _grows(scope: str, via: str, *ranges: Condition) -> Claim:
+    """More noise than shorter responses have, every unbiased composition and every engine."""
+    return claim("off-policy-growth", scope, "10_growth", "growth", ">", 1, 0.0, *ranges, via=via)
+
+
 _FULL = ("bfloat16 engine", "temperature 0.8", "temperature 1.2", "stale weights")
 _S, _L = "small language model", "small language models"
 
@@ -69,4 +79,14 @@ CLAIMS: tuple[Claim, ...] = (
             REVERSE, True, _FULL),
     _engine("off-policy-fix", f"complete Rao–Blackwell with prefix weights, {_S}, a nucleus of 0.95", "full-both-prefix", "=",
             REVERSE, None, "nucleus 0.95"),
+    _noisier(f"every unbiased composition, {_S} (addition), engines of full support", "10_engines", 1 - ZERO, behaviour=_FULL,
+             target=REVERSE, unbiased=True),
+    _noisier(f"every unbiased composition of sampled tokens, {_S} (addition), engines of full support", "10_engines", 1,
+             behaviour=_FULL, target=REVERSE, unbiased=True, sampled=True),
+    _noisier(f"against itself with a sequence weight, {_S} (addition), engines of full support", "10_engines", 1, behaviour=_FULL,
+             target=REVERSE, estimator="full-loss+reward-to_go-sequence-weight"),
+    _noisier(f"six unbiased compositions, {_S} (names of two and three letters), three engines of full support", "10_growth",
+             1 - ZERO, *within("length", low=2), via="exact"),
+    _grows(f"from one letter to two and to three, {_S} (names), three engines of full support", "exact", *within("length", low=2)),
+    _grows(f"from three letters to ten, {_S} (names), three engines of full support", "sampled"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
 from gradlab.plots.heavy import chi2, rare_token, running, variance_map
-from gradlab.plots.language import language_models, side_shares
+from gradlab.plots.language import engine_noise, language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
@@ -38,6 +38,7 @@ __all__ = [
     "crossovers",
     "distances",
     "dropped",
+    "engine_noise",
     "engines",
     "field",
     "fixed_points",

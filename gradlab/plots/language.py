@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import PAGE, TRUTH, dots, handle, panels, style_of, styled
+from gradlab.plots.off_policy import field_look
+from gradlab.plots.style import PAGE, TRUTH, VIA, Style, dots, handle, panels, style_of, styled
 
 #: Lower edge of a logarithmic axis of biases, where 0 is drawn.
 FLOOR = 0.003
@@ -87,3 +90,61 @@ def side_shares(frame: pd.DataFrame) -> Figure:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     panels(axes)
     return figure
+
+
+@styled
+def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
+    """Noise of unbiased compositions with data from another engine: over that of the best one, and against the length.
+
+    Reads of `engines` `estimator, behaviour, noise_ratio` (a marker per engine), and of `growth` `estimator, behaviour, length, via,
+    noise` with its ends (a panel per engine; open with 95 % intervals where sampled, less than 0.1 at the lower edge); of both the
+    fields of the estimators.
+    """
+    names = list(engines.groupby("estimator")["noise_ratio"].max().sort_values().index)
+    figure = Figure(figsize=(PAGE, 3.3 + 0.17 * len(names)))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.7 + 0.17 * len(names), 2.6]).flat
+    ax = above.subplots()
+    markers = dict(zip(dict.fromkeys(engines["behaviour"]), "oD^vs", strict=False))
+    for y, name in enumerate(names):
+        rows = engines[engines["estimator"] == name]
+        for kind, ratio in zip(rows["behaviour"], rows["noise_ratio"], strict=True):
+            ax.plot([ratio], [y], linestyle="none", marker=markers[kind], markersize=4, color=field_look(rows).colour,
+                    markeredgecolor="white", markeredgewidth=0.3)  # fmt: skip
+    ax.axvline(1, **TRUTH)
+    ax.set(xscale="log", ylim=(-0.7, len(names) - 0.3), title="noise over that of complete Rao–Blackwell with prefix weights")
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    handles = [Line2D([], [], color="0.3", linestyle="none", marker=mark, markersize=4, label=k) for k, mark in markers.items()]
+    ax.legend(handles=handles, loc="lower right")
+    kinds, looks, floor = list(dict.fromkeys(growth["behaviour"])), {}, 0.1
+    lines = below.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for line, kind in zip(lines, kinds, strict=True):
+        for k, name in enumerate(dict.fromkeys(growth["estimator"])):
+            rows = growth[(growth["behaviour"] == kind) & (growth["estimator"] == name)].sort_values("length")
+            looks[name] = field_look(rows)
+            # What is sampled stands a little beside its length, so that intervals do not cover each other.
+            beside = rows["length"] * np.where(rows["via"] == "sampled", 1.05 ** (k - 2.5), 1)
+            _grown(line, rows.assign(length=beside), looks[name], floor)
+        lengths = sorted(set(growth["length"]))
+        line.set(xscale="log", yscale="log", title=kind, xlabel="letters of a name, at most")
+        line.set_xticks(lengths, [f"{n}" for n in lengths])
+        line.minorticks_off()
+        line.grid()
+    lines[0].set(ylim=(floor, 2 * growth[["noise", "noise_high"]].max().max()), ylabel="tr Cov / ‖∇KL‖²")
+    entries = [Line2D([], [], color=k.colour, marker=k.marker, markersize=3.5, label=name) for name, k in looks.items()]
+    below.legend(handles=entries, loc="outside lower center", ncols=2)
+    panels([ax, *lines])
+    return figure
+
+
+def _grown(ax: Axes, rows: pd.DataFrame, look: Style, floor: float) -> None:
+    """Noise of one estimator over the length: a line through the exact values, and on to the sampled ones with their intervals."""
+    x, noise, drawn = rows["length"], rows["noise"].clip(lower=floor), rows["via"] == "sampled"
+    common: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 3}
+    ax.plot(x[~drawn], noise[~drawn], VIA["exact"], clip_on=False, **common)
+    tail = drawn | (x == x[~drawn].max())
+    ax.plot(x[tail], noise[tail], VIA["sampled"], color=look.colour, linewidth=0.8)
+    reach = np.abs(rows.loc[drawn, ["noise_low", "noise_high"]].to_numpy().T - noise[drawn].to_numpy())
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 0.8, "linestyle": "none", "elinewidth": 0.8}
+    ax.errorbar(x[drawn], noise[drawn], yerr=reach, **common, **hollow)

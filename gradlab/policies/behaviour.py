@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gradlab.policies.causal import Pretrained
-from gradlab.policies.language import LanguageModel, Trunk
+from gradlab.policies.language import LanguageModel
+from gradlab.policies.trunk import Trunk
 
 P = TypeVar("P", bound=LanguageModel)
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gradlab.policies.language import LanguageModel, Trunk, inverted
+from gradlab.policies.actions import inverted
+from gradlab.policies.language import LanguageModel
 from gradlab.policies.split import Packed, faithful, lower, split, upper
+from gradlab.policies.trunk import Trunk
 
 #: Tokens that the key-value cache of one batch of responses may hold.
 CACHED_TOKENS = 2**13

@@ -7,62 +7,28 @@ where the responses can be listed, a language model is one `Tree` of logits per 
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from gradlab.policies import families
-from gradlab.policies.tabular import ENUMERATION_BYTES, live, responses
+from gradlab.policies import families, trees
+from gradlab.policies.actions import check_actions, inverted, nucleus
+from gradlab.policies.parameterised import Parameterised
+from gradlab.policies.tabular import ENUMERATION_BYTES
 
 #: Responses of all prompts together that are listed at most; each costs the network a pass over prompt and response.
 ENUMERATED_RESPONSES = 2**16
 #: Logits (doubles, before the action set is cut out) that one pass of the network may produce at a time.
 CHUNK = 2**22
-#: Logit of a token outside the nucleus: finite, and probability 0.
-NOWHERE = -1e9
-
-P = TypeVar("P", bound="LanguageModel")
-
-
-class Trunk:
-    """The frozen lower part of a network, with the activations of the sequences it has seen kept in memory.
-
-    `module` maps ids `[b, s]` to activations `[b, s, d]`. The cache holds up to `capacity` bytes, oldest out first; policies that
-    share the trunk share it. What is cached never carries gradients.
-    """
-
-    def __init__(self, module: nn.Module, capacity: int = 2**28) -> None:
-        self.module, self.capacity, self._bytes = module, capacity, 0
-        self._kept: dict[bytes, Tensor] = {}
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        keys = [row.tobytes() for row in ids.cpu().numpy()]
-        missing = {key: i for i, key in enumerate(keys) if key not in self._kept}
-        found = {}
-        if missing:
-            with torch.no_grad():
-                fresh = self.module(ids[list(missing.values())])
-            found = dict(zip(missing, fresh, strict=True))
-        out = torch.stack([found[key] if key in found else self._kept[key] for key in keys])
-        for key, row in found.items():
-            self._kept[key] = row.clone()
-            self._bytes += row.numel() * row.element_size()
-        while self._bytes > self.capacity:
-            row = self._kept.pop(next(iter(self._kept)))
-            self._bytes -= row.numel() * row.element_size()
-        return out
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageModel:
+class LanguageModel(Parameterised):
     """A causal language model as a policy over responses to prompts drawn uniformly.
 
     model: maps ids `[b, s]` (or the activations of `trunk`) to logits `[b, s, ids]`, as a tensor or in a `.logits` attribute.
@@ -79,19 +45,17 @@ class LanguageModel:
     vocabulary, unknown parameter names and NaN logits.
     """
 
-    model: nn.Module
     prompts: Sequence[Sequence[int]]
     length: int
     _: KW_ONLY
     actions: Sequence[int] | None = None
     eos: int | None = None
-    trainable: Sequence[str] | None = None
     context: int | None = None
-    trunk: Trunk | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     words: Sequence[str] | None = None
     tolerance: float = 0.05
+    derived: ClassVar[tuple[str, ...]] = ("parameters", "table")
     family: ClassVar[families.Family] = families.CATEGORICAL
     revisits: ClassVar[bool] = False
 
@@ -108,12 +72,7 @@ class LanguageModel:
             )
         if not (np.isfinite(self.temperature) and self.temperature > 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature must be positive and top_p in (0, 1], got {self.temperature!r} and {self.top_p!r}")
-        known = dict(self.model.named_parameters())
-        unknown = [name for name in self.trainable or () if name not in known]
-        if unknown or not (known if self.trainable is None else self.trainable):
-            raise ValueError(
-                f"trainable names parameters of the network; unknown {unknown or 'nothing given'}, known: {list(known)}"
-            )
+        super().__post_init__()
         self._check_first_step()
 
     def _check_first_step(self) -> None:
@@ -125,28 +84,8 @@ class LanguageModel:
             raise ValueError(
                 f"prompts hold ids from {smallest} to {largest}, which the network does not know: {error}"
             ) from None
-        width = first.shape[-1]
-        chosen = list(range(width)) if self.actions is None else [int(action) for action in self.actions]
-        if len(chosen) < 2 or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= width:
-            raise ValueError(
-                f"actions must be at least two different ids below {width}, the network's vocabulary, got {chosen}"
-            )
-        if smallest < 0 or largest >= width:
-            raise ValueError(f"prompts hold ids from {smallest} to {largest}, but the network knows 0 to {width - 1}")
-        if self.eos is not None and not 0 <= self.eos < len(chosen):
-            raise ValueError(f"eos is a position among the {len(chosen)} actions, or None, got {self.eos!r}")
-        if self.words is not None and len(self.words) != len(chosen):
-            raise ValueError(f"words must name each of the {len(chosen)} tokens, got {len(self.words)}")
-        object.__setattr__(self, "_chosen", torch.tensor(chosen))
-        if self.actions is not None:
-            lost = 1 - first.softmax(-1)[:, chosen].sum(-1)
-            if float(lost.max()) > self.tolerance:
-                warnings.warn(
-                    f"the action set leaves out up to {float(lost.max()):.1%} of the first step's probability "
-                    f"({float(lost.mean()):.1%} on average over prompts), more than the tolerance of {self.tolerance:.1%}: "
-                    "results are about the model conditioned on its actions",
-                    stacklevel=3,
-                )
+        chosen = check_actions(first, self.prompts, self.actions, self.eos, self.words, self.tolerance)
+        object.__setattr__(self, "_chosen", chosen)
 
     # ---- what a policy is ----------------------------------------------------------------------------------------------
 
@@ -167,46 +106,6 @@ class LanguageModel:
         prompts = tuple(tuple(int(i) for i in prompt) for prompt in self.prompts)
         return ("LanguageModel", tuple(self._chosen.tolist()), self.length, self.eos, prompts)  # type: ignore[attr-defined]
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The trainable parameters by name, in order."""
-        known = dict(self.model.named_parameters())
-        return {name: known[name] for name in (known if self.trainable is None else self.trainable)}
-
-    @property
-    def current(self) -> dict[str, Tensor]:
-        """All parameters of the network by name, those of `with_parameters` in place of its own."""
-        return {**dict(self.model.named_parameters()), **getattr(self, "_swapped", {})}
-
-    @cached_property
-    def parameters(self) -> Tensor:
-        """The trainable parameters as one vector `[p]`, in the network's precision, on the CPU wherever the network is."""
-        return torch.cat([weight.detach().flatten() for weight in self.weights.values()]).cpu()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is. Ids go there and logits come back: everything that is not the network is on the CPU."""
-        return next(self.model.parameters()).device
-
-    def with_parameters(self: P, parameters: Tensor) -> P:
-        """The same policy with other trainable parameters `[p]`; a differentiable vector stays differentiable."""
-        twin = copy.copy(self)
-        for cached in ("table", "parameters"):
-            twin.__dict__.pop(cached, None)
-        parts = torch.split(parameters, [weight.numel() for weight in self.weights.values()])
-        swapped = {name: part.view_as(w).to(w.device) for part, (name, w) in zip(parts, self.weights.items(), strict=True)}
-        object.__setattr__(twin, "_swapped", swapped)
-        twin.__dict__["parameters"] = parameters
-        return twin
-
-    def changed(self: P, **fields: Any) -> P:
-        """The same policy with other fields, such as `temperature=0.7` or `model=other`: how behaviour policies are made.
-
-        Parameters given by `with_parameters` stay.
-        """
-        twin = replace(self, **fields)
-        return twin.with_parameters(self.parameters) if hasattr(self, "_swapped") else twin
-
     def first_step(self) -> Tensor:
         """Logits `[prompts, ids]` over the network's whole vocabulary after every prompt, float64."""
         x = len(self.prompts)
@@ -215,16 +114,6 @@ class LanguageModel:
         return torch.cat(parts)[torch.cat(places).argsort(), 0]
 
     # ---- logits --------------------------------------------------------------------------------------------------------
-
-    def features(self, ids: Tensor) -> Tensor:
-        """What `model` reads for ids `[b, s]`: the ids, or the activations of the trunk."""
-        return ids.to(self.device) if self.trunk is None else self.trunk(ids.to(self.device))
-
-    def network(self, features: Tensor) -> Tensor:
-        """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
-        swapped = getattr(self, "_swapped", None)
-        found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
-        return found if isinstance(found, Tensor) else found.logits
 
     def sequences(self, prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids `[b, s]` that the network reads to emit tokens `[n, t]` after prompts `[n]`, in groups of one prompt length.
@@ -262,12 +151,7 @@ class LanguageModel:
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw logits `[…, ids]` → logits `[…, v]` of the policy: action set, temperature, nucleus."""
-        logits = self.select(raw) / self.temperature
-        if self.top_p == 1:
-            return logits
-        p, order = logits.detach().softmax(-1).sort(-1, descending=True)
-        outside = (p.cumsum(-1) - p >= self.top_p).gather(-1, order.argsort(-1))
-        return logits.masked_fill(outside, NOWHERE)
+        return nucleus(self.select(raw) / self.temperature, self.top_p)
 
     def select(self, raw: Tensor) -> Tensor:
         """The logits `[…, v]` of the action set among raw ones `[…, ids]`."""
@@ -278,14 +162,13 @@ class LanguageModel:
     @property
     def nodes(self) -> int:
         """Prefixes per prompt, `1 + v + … + v^(T−1)`."""
-        return sum(self.vocab**t for t in range(self.length))
+        return trees.nodes(self.vocab, self.length)
 
     @property
     def enumerable(self) -> bool:
         """Whether all responses to all prompts are few enough to list."""
         v, t = self.vocab, self.length
-        count = v**t if self.eos is None else sum((v - 1) ** d for d in range(t)) + (v - 1) ** t
-        listed = count * len(self.prompts)
+        listed = trees.count(v, t, self.eos) * len(self.prompts)
         return bool(listed <= ENUMERATED_RESPONSES and v**t * t * 8 <= ENUMERATION_BYTES)
 
     @cached_property
@@ -295,34 +178,18 @@ class LanguageModel:
         Raises `ValueError` where there are too many responses to list.
         """
         self._check_enumerable()
-        v, depth = self.vocab, self.length - 1
-        grid = torch.arange(v**depth)
-        prefixes = torch.stack([grid // v ** (depth - 1 - t) % v for t in range(depth)] + [torch.zeros_like(grid)], -1)
-        x = len(self.prompts)
-        logits = self.logits(torch.arange(x).repeat_interleave(len(grid)), prefixes.repeat(x, 1)).view(
-            x, len(grid), depth + 1, v
-        )
-        # The prefixes of depth t are the first t tokens of every v^(depth − t)-th longest one.
-        return torch.cat([logits[:, :: v ** (depth - t), t] for t in range(depth + 1)], 1).flatten(0, 1)
+        prefixes, x = trees.prefixes(self.vocab, self.length), len(self.prompts)
+        logits = self.logits(torch.arange(x).repeat_interleave(len(prefixes)), prefixes.repeat(x, 1))
+        return trees.breadth_first(logits.view(x, *prefixes.shape, self.vocab)).flatten(0, 1)
 
     def contexts(self, tokens: Tensor, prompts: Tensor) -> Tensor:
         """Row of `table` that emits each token of `tokens` `[n, t]` after prompts `[n]`, as `[n, t]`."""
-        rows = [torch.zeros_like(tokens[:, 0])]
-        for t in range(tokens.shape[1] - 1):
-            rows.append(rows[-1] * self.vocab + 1 + tokens[:, t])
-        return torch.stack(rows, -1) + self.nodes * prompts[:, None]
+        return trees.rows(tokens, self.vocab) + self.nodes * prompts[:, None]
 
     def occupancy(self) -> Tensor:
         """Expected number of times a response emits from each row of `table`; differentiable in the table."""
-        x, v = len(self.prompts), self.vocab
-        p = self.table.softmax(-1).view(x, -1, v)
-        if self.eos is not None:
-            p = p * (torch.arange(v) != self.eos)
-        depths, start = [torch.full((x, 1), 1 / x, dtype=p.dtype)], 0
-        for t in range(self.length - 1):
-            depths.append((depths[-1][..., None] * p[:, start : start + v**t]).flatten(1))
-            start += v**t
-        return torch.cat(depths, 1).flatten()
+        p = self.table.softmax(-1).view(len(self.prompts), -1, self.vocab)
+        return trees.occupancy(p, self.length, self.eos).flatten()
 
     def kl(self, reference: LanguageModel) -> Tensor:
         """`KL(self(y) ‖ reference(y))` of whole responses in nats, mean over prompts. Raises `ValueError` where they cannot be listed."""
@@ -331,7 +198,7 @@ class LanguageModel:
     def enumerate(self) -> tuple[Tensor, Tensor, Tensor]:
         """All responses: prompts `[n]`, tokens `[n, T]` and mask `[n, T]`. Raises `ValueError` where there are too many."""
         self._check_enumerable()
-        tokens, mask = responses(self.vocab, self.length, self.eos)
+        tokens, mask = trees.responses(self.vocab, self.length, self.eos)
         x = len(self.prompts)
         return torch.arange(x).repeat_interleave(len(tokens)), tokens.repeat(x, 1), mask.repeat(x, 1)
 
@@ -356,7 +223,7 @@ class LanguageModel:
         tokens = self._blank(n, self.length)
         with torch.no_grad():
             self.draw(prompts, tokens, torch.from_numpy(rng.random((n, self.length))))
-        return prompts, tokens, live(tokens, self.eos)
+        return prompts, tokens, trees.live(tokens, self.eos)
 
     def draw(self, prompts: Tensor, tokens: Tensor, uniforms: Tensor) -> None:
         """Fill `tokens` `[n, T]` by inverting the distribution of each step at `uniforms` `[n, T]`.
@@ -375,12 +242,3 @@ class LanguageModel:
 
     def _blank(self, n: int, length: int) -> Tensor:
         return torch.full((n, length), 0 if self.eos is None else self.eos)
-
-
-def inverted(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative distribution of `logits` `[n, v]` passes `uniforms` `[n]`, `[n]`."""
-    p = logits.softmax(-1)
-    cdf = p.cumsum(-1)
-    # Rounding must neither lead behind the last token nor to one of probability 0.
-    last = (p > 0).to(torch.int64).cumsum(-1).argmax(-1)
-    return torch.searchsorted(cdf, uniforms[:, None], right=True)[:, 0].minimum(last)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from gradlab.policies.causal import Pretrained, output_names
-from gradlab.policies.language import Trunk
 from gradlab.policies.split import Packed, lower, split, upper
+from gradlab.policies.trunk import Trunk
 
 #: How to get what this module needs; quoted by every error about something that is not installed.
 INSTALL = "pip install 'gradlab-kl[lm]'"

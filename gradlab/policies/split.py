@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gradlab.policies.language import Trunk
+from gradlab.policies.trunk import Trunk
 
 #: Largest difference of logits, relative to their size, between the two parts and the whole: rounding.
 AGREEMENT = 1e-4

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.policies import families
+from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
 
 #: Enumeration is refused when the logits of all responses, `n · t · v` doubles, would need more than this.
@@ -93,7 +92,7 @@ class Tabular:
                 f"exceed the {ENUMERATION_BYTES / 2**30:g} GiB allowed for enumeration; sample it (samples=…) or, if each "
                 "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
             )
-        tokens, mask = responses(v, length, self.eos)
+        tokens, mask = trees.responses(v, length, self.eos)
         return tokens.clone(), mask.clone()
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -109,7 +108,7 @@ class Tabular:
             tokens[alive, t] = drawn
             if self.eos is not None:
                 alive = alive[drawn != self.eos]
-        return tokens, live(tokens, self.eos)
+        return tokens, trees.live(tokens, self.eos)
 
     def moved(self: P, noise: Tensor) -> P:
         """The policy with noise `[p]` added to its logits."""
@@ -121,27 +120,6 @@ class Tabular:
         Exactly one of `scale` and `kl` is given. Raises `ValueError` otherwise, or when `kl` cannot be reached.
         """
         return perturbation(self, scale, kl, seed)
-
-
-@lru_cache(maxsize=8)
-def responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
-    """Tokens and mask of every response, in lexicographic order."""
-    grid = torch.arange(vocab**length)
-    tokens = torch.stack([grid // vocab ** (length - 1 - t) % vocab for t in range(length)], -1)
-    mask = live(tokens, eos)
-    if eos is None:
-        return tokens, mask
-    # One representative per response: everything behind the end token is the end token again.
-    keep = (mask | (tokens == eos)).all(-1)
-    return tokens[keep], mask[keep]
-
-
-def live(tokens: Tensor, eos: int | None) -> Tensor:
-    """Mask `[n, t]` of the tokens up to and including the end token."""
-    if eos is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    ended = (tokens == eos).cumsum(-1)
-    return (ended == 0) | ((ended == 1) & (tokens == eos))
 
 
 def _table(logits: Any, dims: int, what: str) -> Tensor:
@@ -234,20 +212,10 @@ class Tree(Tabular):
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
 
     def contexts(self, tokens: Tensor) -> Tensor:
-        rows = [torch.zeros_like(tokens[:, 0])]
-        for t in range(tokens.shape[1] - 1):
-            rows.append(rows[-1] * self.vocab + 1 + tokens[:, t])
-        return torch.stack(rows, -1)
+        return trees.rows(tokens, self.vocab)
 
     def occupancy(self) -> Tensor:
-        p = self.table.softmax(-1)
-        if self.eos is not None:
-            p = p * (torch.arange(self.vocab) != self.eos)  # nothing is emitted behind the end token
-        depths, start = [torch.ones(1, dtype=torch.float64)], 0
-        for t in range(self.length - 1):
-            depths.append((depths[-1][:, None] * p[start : start + self.vocab**t]).flatten())
-            start += self.vocab**t
-        return torch.cat(depths)
+        return trees.occupancy(self.table.softmax(-1)[None], self.length, self.eos)[0]
 
 
 @dataclass(frozen=True, eq=False, init=False)
