@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import re
 import time
 from dataclasses import replace
 
@@ -311,6 +312,113 @@ def test_one_world_fits_no_pair():
     gradients = candidates.gradients(near)
     field = made_up(near, 0.3 * gradients["length"] + 0.2 * gradients["inverse_length"])
     assert identify([("near", [field])], 1e-7).name == "none"
+
+
+# ---- rounding -----------------------------------------------------------------------------------------------------------
+
+
+def k3_in_reward(kind: torch.dtype, offset: float = 0.0) -> Subject:
+    """k3 in the reward, whose terms nearly cancel near the reference, computed in `kind` with an offset that takes digits."""
+
+    def loss(batch):
+        ratio = (batch.log_prob - batch.reference_log_prob).detach().to(kind)
+        k3 = ((-ratio).exp() - 1 + ratio + offset) - offset
+        to_go = (k3.double() * batch.mask).flip(-1).cumsum(-1).flip(-1)
+        return (to_go * batch.log_prob * batch.mask).sum(-1).mean()
+
+    return Subject(f"k3 in the reward in {kind}", loss)
+
+
+@pytest.mark.parametrize("world", worlds.standard()[:5], ids=lambda w: f"{w.name} {w.off_policy}")
+def test_the_rounding_of_a_mean_is_its_distance_from_the_exact_one(world):
+    fields = {kind: engine.field(k3_in_reward(kind), world, 1) for kind in (torch.float64, torch.float32, torch.bfloat16)}
+    truth = fields[torch.float64].mean
+    for precision in PRECISIONS[1:]:
+        known = fields[precision.dtype]
+        found = engine.rounding(k3_in_reward(precision.dtype), known, 1, False, precision.nudge)
+        error = float((known.mean - truth).norm())
+        assert error / 4 < found < 4 * error
+    exact = engine.rounding(k3_in_reward(torch.float64), fields[torch.float64], 1, False, PRECISIONS[0].nudge)
+    assert exact < 1e-12 * float(truth.norm())
+
+
+def test_terms_that_nearly_cancel_match_as_well_as_their_rounding_allows():
+    exact, rounded = (gl.audit(k3_in_reward(kind)).on_policy for kind in (torch.float64, torch.float32))
+    assert exact.combination == pytest.approx({"reverse_kl": 1, "forward_kl_frozen_prefix": -1}, rel=1e-11)
+    assert rounded.combination == pytest.approx({"reverse_kl": 1, "forward_kl_frozen_prefix": -1}, rel=1e-5)
+    assert (exact.scope, rounded.scope) == ("everywhere", "everywhere")
+    assert exact.text.startswith("equals a combination of gradients")
+    assert re.match(r"agrees, within the rounding of the loss, \de-06 of its expected gradient, with a comb", rounded.text)
+    assert PRECISIONS[1].match < rounded.error < 5e-5
+
+
+def test_what_rounding_hides_is_unresolved_with_the_evidence():
+    audited = gl.audit(k3_in_reward(torch.float32, offset=1e4))
+    verdict = audited.on_policy
+    assert (verdict.name, verdict.combination, verdict.descends("reverse_kl")) == ("unresolved", {}, False)
+    assert audited.precision.name == "half"  # an offset of 1e4 leaves float32 three digits
+    share, norm = map(float, re.match(
+        r"is not resolved: near the reference the rounding of the loss is (\S+) times its expected gradient, whose norm is (\S+),",
+        verdict.text,
+    ).groups())  # fmt: skip
+    near = worlds.standard()[0]
+    mean, truth = (engine.field(k3_in_reward(*how), near, 1).mean for how in ((torch.float32, 1e4), (torch.float64,)))
+    assert norm == pytest.approx(float(mean.norm()), rel=0.05)
+    assert 1 / 4 < share * norm / float((mean - truth).norm()) < 4
+    # Farther away the digits suffice.
+    elsewhere = verdict.text.partition("; elsewhere it equals a combination of gradients, ")[2]
+    shares = re.match(r"(\S+) × that of the sequence reverse KL minus (\S+) × that of the forward KL with frozen", elsewhere)
+    assert [float(share) for share in shares.groups()] == pytest.approx([1, 1], rel=1e-3)
+    assert "does not descend reverse_kl on-policy: its expected gradient is not resolved" in audited.unmet("reverse_kl")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_null_gradient_is_zero_and_a_foreign_one_none_whatever_the_precision(kind):
+    def null(log_probs, ref_log_probs, mask):
+        return ((log_probs.to(kind) - ref_log_probs.to(kind)) * mask).sum(-1).mean()
+
+    def nothing_but_rounding(log_probs, ref_log_probs, mask):
+        ratio = (log_probs - ref_log_probs).detach().to(kind)
+        return (((ratio + 100) - 100 - ratio) * log_probs * mask).sum(-1).mean()
+
+    def foreign(log_probs, mask):
+        return -(log_probs.to(kind).exp() * mask).sum(-1).mean()
+
+    assert gl.audit(null).on_policy.name == "zero"
+    assert gl.audit(foreign).on_policy.name == "none"
+    if kind is not torch.float64:
+        verdict = gl.audit(nothing_but_rounding).on_policy
+        assert verdict.name == "unresolved"
+        assert "near the reference the rounding of the loss is" in verdict.text
+
+
+def test_rounding_decides_only_what_the_other_worlds_leave_open():
+    on = worlds.standard()[::2]
+    truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+    fields = [made_up(world, truth) for world, truth in zip(on, truths, strict=True)]
+    aside = made_up(
+        on[0], truths[0] + 1e-3 * float(truths[0].norm()) * torch.nn.functional.normalize(torch.ones_like(truths[0]), dim=0)
+    )
+
+    def verdict(given, *shares):
+        errors = {f.world.name: share * float(f.mean.norm()) for f, share in zip(given, shares, strict=True)}
+        return identify([("everywhere", given)], 1e-6, lambda f: errors[f.world.name])
+
+    moved = [aside, *fields[1:]]
+    assert verdict(moved, 0, 0, 0).name == "none"
+    assert verdict(moved, 1e-4, 0, 0).name == "none"
+    assert verdict(moved, 3e-4, 0, 0).name == "reverse_kl"
+    assert verdict(moved, 3e-4, 0, 0).error == pytest.approx(1e-3, rel=0.2)
+    assert verdict(moved, 0, 3e-4, 3e-4).name == "none"  # an error in one world excuses none in another
+    assert verdict(moved, 0.5, 0, 0).name == "unresolved"
+    assert "elsewhere it equals the gradient of the sequence reverse KL, relative error" in verdict(moved, 0.5, 0, 0).text
+    assert verdict(moved, 0.5, 0.5, 0).name == "unresolved"  # one world fits no pair, so it rules none out
+    foreign = [
+        made_up(world, torch.linspace(-1, 2, len(truth), dtype=torch.float64).sin())
+        for world, truth in zip(on, truths, strict=True)
+    ]
+    assert verdict(foreign, 0.5, 0, 0).name == "none"
+    assert verdict(fields, 0.5, 0.5, 0.5).name == "reverse_kl"  # what matches to the last digit is not lost to rounding
 
 
 def test_the_frame_has_one_row_on_policy_and_one_off():

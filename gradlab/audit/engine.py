@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradlab.audit.batch import Subject
 from gradlab.audit.call import gradient
-from gradlab.audit.worlds import PADDING, World, batch
+from gradlab.audit.worlds import PADDING, World, batch, nudged
 
 #: How often a random loss is evaluated at every batch.
 REPEATS = 32
@@ -48,12 +48,15 @@ def _product(items: Iterable[int], size: int) -> Iterable[tuple[int, ...]]:
     return itertools.product(items, repeat=size)
 
 
-def field(subject: Subject, world: World, group: int, random: bool = False, exchangeable: bool = False) -> Field:
+def field(
+    subject: Subject, world: World, group: int, random: bool = False, exchangeable: bool = False, nudge: float = 0.0
+) -> Field:
     """Enumerate all groups of `group` responses and average their gradients, weighted by the sampler's probabilities.
 
-    exchangeable: the order of the responses makes no difference, so that one order stands for all.
+    exchangeable: the order of the responses makes no difference, so that one order stands for all. nudge: how far the logits
+    that the loss sees are moved, see `rounding`.
     """
-    rollout, columns = world.rollout, world.columns(PADDING)
+    rollout, columns = world.rollout, nudged(world.columns(PADDING), nudge)
     n = len(rollout.weight)
     listed = list((itertools.combinations_with_replacement if exchangeable else _product)(range(n), group))
     groups = torch.tensor(listed)
@@ -86,3 +89,18 @@ def field(subject: Subject, world: World, group: int, random: bool = False, exch
         torch.tensor(values, dtype=torch.float64),
         weight,
     )
+
+
+def rounding(subject: Subject, known: Field, group: int, exchangeable: bool, nudge: float) -> float:
+    """The norm of the error that the loss's own rounding leaves in the mean of a field.
+
+    nudge: a change that is far above the rounding of numbers and whose square is far below it. A second difference in such
+    steps is of the order of `nudge²` for exact arithmetic; what is left of it is three rounding errors that have nothing to do
+    with each other, with weights 1, −2 and 1.
+    """
+    left = []
+    for step in (nudge, 2 * nudge):
+        up, down = (field(subject, known.world, group, False, exchangeable, by).mean for by in (step, -step))
+        left.append(float((up - 2 * known.mean + down).square().sum()) / 6)
+    error = math.sqrt(sum(left) / len(left))
+    return error if math.isfinite(error) else math.inf

@@ -14,7 +14,7 @@ from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import REPEATS, Field, field
+from gradlab.audit.engine import REPEATS, Field, field, rounding
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
 from gradlab.audit.precision import PRECISIONS, Precision
@@ -131,9 +131,9 @@ def _audit(subject: Subject) -> Audit:
     coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
     orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
-    fields = _Fields(subject, group, random, orderless)
+    fields = _Fields(subject, group, random, orderless, precision)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
-    on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
+    on_policy, off_policy = (identify(fields.scopes(away), precision.match, fields.rounding) for away in (False, True))
     # Weights are missing where off-policy data change what is descended.
     needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
     setting = Setting(
@@ -160,14 +160,30 @@ def _audit(subject: Subject) -> Audit:
 class _Fields:
     """The fields of a loss, computed when first asked for."""
 
-    def __init__(self, subject: Subject, group: int, random: bool, exchangeable: bool = False) -> None:
-        self.subject, self.group, self.random, self.exchangeable = subject, group, random, exchangeable
+    def __init__(
+        self, subject: Subject, group: int, random: bool, exchangeable: bool = False, precision: Precision = PRECISIONS[0]
+    ) -> None:
+        self.subject, self.group, self.random = subject, group, random
+        self.exchangeable, self.precision = exchangeable, precision
         self.known: dict[World, Field] = {}
+        self.rounded: dict[World, float] = {}
 
     def at(self, world: World) -> Field:
         if world not in self.known:
             self.known[world] = field(self.subject, world, self.group, self.random, self.exchangeable)
         return self.known[world]
+
+    def rounding(self, known: Field) -> float:
+        """The norm of the rounding error in the mean of a field.
+
+        0 for a loss precise to float64, which is what its answers to small changes have shown, and for one whose randomness is
+        larger.
+        """
+        if self.random or self.precision is PRECISIONS[0]:
+            return 0.0
+        if known.world not in self.rounded:
+            self.rounded[known.world] = rounding(self.subject, known, self.group, self.exchangeable, self.precision.nudge)
+        return self.rounded[known.world]
 
     def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[Field]]]:
         """Fields by the scope in which a verdict has to hold, the widest first."""
