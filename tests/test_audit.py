@@ -95,6 +95,108 @@ def test_a_group_of_three_is_enumerated_when_asked_for():
     assert_same(engine.field(subject, world, 3, exchangeable=True).mean, 2 / 3 * truth)
 
 
+def standardised(batch: Batch) -> torch.Tensor:
+    """k1 in the reward, divided by the standard deviation of the group, as GRPO has it; equal rewards pull nothing."""
+    kl = ((batch.log_prob - batch.reference_log_prob) * batch.mask).sum(-1).detach()
+    spread = kl.std()
+    advantage = (kl - kl.mean()) / spread if spread > 1e-12 else torch.zeros_like(kl)
+    return (advantage * (batch.log_prob * batch.mask).sum(-1)).mean()
+
+
+def bandit(actions: int = 3, kl: float = 0.4) -> worlds.World:
+    policy = gl.Tree.random(vocab=actions, length=1, seed=5)
+    return worlds.World("moderate", gl.Scenario(policy, policy.perturbed(kl=kl, seed=6)))
+
+
+@pytest.mark.parametrize(("actions", "group"), [(3, 2), (3, 3), (3, 4), (4, 3), (2, 6)])
+def test_standardised_groups_are_those_of_loops_over_all_of_them(actions, group):
+    world = bandit(actions)
+    p = np.exp(world.scenario.policy.table.numpy()[0])
+    p /= p.sum()
+    q = np.exp(world.scenario.reference.table.numpy()[0])
+    kl = np.log(p) - np.log(q / q.sum())
+    mean = np.zeros(actions)
+    for drawn in itertools.product(range(actions), repeat=group):
+        rewards = [kl[a] for a in drawn]
+        middle = sum(rewards) / group
+        spread = math.sqrt(sum((r - middle) ** 2 for r in rewards) / (group - 1))
+        for a, r in zip(drawn, rewards, strict=True):
+            if spread > 1e-12:
+                mean += math.prod(p[b] for b in drawn) * (r - middle) / spread / group * (np.eye(actions)[a] - p)
+    subject = Subject("standardised", standardised)
+    ordered, unordered = (engine.field(subject, world, group, exchangeable=how) for how in (False, True))
+    assert_same(ordered.mean, mean)
+    assert_same(unordered.mean, mean)
+    for found, how in ((ordered, False), (unordered, True)):
+        assert len(found.weight) == engine.count(actions, group, how)
+        assert float(found.weight.sum()) == pytest.approx(1, rel=1e-12)
+
+
+def test_standardised_groups_turn_to_the_reverse_kl_as_they_grow():
+    world = bandit()
+    truth = gl.exact.gradient("reverse_kl", world.scenario)
+    spread = world.rollout.weight @ world.rollout.log_ratio[:, 0].square() - world.scenario.kl() ** 2
+    angles, scales = {}, {}
+    for group in (2, 16, 32, 64):
+        mean = engine.field(Subject("standardised", standardised), world, group, exchangeable=True).mean
+        angles[group] = math.acos(float(mean @ truth / mean.norm() / truth.norm()))
+        scales[group] = float(mean @ truth / truth.square().sum())
+    assert angles[2] > 0.05
+    # What the deviation of a group has to do with its rewards falls as 1/n, and so does the angle.
+    assert angles[16] / angles[32] == pytest.approx(2, rel=0.2)
+    assert angles[32] / angles[64] == pytest.approx(2, rel=0.1)
+    assert scales[64] == pytest.approx(float(spread) ** -0.5, rel=0.02)
+
+
+def test_an_audit_tells_what_a_larger_group_changes():
+    audits = {group: gl.audit(Subject("standardised", standardised), group=group) for group in (2, 3)}
+    for group, audited in audits.items():
+        on = worlds.standard()[::2]
+        means = [engine.field(audited.subject, world, group).mean for world in on]
+        truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+        wanted = np.mean([float(m @ t / m.norm() / t.norm()) for m, t in zip(means, truths, strict=True)])
+        assert (audited.group, frame([audited])["group"][0]) == (group, group)
+        assert audited.cosine == pytest.approx(wanted, rel=1e-9)
+        assert (audited.on_policy.name, audited.on_policy.closest) == ("none", "reverse_kl")
+    assert audits[3].cosine > audits[2].cosine + 0.01
+
+
+def test_a_mean_over_the_batch_is_recognised_in_a_larger_group():
+    def loss(log_probs, ref_log_probs, mask):
+        return (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum() / mask.sum()
+
+    assert gl.audit(loss, group=3).probe("batch").finding.endswith("one mean over all tokens of the batch")
+
+
+def test_no_place_in_a_group_is_overlooked():
+    def at(*places):
+        return lambda batch: ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[list(places)].sum()
+
+    world = worlds.standard()[3]
+    for places in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 3), (1, 2, 3)):
+        assert not checks.exchangeable(Subject("some", at(*places)), world, 4, 1e-10), places
+    assert checks.exchangeable(Subject("all", at(0, 1, 2, 3)), world, 4, 1e-10)
+
+
+def test_groups_that_are_too_many_say_how_many_and_what_is_possible():
+    def first(batch):
+        return ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[0].sum()
+
+    assert engine.count(15, 5, True) == len(list(itertools.combinations_with_replacement(range(15), 5)))
+    per_world = math.comb(20, 6)  # 6 of 15 responses, with repetition
+    says = rf"groups of 6 responses cannot be enumerated: mine would be evaluated {6 * per_world} times; .* largest group is 5$"
+    with pytest.raises(ValueError, match=says):
+        gl.audit(Subject("mine", standardised), group=6)
+    says = rf"groups of 4 responses .* evaluated {6 * 15**4} times, in every order, because .* the largest group is 3$"
+    with pytest.raises(ValueError, match=says):
+        gl.audit(Subject("mine", first), group=4)
+    with pytest.raises(ValueError, match="group is the number of responses enumerated together, at least 1; got 0"):
+        gl.audit(Subject("mine", first), group=0)
+    engine.check_affordable(Subject("mine", first), 5, False, True)
+    with pytest.raises(ValueError, match=f"evaluated {32 * 6 * math.comb(19, 5)} times; .* the largest group is 2$"):
+        engine.check_affordable(Subject("mine", first), 5, True, True)
+
+
 def test_the_order_of_a_group_is_kept_where_it_matters():
     def first(batch):
         return ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[0].sum() / 2

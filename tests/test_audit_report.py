@@ -91,6 +91,11 @@ def test_several_losses_have_a_line_each(monkeypatch, capsys, losses, jobs):
     ]  # fmt: skip
 
 
+def test_the_size_of_the_group_is_the_users(monkeypatch, capsys, losses):
+    assert run(monkeypatch, f"{losses}:k2", "--group", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["group"] == 3
+
+
 def test_json_says_what_the_library_says(monkeypatch, capsys, losses):
     assert run(monkeypatch, f"{losses}:k3", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
@@ -142,6 +147,10 @@ def test_what_is_expected_decides_the_exit_code(monkeypatch, capsys, losses, nam
         (("{losses}:k3", "--bind", "kind"), "gradlab: --bind takes NAME=VALUE, got 'kind'"),
         (("{losses}:k3", "--only", "nothing"), "gradlab: nothing to audit: no configuration is named like 'nothing'"),
         (("{losses}:k3", "--installed"), "gradlab: say what to audit"),
+        (
+            ("{losses}:k3", "--group", "9"),
+            "gradlab: groups of 9 responses cannot be enumerated: k3 would be .* the largest group is 5",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, losses, arguments, says):

@@ -100,9 +100,11 @@ def exchangeable(subject: Subject, world: World, group: int, tolerance: float) -
     columns = world.columns(PADDING)
     n = len(columns["mask"])
     for start in range(3):
-        rows = [(start + 5 * k) % n for k in range(group)]
+        rows = [(start + 4 * k) % n for k in range(group)]
         x = gradient(subject, *batch(columns, rows))[0]
-        y = gradient(subject, *batch(columns, rows[::-1]))[0].flip(0)
-        if not float((x - y).norm()) <= tolerance * float(x.norm()):
-            return False
+        # Every order is made of turns and of swaps of the first two.
+        for order in ([*range(1, group), 0], [1, 0, *range(2, group)]):
+            y = gradient(subject, *batch(columns, [rows[i] for i in order]))[0]
+            if not float((x[order] - y).norm()) <= tolerance * float(x.norm()):
+                return False
     return True

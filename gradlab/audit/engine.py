@@ -13,10 +13,12 @@ from torch import Tensor
 
 from gradlab.audit.batch import Subject
 from gradlab.audit.call import gradient
-from gradlab.audit.worlds import PADDING, World, batch, nudged
+from gradlab.audit.worlds import PADDING, World, batch, nudged, standard
 
 #: How often a random loss is evaluated at every batch.
 REPEATS = 32
+#: The most evaluations that the worlds of an audit may take together; a minute or so for a light loss, ten for a heavy one.
+AFFORDABLE = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,27 @@ class Field:
     def finite(self) -> bool:
         """Whether the mean is a number."""
         return math.isfinite(float(self.mean.sum()))
+
+
+def count(responses: int, group: int, exchangeable: bool) -> int:
+    """How many groups of `group` out of `responses` there are, with repetition; `exchangeable` ones without their order."""
+    return math.comb(responses + group - 1, group) if exchangeable else responses**group
+
+
+def check_affordable(subject: Subject, group: int, random: bool, exchangeable: bool) -> None:
+    """Raise `ValueError` when the groups of the standard worlds are too many to enumerate, with the largest size that is not."""
+    sizes = [len(world.rollout.weight) for world in standard()]
+
+    def evaluations(group: int) -> int:
+        return sum(count(n, group, exchangeable) for n in sizes) * (REPEATS if random else 1)
+
+    if evaluations(group) > AFFORDABLE:
+        largest = next(g for g in itertools.count(1) if evaluations(g + 1) > AFFORDABLE)
+        why = "" if exchangeable else ", in every order, because the order makes a difference to it or was not looked at"
+        raise ValueError(
+            f"groups of {group} responses cannot be enumerated: {subject.name} would be evaluated {evaluations(group)} times{why}; "
+            f"at most {AFFORDABLE} are allowed, so the largest group is {largest}"
+        )
 
 
 def _product(items: Iterable[int], size: int) -> Iterable[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import REPEATS, Field, field, rounding
+from gradlab.audit.engine import REPEATS, Field, check_affordable, field, rounding
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
 from gradlab.audit.precision import PRECISIONS, Precision
@@ -104,15 +104,18 @@ def audit(
     loss: a `Subject`, or any function of `[B, T]` tensors whose arguments are bound by their names (`log_probs`,
     `ref_logprob`, `old_log_probs`, `response_mask`, …), by `roles` (argument → role) and `settings` (argument → value); one
     argument called `batch` or annotated `Batch` gets the whole `Batch`. returns: `loss`, or `rewards` or `advantages` when
-    the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them.
+    the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them. A loss that
+    divides by the standard deviation of a group descends something else at every size, which `cosine` tells: give each size.
 
-    Identity: `E_{y~μ}[∇ loss({y})]`, every response (or pair) of small trees with an end token enumerated near and far from the
+    Identity: `E_{y~μ}[∇ loss({y})]`, every response (or group) of small trees with an end token enumerated near and far from the
     reference, compared with the gradients of `gl.TARGETS` and pairs of them, jointly and up to one factor.
     Raises `ValueError` when arguments cannot be bound, or the loss raises, is not a scalar, not differentiable, or changes its
-    inputs. Warns when the loss is random, and averages it.
+    inputs, or when groups of that size are too many. Warns when the loss is random, and averages it.
     """
     subject = loss if isinstance(loss, Subject) else bind(loss, name=name, roles=roles, settings=settings, returns=returns)
     if group is not None:
+        if group < 1:
+            raise ValueError(f"group is the number of responses enumerated together, at least 1; got {group}")
         subject = replace(subject, group=group)
     with one_thread():
         return _audit(subject)
@@ -131,6 +134,7 @@ def _audit(subject: Subject) -> Audit:
     coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
     orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
+    check_affordable(subject, group, random, orderless)
     fields = _Fields(subject, group, random, orderless, precision)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
     on_policy, off_policy = (identify(fields.scopes(away), precision.match, fields.rounding) for away in (False, True))
