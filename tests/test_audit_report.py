@@ -99,6 +99,13 @@ def test_the_size_of_the_group_is_the_users(monkeypatch, capsys, losses):
     assert json.loads(capsys.readouterr().out)[0]["group"] == 3
 
 
+def test_a_nucleus_is_asked_about_when_it_is_given(monkeypatch, capsys, losses):
+    assert run(monkeypatch, f"{losses}:k2", "--top-p", "0.7") == 0
+    assert re.search(r"│ nucleus +│ pass │ which log-probabilities", capsys.readouterr().out)
+    assert run(monkeypatch, f"{losses}:k2", "--top-p", "2") == 2
+    assert "gradlab: top_p is the probability of the nucleus" in capsys.readouterr().err
+
+
 def test_json_says_what_the_library_says(monkeypatch, capsys, losses):
     assert run(monkeypatch, f"{losses}:k3", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)

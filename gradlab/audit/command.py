@@ -39,6 +39,9 @@ def audit_command(
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
     returns: Annotated[Returns, typer.Option("--returns", help="What the function returns.")] = Returns.loss,
     group: Annotated[int | None, typer.Option("--group", min=1, help="Responses enumerated together.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Ask what log-probabilities of before a cut to this nucleus do.")
+    ] = None,
     only: Annotated[str | None, typer.Option("--only", help="Configurations whose name contains this.")] = None,
     expect: Annotated[str | None, typer.Option("--expect", help="Exit 1 unless the gradient is that of this target.")] = None,
     off_policy: Annotated[bool, typer.Option("--off-policy", help="Expect it off-policy, too.")] = False,
@@ -63,7 +66,7 @@ def audit_command(
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject) for subject in progress))
+    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject, top_p) for subject in progress))
     audits = [result for result in results if isinstance(result, Audit)]
     problems = [result for result in results if isinstance(result, ValueError)]
     if not audits:
@@ -83,9 +86,9 @@ def audit_command(
         raise typer.Exit(1)
 
 
-def _attempt(subject: Subject) -> Audit | ValueError:
+def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
     try:
-        return audit(subject)
+        return audit(subject, top_p=top_p)
     except ValueError as error:
         return error
 

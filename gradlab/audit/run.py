@@ -17,6 +17,7 @@ from gradlab.audit.candidates import CANDIDATES, check
 from gradlab.audit.engine import REPEATS, Field, check_affordable, field, rounding
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
+from gradlab.audit.nucleus import nucleus
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
 from gradlab.audit.setting import Probe, Setting
@@ -98,6 +99,7 @@ def audit(
     settings: Mapping[str, object] | None = None,
     returns: str = "loss",
     group: int | None = None,
+    top_p: float | None = None,
 ) -> Audit:
     """Find out which objective the expected gradient of a loss descends, exactly, and every way in which it misbehaves.
 
@@ -106,6 +108,8 @@ def audit(
     argument called `batch` or annotated `Batch` gets the whole `Batch`. returns: `loss`, or `rewards` or `advantages` when
     the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them. A loss that
     divides by the standard deviation of a group descends something else at every size, which `cosine` tells: give each size.
+    top_p: ask also, as the probe `nucleus`, what becomes of it when tokens are drawn from that nucleus of the policy and their
+    log-probabilities are reported from before the cut.
 
     Identity: `E_{y~μ}[∇ loss({y})]`, every response (or group) of small trees with an end token enumerated near and far from the
     reference, compared with the gradients of `gl.TARGETS` and pairs of them, jointly and up to one factor.
@@ -117,11 +121,13 @@ def audit(
         if group < 1:
             raise ValueError(f"group is the number of responses enumerated together, at least 1; got {group}")
         subject = replace(subject, group=group)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is the probability of the nucleus, above 0 and up to 1; got {top_p:g}")
     with one_thread():
-        return _audit(subject)
+        return _audit(subject, top_p)
 
 
-def _audit(subject: Subject) -> Audit:
+def _audit(subject: Subject, top_p: float | None) -> Audit:
     worlds = standard()
     moderate = next(world for world in worlds if world.name == "moderate" and world.off_policy)
     random = checks.is_random(subject, moderate)
@@ -151,6 +157,8 @@ def _audit(subject: Subject) -> Audit:
         curve.sweep(curve.of_token(steady, group - 1)),
     )
     found = () if unsteady else probes(setting)
+    if top_p is not None and not unsteady:
+        found = (*found, nucleus(steady, on, top_p, group, orderless, precision))
     if random:
         # In another dtype the draws are others: that comparison would tell nothing.
         found = tuple(probe for probe in found if probe.name not in ("float32", "bfloat16"))

@@ -32,6 +32,13 @@ NOWHERE = -1e9
 P = TypeVar("P", bound="LanguageModel")
 
 
+def cut(logits: Tensor, top_p: float) -> Tensor:
+    """Logits `[…, v]` of the nucleus: the smallest set of the likeliest tokens that has at least the probability `top_p`."""
+    p, order = logits.detach().softmax(-1).sort(-1, descending=True)
+    outside = (p.cumsum(-1) - p >= top_p).gather(-1, order.argsort(-1))
+    return logits.masked_fill(outside, NOWHERE)
+
+
 class Trunk:
     """The frozen lower part of a network, with the activations of the sequences it has seen kept in memory.
 
@@ -263,11 +270,7 @@ class LanguageModel:
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw logits `[…, ids]` → logits `[…, v]` of the policy: action set, temperature, nucleus."""
         logits = self.select(raw) / self.temperature
-        if self.top_p == 1:
-            return logits
-        p, order = logits.detach().softmax(-1).sort(-1, descending=True)
-        outside = (p.cumsum(-1) - p >= self.top_p).gather(-1, order.argsort(-1))
-        return logits.masked_fill(outside, NOWHERE)
+        return logits if self.top_p == 1 else cut(logits, self.top_p)
 
     def select(self, raw: Tensor) -> Tensor:
         """The logits `[…, v]` of the action set among raw ones `[…, ids]`."""
