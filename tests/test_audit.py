@@ -481,7 +481,9 @@ def test_a_null_gradient_is_zero_and_a_foreign_one_none_whatever_the_precision(k
 
     def nothing_but_rounding(log_probs, ref_log_probs, mask):
         ratio = (log_probs - ref_log_probs).detach().to(kind)
-        return (((ratio + 100) - 100 - ratio) * log_probs * mask).sum(-1).mean()
+        # One that digits are lost to, and not the ratio whole: that would be a function of the ratio like any other.
+        offset = 1 if kind is torch.bfloat16 else 100
+        return (((ratio + offset) - offset - ratio) * log_probs * mask).sum(-1).mean()
 
     def foreign(log_probs, mask):
         return -(log_probs.to(kind).exp() * mask).sum(-1).mean()
@@ -675,6 +677,23 @@ def test_a_flipped_sign_does_not_descend():
     audited = gl.audit(flipped)
     assert "equals minus the gradient of the reverse KL" in audited.unmet("reverse_kl_frozen_prefix")
     assert not audited.on_policy.descends("reverse_kl_frozen_prefix")
+
+
+def test_a_caller_that_has_switched_gradients_off_is_told_the_same():
+    subject = subject_of(gl.ESTIMATORS["k3-loss"])
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert gl.audit(subject).on_policy.name == "forward_kl_frozen_prefix"
+
+
+def test_a_gradient_that_is_nan_in_the_padding_alone_is_a_leak():
+    def loss(log_probs, ref_log_probs, mask):
+        behind = log_probs.masked_fill(mask.bool(), 1.0) * 0
+        return (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean() + behind.sqrt().sum()
+
+    audited = gl.audit(loss)
+    assert audited.on_policy.descends("reverse_kl_frozen_prefix")
+    assert audited.probe("mask").finding.startswith("padded positions get a gradient, inf of what live ones get")
 
 
 def test_a_loss_that_is_nan_with_a_gradient_is_found_out():

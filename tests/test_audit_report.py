@@ -231,11 +231,14 @@ def several() -> list[Audit]:
     def token_mean(log_probs, ref_log_probs, mask):
         return ((log_probs - ref_log_probs) * mask).sum() / mask.sum()
 
-    def weighted(log_probs, ref_log_probs, old_log_probs, mask):
+    def tripled(log_probs, ref_log_probs, mask):
         x = log_probs - ref_log_probs
-        return 3 * ((log_probs - old_log_probs).exp().detach() * (torch.expm1(-x) + x).float() * mask).sum(-1).mean()
+        return 3 * ((torch.expm1(-x) + x).float() * mask).sum(-1).mean()
 
-    found = [bind(loss) for loss in (k3_clamped, token_mean, weighted)]
+    def detached(log_probs, ref_log_probs, mask):
+        return ((log_probs - ref_log_probs).detach() * mask).sum(-1).mean()
+
+    found = [bind(loss) for loss in (k3_clamped, token_mean, tripled, detached)]
     found[2] = replace(found[2], package="made_up", version="1.2", function="made_up.loss", configuration={"kernel": "k3"})
     return [gl.audit(subject) for subject in found]
 
@@ -310,7 +313,7 @@ def test_only_what_holds_everywhere_is_framed(several):
     verdicts = {(a.subject.name, p): v for a in audits for p, v in (("on", a.on_policy), ("off", a.off_policy))}
     assert verdicts["k3_clamped", "on"].combination
     assert verdicts["k3_clamped", "on"].scope != "everywhere"  # which is not framed
-    assert framed == {("weighted", policy, "forward_kl_frozen_prefix") for policy in ("on", "off")}
+    assert framed == {("tripled", "on", "forward_kl_frozen_prefix")}
 
 
 def test_a_page_escapes_what_users_call_their_losses(tmp_path):

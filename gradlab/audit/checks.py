@@ -57,19 +57,22 @@ def precision(subject: Subject, world: World) -> Precision:
         numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
         return torch.cat(numbers)
 
-    base, small = response(0.0), 1e-6
-    if torch.equal(base, response(small)):
-        # Constants are as precise as can be; what answers to large changes alone is in half precision.
-        return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
+    base, small = response(0.0), 3e-7
 
     def rough(step: float) -> float:
-        middle, steps = base.abs().max(), (step, 1.7 * step, 3.1 * step)
-        return max(float((response(h) - 2 * base + response(-h)).abs().max() / middle) for h in steps)
+        steps, size = (step, 1.7 * step, 3.1 * step), float(base.abs().max()) or 1.0
+        return max(float((response(h) - 2 * base + response(-h)).abs().max()) for h in steps) / size
 
-    # A second difference is of the order of the step squared and of rounding: 1e-12 and 1e-16 or 1e-7. Where some numbers are
+    if torch.equal(base, response(0.1)):
+        return PRECISIONS[0]  # constants are as precise as can be
+    # A second difference is of the order of the step squared and of rounding: 1e-13 and 1e-16 or 1e-7. Where some numbers are
     # in half precision and others are not, small steps move the others alone; larger ones tell 1e-7 from 1e-3.
     if rough(2e-4) > 1e-4:
         return PRECISIONS[-1]
+    if torch.equal(base, response(small)):
+        # Too little for float32 to notice, as where an advantage is little more than a sign; or for half precision, which
+        # larger changes tell.
+        return PRECISIONS[-1 if torch.equal(base, response(1e-5)) else 1]
     return PRECISIONS[0 if rough(small) <= 1e-9 else 1]
 
 

@@ -128,20 +128,21 @@ def _within_rounding(fields: Sequence[Field], bound: float, rounding: Callable[[
     """What fits to within rounding, and how far that reaches; or, when rounding hides what fits, that in words."""
     norms = [float(field.mean.norm()) for field in fields]
     relative = [error and error / (norm or 1e-300) for error, norm in zip(map(rounding, fields), norms, strict=True)]
-    clear = [(field, max(bound, ERRORS * r)) for field, r in zip(fields, relative, strict=True) if ERRORS * r <= ROUNDING]
-    loosened = clear and ERRORS * max(relative) > bound
-    found = _fit([field for field, _ in clear], [error for _, error in clear]) if loosened else None
+    bounds = [max(bound, ERRORS * r) for r in relative]
+    found = _fit(fields, bounds) if max(bounds) > bound else None
+    if found is None:
+        return None, "", ""  # whatever the rounding may have been
+    clear = [(field, b) for field, b in zip(fields, bounds, strict=True) if b <= max(bound, ROUNDING)]
     if len(clear) == len(fields):
         return found, f"the rounding of the loss, {max(relative):.0e} of its expected gradient", ""
-    if found is None and len(clear) > 1:
-        return None, "", ""  # what can be seen rules everything out
+    seen = _fit([field for field, _ in clear], [b for _, b in clear]) if clear else None
     drowned = [
         f"{PLACES[field.world.name]} the reference the rounding of the loss is {r:.2g} times its expected gradient, whose norm is "
         f"{norm:.1e}, and {r * norm / field.size:.0e} of the gradient of single batches"
         for field, r, norm in zip(fields, relative, norms, strict=True)
-        if ERRORS * r > ROUNDING
+        if ERRORS * r > max(bound, ROUNDING)
     ]
-    elsewhere = f"; elsewhere it {_words(*found, 'everywhere')}" if found else ""
+    elsewhere = f"; elsewhere it {_words(*seen, 'everywhere')}" if seen else ""
     return None, "", f"is not resolved: {'; '.join(drowned)}{elsewhere}"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 
 from gradlab.audit import checks, curve
 from gradlab.audit.batch import Subject
@@ -123,7 +124,8 @@ def audit(
         subject = replace(subject, group=group)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is the probability of the nucleus, above 0 and up to 1; got {top_p:g}")
-    with one_thread():
+    # Whatever the caller has switched off, as validation code does.
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
         return _audit(subject, top_p)
 
 
