@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import re
 import time
 from dataclasses import replace
 
@@ -92,6 +93,108 @@ def test_a_group_of_three_is_enumerated_when_asked_for():
     subject = Subject("threes", loss)
     assert_same(engine.field(subject, world, 3).mean, 2 / 3 * truth)
     assert_same(engine.field(subject, world, 3, exchangeable=True).mean, 2 / 3 * truth)
+
+
+def standardised(batch: Batch) -> torch.Tensor:
+    """k1 in the reward, divided by the standard deviation of the group, as GRPO has it; equal rewards pull nothing."""
+    kl = ((batch.log_prob - batch.reference_log_prob) * batch.mask).sum(-1).detach()
+    spread = kl.std()
+    advantage = (kl - kl.mean()) / spread if spread > 1e-12 else torch.zeros_like(kl)
+    return (advantage * (batch.log_prob * batch.mask).sum(-1)).mean()
+
+
+def bandit(actions: int = 3, kl: float = 0.4) -> worlds.World:
+    policy = gl.Tree.random(vocab=actions, length=1, seed=5)
+    return worlds.World("moderate", gl.Scenario(policy, policy.perturbed(kl=kl, seed=6)))
+
+
+@pytest.mark.parametrize(("actions", "group"), [(3, 2), (3, 3), (3, 4), (4, 3), (2, 6)])
+def test_standardised_groups_are_those_of_loops_over_all_of_them(actions, group):
+    world = bandit(actions)
+    p = np.exp(world.scenario.policy.table.numpy()[0])
+    p /= p.sum()
+    q = np.exp(world.scenario.reference.table.numpy()[0])
+    kl = np.log(p) - np.log(q / q.sum())
+    mean = np.zeros(actions)
+    for drawn in itertools.product(range(actions), repeat=group):
+        rewards = [kl[a] for a in drawn]
+        middle = sum(rewards) / group
+        spread = math.sqrt(sum((r - middle) ** 2 for r in rewards) / (group - 1))
+        for a, r in zip(drawn, rewards, strict=True):
+            if spread > 1e-12:
+                mean += math.prod(p[b] for b in drawn) * (r - middle) / spread / group * (np.eye(actions)[a] - p)
+    subject = Subject("standardised", standardised)
+    ordered, unordered = (engine.field(subject, world, group, exchangeable=how) for how in (False, True))
+    assert_same(ordered.mean, mean)
+    assert_same(unordered.mean, mean)
+    for found, how in ((ordered, False), (unordered, True)):
+        assert len(found.weight) == engine.count(actions, group, how)
+        assert float(found.weight.sum()) == pytest.approx(1, rel=1e-12)
+
+
+def test_standardised_groups_turn_to_the_reverse_kl_as_they_grow():
+    world = bandit()
+    truth = gl.exact.gradient("reverse_kl", world.scenario)
+    spread = world.rollout.weight @ world.rollout.log_ratio[:, 0].square() - world.scenario.kl() ** 2
+    angles, scales = {}, {}
+    for group in (2, 16, 32, 64):
+        mean = engine.field(Subject("standardised", standardised), world, group, exchangeable=True).mean
+        angles[group] = math.acos(float(mean @ truth / mean.norm() / truth.norm()))
+        scales[group] = float(mean @ truth / truth.square().sum())
+    assert angles[2] > 0.05
+    # What the deviation of a group has to do with its rewards falls as 1/n, and so does the angle.
+    assert angles[16] / angles[32] == pytest.approx(2, rel=0.2)
+    assert angles[32] / angles[64] == pytest.approx(2, rel=0.1)
+    assert scales[64] == pytest.approx(float(spread) ** -0.5, rel=0.02)
+
+
+def test_an_audit_tells_what_a_larger_group_changes():
+    audits = {group: gl.audit(Subject("standardised", standardised), group=group) for group in (2, 3)}
+    for group, audited in audits.items():
+        on = worlds.standard()[::2]
+        means = [engine.field(audited.subject, world, group).mean for world in on]
+        truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+        wanted = np.mean([float(m @ t / m.norm() / t.norm()) for m, t in zip(means, truths, strict=True)])
+        assert (audited.group, frame([audited])["group"][0]) == (group, group)
+        assert audited.cosine == pytest.approx(wanted, rel=1e-9)
+        assert (audited.on_policy.name, audited.on_policy.closest) == ("none", "reverse_kl")
+    assert audits[3].cosine > audits[2].cosine + 0.01
+
+
+def test_a_mean_over_the_batch_is_recognised_in_a_larger_group():
+    def loss(log_probs, ref_log_probs, mask):
+        return (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum() / mask.sum()
+
+    assert gl.audit(loss, group=3).probe("batch").finding.endswith("one mean over all tokens of the batch")
+
+
+def test_no_place_in_a_group_is_overlooked():
+    def at(*places):
+        return lambda batch: ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[list(places)].sum()
+
+    world = worlds.standard()[3]
+    for places in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 3), (1, 2, 3)):
+        assert not checks.exchangeable(Subject("some", at(*places)), world, 4, 1e-10), places
+    assert checks.exchangeable(Subject("all", at(0, 1, 2, 3)), world, 4, 1e-10)
+
+
+def test_groups_that_are_too_many_say_how_many_and_what_is_possible():
+    def first(batch):
+        return ((batch.log_prob - batch.reference_log_prob).square() * batch.mask)[0].sum()
+
+    assert engine.count(15, 5, True) == len(list(itertools.combinations_with_replacement(range(15), 5)))
+    per_world = math.comb(20, 6)  # 6 of 15 responses, with repetition
+    says = rf"groups of 6 responses cannot be enumerated: mine would be evaluated {6 * per_world} times; .* largest group is 5$"
+    with pytest.raises(ValueError, match=says):
+        gl.audit(Subject("mine", standardised), group=6)
+    says = rf"groups of 4 responses .* evaluated {6 * 15**4} times, in every order, because .* the largest group is 3$"
+    with pytest.raises(ValueError, match=says):
+        gl.audit(Subject("mine", first), group=4)
+    with pytest.raises(ValueError, match="group is the number of responses enumerated together, at least 1; got 0"):
+        gl.audit(Subject("mine", first), group=0)
+    engine.check_affordable(Subject("mine", first), 5, False, True)
+    with pytest.raises(ValueError, match=f"evaluated {32 * 6 * math.comb(19, 5)} times; .* the largest group is 2$"):
+        engine.check_affordable(Subject("mine", first), 5, True, True)
 
 
 def test_the_order_of_a_group_is_kept_where_it_matters():
@@ -313,6 +416,115 @@ def test_one_world_fits_no_pair():
     assert identify([("near", [field])], 1e-7).name == "none"
 
 
+# ---- rounding -----------------------------------------------------------------------------------------------------------
+
+
+def k3_in_reward(kind: torch.dtype, offset: float = 0.0) -> Subject:
+    """k3 in the reward, whose terms nearly cancel near the reference, computed in `kind` with an offset that takes digits."""
+
+    def loss(batch):
+        ratio = (batch.log_prob - batch.reference_log_prob).detach().to(kind)
+        k3 = ((-ratio).exp() - 1 + ratio + offset) - offset
+        to_go = (k3.double() * batch.mask).flip(-1).cumsum(-1).flip(-1)
+        return (to_go * batch.log_prob * batch.mask).sum(-1).mean()
+
+    return Subject(f"k3 in the reward in {kind}", loss)
+
+
+@pytest.mark.parametrize("world", worlds.standard()[:5], ids=lambda w: f"{w.name} {w.off_policy}")
+def test_the_rounding_of_a_mean_is_its_distance_from_the_exact_one(world):
+    fields = {kind: engine.field(k3_in_reward(kind), world, 1) for kind in (torch.float64, torch.float32, torch.bfloat16)}
+    truth = fields[torch.float64].mean
+    for precision in PRECISIONS[1:]:
+        known = fields[precision.dtype]
+        found = engine.rounding(k3_in_reward(precision.dtype), known, 1, False, precision.nudge)
+        error = float((known.mean - truth).norm())
+        assert error / 4 < found < 4 * error
+    exact = engine.rounding(k3_in_reward(torch.float64), fields[torch.float64], 1, False, PRECISIONS[0].nudge)
+    assert exact < 1e-12 * float(truth.norm())
+
+
+def test_terms_that_nearly_cancel_match_as_well_as_their_rounding_allows():
+    exact, rounded = (gl.audit(k3_in_reward(kind)).on_policy for kind in (torch.float64, torch.float32))
+    assert exact.combination == pytest.approx({"reverse_kl": 1, "forward_kl_frozen_prefix": -1}, rel=1e-11)
+    assert rounded.combination == pytest.approx({"reverse_kl": 1, "forward_kl_frozen_prefix": -1}, rel=1e-5)
+    assert (exact.scope, rounded.scope) == ("everywhere", "everywhere")
+    assert exact.text.startswith("equals a combination of gradients")
+    assert re.match(r"agrees, within the rounding of the loss, \de-06 of its expected gradient, with a comb", rounded.text)
+    assert PRECISIONS[1].match < rounded.error < 5e-5
+
+
+def test_what_rounding_hides_is_unresolved_with_the_evidence():
+    audited = gl.audit(k3_in_reward(torch.float32, offset=1e4))
+    verdict = audited.on_policy
+    assert (verdict.name, verdict.combination, verdict.descends("reverse_kl")) == ("unresolved", {}, False)
+    assert audited.precision.name == "half"  # an offset of 1e4 leaves float32 three digits
+    share, norm = map(float, re.match(
+        r"is not resolved: near the reference the rounding of the loss is (\S+) times its expected gradient, whose norm is (\S+),",
+        verdict.text,
+    ).groups())  # fmt: skip
+    near = worlds.standard()[0]
+    mean, truth = (engine.field(k3_in_reward(*how), near, 1).mean for how in ((torch.float32, 1e4), (torch.float64,)))
+    assert norm == pytest.approx(float(mean.norm()), rel=0.05)
+    assert 1 / 4 < share * norm / float((mean - truth).norm()) < 4
+    # Farther away the digits suffice.
+    elsewhere = verdict.text.partition("; elsewhere it equals a combination of gradients, ")[2]
+    shares = re.match(r"(\S+) × that of the sequence reverse KL minus (\S+) × that of the forward KL with frozen", elsewhere)
+    assert [float(share) for share in shares.groups()] == pytest.approx([1, 1], rel=1e-3)
+    assert "does not descend reverse_kl on-policy: its expected gradient is not resolved" in audited.unmet("reverse_kl")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_null_gradient_is_zero_and_a_foreign_one_none_whatever_the_precision(kind):
+    def null(log_probs, ref_log_probs, mask):
+        return ((log_probs.to(kind) - ref_log_probs.to(kind)) * mask).sum(-1).mean()
+
+    def nothing_but_rounding(log_probs, ref_log_probs, mask):
+        ratio = (log_probs - ref_log_probs).detach().to(kind)
+        # One that digits are lost to, and not the ratio whole: that would be a function of the ratio like any other.
+        offset = 1 if kind is torch.bfloat16 else 100
+        return (((ratio + offset) - offset - ratio) * log_probs * mask).sum(-1).mean()
+
+    def foreign(log_probs, mask):
+        return -(log_probs.to(kind).exp() * mask).sum(-1).mean()
+
+    assert gl.audit(null).on_policy.name == "zero"
+    assert gl.audit(foreign).on_policy.name == "none"
+    if kind is not torch.float64:
+        verdict = gl.audit(nothing_but_rounding).on_policy
+        assert verdict.name == "unresolved"
+        assert "near the reference the rounding of the loss is" in verdict.text
+
+
+def test_rounding_decides_only_what_the_other_worlds_leave_open():
+    on = worlds.standard()[::2]
+    truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+    fields = [made_up(world, truth) for world, truth in zip(on, truths, strict=True)]
+    aside = made_up(
+        on[0], truths[0] + 1e-3 * float(truths[0].norm()) * torch.nn.functional.normalize(torch.ones_like(truths[0]), dim=0)
+    )
+
+    def verdict(given, *shares):
+        errors = {f.world.name: share * float(f.mean.norm()) for f, share in zip(given, shares, strict=True)}
+        return identify([("everywhere", given)], 1e-6, lambda f: errors[f.world.name])
+
+    moved = [aside, *fields[1:]]
+    assert verdict(moved, 0, 0, 0).name == "none"
+    assert verdict(moved, 1e-4, 0, 0).name == "none"
+    assert verdict(moved, 3e-4, 0, 0).name == "reverse_kl"
+    assert verdict(moved, 3e-4, 0, 0).error == pytest.approx(1e-3, rel=0.2)
+    assert verdict(moved, 0, 3e-4, 3e-4).name == "none"  # an error in one world excuses none in another
+    assert verdict(moved, 0.5, 0, 0).name == "unresolved"
+    assert "elsewhere it equals the gradient of the sequence reverse KL, relative error" in verdict(moved, 0.5, 0, 0).text
+    assert verdict(moved, 0.5, 0.5, 0).name == "unresolved"  # one world fits no pair, so it rules none out
+    foreign = [
+        made_up(world, torch.linspace(-1, 2, len(truth), dtype=torch.float64).sin())
+        for world, truth in zip(on, truths, strict=True)
+    ]
+    assert verdict(foreign, 0.5, 0, 0).name == "none"
+    assert verdict(fields, 0.5, 0.5, 0.5).name == "reverse_kl"  # what matches to the last digit is not lost to rounding
+
+
 def test_the_frame_has_one_row_on_policy_and_one_off():
     audited = gl.audit(subject_of(gl.ESTIMATORS["k3-loss"]))
     table = frame([audited])
@@ -465,6 +677,23 @@ def test_a_flipped_sign_does_not_descend():
     audited = gl.audit(flipped)
     assert "equals minus the gradient of the reverse KL" in audited.unmet("reverse_kl_frozen_prefix")
     assert not audited.on_policy.descends("reverse_kl_frozen_prefix")
+
+
+def test_a_caller_that_has_switched_gradients_off_is_told_the_same():
+    subject = subject_of(gl.ESTIMATORS["k3-loss"])
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert gl.audit(subject).on_policy.name == "forward_kl_frozen_prefix"
+
+
+def test_a_gradient_that_is_nan_in_the_padding_alone_is_a_leak():
+    def loss(log_probs, ref_log_probs, mask):
+        behind = log_probs.masked_fill(mask.bool(), 1.0) * 0
+        return (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean() + behind.sqrt().sum()
+
+    audited = gl.audit(loss)
+    assert audited.on_policy.descends("reverse_kl_frozen_prefix")
+    assert audited.probe("mask").finding.startswith("padded positions get a gradient, inf of what live ones get")
 
 
 def test_a_loss_that_is_nan_with_a_gradient_is_found_out():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import re
 import sys
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib as mpl
@@ -16,8 +19,8 @@ import torch
 from matplotlib.text import Text
 
 import gradlab as gl
-from gradlab import cli
-from gradlab.audit import report
+from gradlab import cli, plots
+from gradlab.audit import Audit, bind, report
 from gradlab.plots import PAGE, stylesheet
 from gradlab.testing import assert_descends
 
@@ -91,6 +94,18 @@ def test_several_losses_have_a_line_each(monkeypatch, capsys, losses, jobs):
     ]  # fmt: skip
 
 
+def test_the_size_of_the_group_is_the_users(monkeypatch, capsys, losses):
+    assert run(monkeypatch, f"{losses}:k2", "--group", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["group"] == 3
+
+
+def test_a_nucleus_is_asked_about_when_it_is_given(monkeypatch, capsys, losses):
+    assert run(monkeypatch, f"{losses}:k2", "--top-p", "0.7") == 0
+    assert re.search(r"│ nucleus +│ pass │ which log-probabilities", capsys.readouterr().out)
+    assert run(monkeypatch, f"{losses}:k2", "--top-p", "2") == 2
+    assert "gradlab: top_p is the probability of the nucleus" in capsys.readouterr().err
+
+
 def test_json_says_what_the_library_says(monkeypatch, capsys, losses):
     assert run(monkeypatch, f"{losses}:k3", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
@@ -142,6 +157,10 @@ def test_what_is_expected_decides_the_exit_code(monkeypatch, capsys, losses, nam
         (("{losses}:k3", "--bind", "kind"), "gradlab: --bind takes NAME=VALUE, got 'kind'"),
         (("{losses}:k3", "--only", "nothing"), "gradlab: nothing to audit: no configuration is named like 'nothing'"),
         (("{losses}:k3", "--installed"), "gradlab: say what to audit"),
+        (
+            ("{losses}:k3", "--group", "9"),
+            "gradlab: groups of 9 responses cannot be enumerated: k3 would be .* the largest group is 5",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, losses, arguments, says):
@@ -188,6 +207,113 @@ def test_the_page_stands_alone_and_shows_every_configuration(monkeypatch, capsys
     before = page
     assert run(monkeypatch, f"{losses}:k2", f"{losses}:unmasked", "-o", folder) == 0
     assert (folder / "audit.html").read_text() == before
+
+
+def text_of(markup: str) -> str:
+    """What a reader sees of a piece of a page."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
+
+
+def table_of(markup: str) -> list[list[str]]:
+    """The cells of the rows of a piece of a page."""
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", markup, re.S)]
+    return [[text_of(cell) for cell in row] for row in rows if row]
+
+
+@pytest.fixture(scope="module")
+def several() -> list[Audit]:
+    """Audits that differ in all that a page shows: on-policy and off-policy, limited, combined, zero, failing, in pairs."""
+
+    def k3_clamped(log_probs, ref_log_probs, mask):
+        x = log_probs - ref_log_probs
+        return ((torch.expm1(-x) + x).clamp(-10, 10) * mask).sum(-1).mean()
+
+    def token_mean(log_probs, ref_log_probs, mask):
+        return ((log_probs - ref_log_probs) * mask).sum() / mask.sum()
+
+    def tripled(log_probs, ref_log_probs, mask):
+        x = log_probs - ref_log_probs
+        return 3 * ((torch.expm1(-x) + x).float() * mask).sum(-1).mean()
+
+    def detached(log_probs, ref_log_probs, mask):
+        return ((log_probs - ref_log_probs).detach() * mask).sum(-1).mean()
+
+    found = [bind(loss) for loss in (k3_clamped, token_mean, tripled, detached)]
+    found[2] = replace(found[2], package="made_up", version="1.2", function="made_up.loss", configuration={"kernel": "k3"})
+    return [gl.audit(subject) for subject in found]
+
+
+def test_every_cell_of_the_page_is_what_was_audited(tmp_path, several):
+    audits = several
+    page = report.write(audits, tmp_path).read_text()
+    summary, pieces = page.partition("<h2>The pull")[0], page.split("<details")[1:]
+    assert len({a.on_policy.name for a in audits} | {a.off_policy.name for a in audits}) >= 5
+    for k, (audited, row, piece) in enumerate(zip(audits, table_of(summary), pieces, strict=True)):
+        subject, on, off = audited.subject, audited.on_policy, audited.off_policy
+        cosines = audited.cosines[audited.cosines["target"] == "reverse_kl"].set_index("policy")["cosine"]
+        shown = ["–" if math.isnan(x) else f"{x:.4g}" for x in (on.scale, cosines["on"], cosines["off"])]
+        failed = [probe.name for probe in audited.probes if probe.passed is False]
+        name = f"{subject.name} {subject.package} {subject.version}".strip()
+        assert row == [name, on.name, shown[0], shown[1], off.name, shown[2], ", ".join(failed) or "none"]
+        (anchor,) = re.findall(rf'<a href="#(\w+)">{subject.name}</a>', summary)
+        assert piece.startswith(f' id="{anchor}">')
+        assert f"<summary>{subject.name}</summary>" in piece
+        words = f"On-policy the expected gradient {on.text}. Off-policy it {off.text}. "
+        words += f"Response by response it is {audited.form.name} . " if audited.form else ""
+        words += f"Computed in {audited.precision.name}, {audited.group} response{'s' * (audited.group > 1)} at a time."
+        assert words in text_of(piece), k
+        marks = {True: "pass", False: "FAIL", None: "n/a"}
+        assert table_of(piece) == [
+            [probe.name, marks[probe.passed], " ".join(probe.finding.split()), " ".join(probe.example.split())]
+            for probe in audited.probes
+        ]
+    assert "made_up.loss kernel=k3" in text_of(pieces[2])
+    alts = dict(re.findall(r'<img src="([^"]+)" alt="(\w+)', page))
+    drawn = {plots.audit.pulls(report.curves(audits)): "Coefficient", plots.audit.matches(report.heat(audits)): "Heat"}
+    assert alts == {report._picture(figure): alt for figure, alt in drawn.items()}
+
+
+def test_the_table_and_the_json_hold_both_verdicts_whole(tmp_path, several):
+    audits = several
+    report.write(audits, tmp_path)
+    table = pd.read_csv(tmp_path / "audit.csv").set_index(["subject", "policy"])
+    found = {item["subject"]: item for item in json.loads((tmp_path / "audit.json").read_text())}
+    for audited in audits:
+        for policy, verdict in (("on", audited.on_policy), ("off", audited.off_policy)):
+            row, item = table.loc[(audited.subject.name, policy)], found[audited.subject.name][f"{policy}_policy"]
+            for column, value in {
+                "verdict": verdict.name, "scale": verdict.scale, "error": verdict.error, "scope": verdict.scope,
+                "closest": verdict.closest, "cosine_closest": verdict.cosine, "text": verdict.text,
+            }.items():  # fmt: skip
+                missing = isinstance(value, float) and math.isnan(value)
+                assert pd.isna(row[column]) if missing else row[column] == value
+                assert item[column] is None if missing else item[column] == value
+
+
+def test_the_terminal_shows_on_and_off_and_marks_probes_as_they_are(capsys, several):
+    audits = several
+    report.show(audits)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows: list[list[str]] = []
+    for cells in lines:  # a long cell goes on below
+        rows = [*rows, cells] if cells[0] else [*rows[:-1], [x + y for x, y in zip(rows[-1], cells, strict=True)]]
+    for audited, cells in zip(audits, rows, strict=True):
+        assert [cells[1], cells[4]] == [audited.on_policy.name, audited.off_policy.name]
+    for audited in audits:
+        report.show([audited])
+        out = capsys.readouterr().out
+        marks = dict(re.findall(r"^│ (\w+) +│ (pass|FAIL|n/a) ", out, re.M))
+        assert marks == {probe.name: {True: "pass", False: "FAIL", None: "n/a"}[probe.passed] for probe in audited.probes}
+
+
+def test_only_what_holds_everywhere_is_framed(several):
+    audits = several
+    heat = report.heat(audits)
+    framed = {(r["subject"], r["policy"], r["target"]) for r in heat[heat["equal"]].to_dict("records")}
+    verdicts = {(a.subject.name, p): v for a in audits for p, v in (("on", a.on_policy), ("off", a.off_policy))}
+    assert verdicts["k3_clamped", "on"].combination
+    assert verdicts["k3_clamped", "on"].scope != "everywhere"  # which is not framed
+    assert framed == {("tripled", "on", "forward_kl_frozen_prefix")}
 
 
 def test_a_page_escapes_what_users_call_their_losses(tmp_path):

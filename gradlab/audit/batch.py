@@ -50,7 +50,8 @@ class Subject:
     """A loss to be audited: `loss(batch)` is what the optimiser would minimise, reduced over the batch to a scalar.
 
     A KL in the reward is audited as the whole chain, rewards → advantages → policy loss. `group` is the number of responses
-    that have to be enumerated together because the loss couples them; `None` finds out whether it is 1 or 2.
+    that have to be enumerated together because the loss couples them; `None` finds out whether it is 1 or 2. Adapters take a
+    batch as one group, whatever its size.
     `package`, `version`, `function` and `configuration` say what was called, for the report.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradlab.audit.batch import Batch, Subject
 from gradlab.audit.call import LossError, evaluate, gradient
 from gradlab.audit.precision import PRECISIONS, Precision
-from gradlab.audit.worlds import PADDING, World, batch
+from gradlab.audit.worlds import PADDING, World, batch, nudged
 
 #: How often a loss is called to see whether it is random; dropout may spare a small batch now and then.
 CALLS = 8
@@ -51,23 +51,29 @@ def precision(subject: Subject, world: World) -> Precision:
     """The precision a loss computes in, whatever it is given: told by how smoothly it answers to small changes."""
 
     def response(step: float) -> Tensor:
-        columns = dict(world.columns(PADDING))
-        nudge = torch.linspace(1, 2, columns["logits"].shape[-1], dtype=torch.float64)
-        columns["reference_logits"] = columns["reference_logits"] * (1 + step * nudge)
-        columns["logits"] = columns["logits"] * (1 - step * nudge)
-        made, _ = batch(columns, [1, 4])
+        made, _ = batch(nudged(world.columns(PADDING), step), [1, 4])
         loss = evaluate(subject, made)
         slope = torch.autograd.grad(loss, made.log_prob, allow_unused=True)[0] if loss.requires_grad else None
         numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
         return torch.cat(numbers)
 
-    base, small = response(0.0), 1e-6
+    base, small = response(0.0), 3e-7
+
+    def rough(step: float) -> float:
+        steps, size = (step, 1.7 * step, 3.1 * step), float(base.abs().max()) or 1.0
+        return max(float((response(h) - 2 * base + response(-h)).abs().max()) for h in steps) / size
+
+    if torch.equal(base, response(0.1)):
+        return PRECISIONS[0]  # constants are as precise as can be
+    # A second difference is of the order of the step squared and of rounding: 1e-13 and 1e-16 or 1e-7. Where some numbers are
+    # in half precision and others are not, small steps move the others alone; larger ones tell 1e-7 from 1e-3.
+    if rough(2e-4) > 1e-4:
+        return PRECISIONS[-1]
     if torch.equal(base, response(small)):
-        # Constants are as precise as can be; what answers to large changes alone is in half precision.
-        return PRECISIONS[0 if torch.equal(base, response(0.1)) else -1]
-    # A second difference is of the order of the step squared, 1e-12, and of rounding, 1e-16 or 1e-7.
-    rough = [float((response(h) - 2 * base + response(-h)).abs().max()) for h in (small, 1.7 * small, 3.1 * small)]
-    return PRECISIONS[0 if max(rough) <= 1e-9 * float(base.abs().max()) else 1]
+        # Too little for float32 to notice, as where an advantage is little more than a sign; or for half precision, which
+        # larger changes tell.
+        return PRECISIONS[-1 if torch.equal(base, response(1e-5)) else 1]
+    return PRECISIONS[0 if rough(small) <= 1e-9 else 1]
 
 
 def couples(subject: Subject, world: World, tolerance: float) -> bool:
@@ -97,9 +103,11 @@ def exchangeable(subject: Subject, world: World, group: int, tolerance: float) -
     columns = world.columns(PADDING)
     n = len(columns["mask"])
     for start in range(3):
-        rows = [(start + 5 * k) % n for k in range(group)]
+        rows = [(start + 4 * k) % n for k in range(group)]
         x = gradient(subject, *batch(columns, rows))[0]
-        y = gradient(subject, *batch(columns, rows[::-1]))[0].flip(0)
-        if not float((x - y).norm()) <= tolerance * float(x.norm()):
-            return False
+        # Every order is made of turns and of swaps of the first two.
+        for order in ([*range(1, group), 0], [1, 0, *range(2, group)]):
+            y = gradient(subject, *batch(columns, [rows[i] for i in order]))[0]
+            if not float((x[order] - y).norm()) <= tolerance * float(x.norm()):
+                return False
     return True

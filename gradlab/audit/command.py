@@ -38,7 +38,10 @@ def audit_command(
     binds: Annotated[list[str] | None, typer.Option("--bind", help="NAME=ROLE: which tensor an argument is.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
     returns: Annotated[Returns, typer.Option("--returns", help="What the function returns.")] = Returns.loss,
-    group: Annotated[int | None, typer.Option("--group", min=1, max=3, help="Responses enumerated together.")] = None,
+    group: Annotated[int | None, typer.Option("--group", min=1, help="Responses enumerated together.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Ask what log-probabilities of before a cut to this nucleus do.")
+    ] = None,
     only: Annotated[str | None, typer.Option("--only", help="Configurations whose name contains this.")] = None,
     expect: Annotated[str | None, typer.Option("--expect", help="Exit 1 unless the gradient is that of this target.")] = None,
     off_policy: Annotated[bool, typer.Option("--off-policy", help="Expect it off-policy, too.")] = False,
@@ -57,12 +60,13 @@ def audit_command(
     """
     if expect is not None:
         candidates.check(expect)
-    chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value, group)
+    chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
     chosen = [subject for subject in chosen if only is None or only in subject.name]
+    chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject) for subject in progress))
+    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject, top_p) for subject in progress))
     audits = [result for result in results if isinstance(result, Audit)]
     problems = [result for result in results if isinstance(result, ValueError)]
     if not audits:
@@ -82,16 +86,14 @@ def audit_command(
         raise typer.Exit(1)
 
 
-def _attempt(subject: Subject) -> Audit | ValueError:
+def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
     try:
-        return audit(subject)
+        return audit(subject, top_p=top_p)
     except ValueError as error:
         return error
 
 
-def _subjects(
-    given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str, group: int | None
-) -> list[Subject]:
+def _subjects(given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str) -> list[Subject]:
     """What to audit: functions by their address, frameworks by name."""
     if installed == bool(given):
         raise ValueError(
@@ -111,10 +113,9 @@ def _subjects(
             continue
         loaded = load(address)
         name = address.rpartition(":")[2]
-        subject = (
+        found.append(
             loaded if isinstance(loaded, Subject) else bind(loaded, name=name, roles=roles, settings=settings, returns=returns)
         )
-        found.append(subject if group is None else replace(subject, group=group))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,16 @@ SCOPES = {
 }
 
 
-#: The largest relative error that the randomness of a loss can excuse.
-NOISE = 0.1
+#: The largest relative error that the randomness of a loss can excuse, and that its rounding can.
+NOISE, ROUNDING = 0.1, 0.02
+#: The least that either of two objectives has to contribute, where 1e3 tolerances are more.
+MATTERS = 0.3
+#: A mean is known to within this many standard errors or rounding errors.
+ERRORS = 5
+#: Where the worlds are.
+PLACES = {"near": "near", "moderate": "at a moderate distance from", "far": "far from"}
+
+_Fit = tuple[dict[str, float], float]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Verdict:
 
     combination: objective → coefficient; empty when nothing matches. error: largest relative error over the worlds. scope: a
     key of `SCOPES`, `everywhere` unless the match is limited. closest, cosine: the objective whose gradient points most nearly
-    the same way and the mean cosine with it. text: all of it in words.
+    the same way and the mean cosine with it. text: all of it in words. resolved: false when rounding hides the answer.
     """
 
     combination: dict[str, float]
@@ -41,12 +49,13 @@ class Verdict:
     closest: str
     cosine: float
     text: str
+    resolved: bool = True
 
     @property
     def name(self) -> str:
-        """The combination as a formula of names, or `none`; a limited scope is in brackets."""
+        """The combination as a formula of names, `none`, or `unresolved`; a limited scope is in brackets."""
         if not self.combination:
-            return "none"
+            return "none" if self.resolved else "unresolved"
         return formula(self.combination) + ("" if self.scope == "everywhere" else f" [{self.scope}]")
 
     @property
@@ -72,33 +81,42 @@ def formula(parts: dict[str, float]) -> str:
     )  # fmt: skip
 
 
-def identify(groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float) -> Verdict:
+def identify(
+    groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float, rounding: Callable[[Field], float] = lambda _: 0.0
+) -> Verdict:
     """Find the simplest explanation in the widest scope: zero, one objective, two of them; in words if there is none.
 
-    groups: scope → fields of the worlds in which it has to hold, from the widest scope on.
+    groups: scope → fields of the worlds in which it has to hold, from the widest scope on. rounding: the norm of the rounding
+    error in the mean of a field, asked for where nothing matches to `tolerance`: where terms that nearly cancel make it larger,
+    a match is as good as that error allows, and where it drowns the mean the verdict is that nothing can be told.
     """
-    closest, cosine = "", float("nan")
+    closest, cosine, hidden = "", float("nan"), None
     for scope, fields in groups:
         if not all(field.finite for field in fields):
             continue
         if not closest:
             closest, cosine = _closest(fields)
-        noise = max(5 * field.error / (float(field.mean.norm()) or field.size or 1.0) for field in fields)
+        noise = max(ERRORS * field.error / (float(field.mean.norm()) or field.size or 1.0) for field in fields)
         bound = max(tolerance, min(noise, NOISE))
         if all(
-            float(field.mean.norm()) <= max(tolerance * field.size, min(5 * field.error, NOISE * field.size))
+            float(field.mean.norm()) <= max(tolerance * field.size, min(ERRORS * field.error, NOISE * field.size))
             for field in fields
         ):
             silent = all(field.size == 0 for field in fields)
             reason = "no gradient reaches the policy at all" if silent else "single responses pull, but the pulls cancel"
             return Verdict({"zero": 1.0}, 0.0, scope, "zero", float("nan"), f"is zero: {reason}")
-        found = _fit(fields, bound)
+        found, how = _fit(fields, [bound] * len(fields)), "the noise of a random loss" if bound > tolerance else ""
+        if found is None:
+            found, how, lost = _within_rounding(fields, bound, rounding)
+            hidden = lost if hidden is None else hidden
         if found is not None:
             combination, error = found
             text = _words(combination, error, scope)
-            if bound > tolerance:
-                text = text.replace("equals", "agrees, within the noise of a random loss, with", 1)
+            if how:
+                text = text.replace("equals", f"agrees, within {how}, with", 1)
             return Verdict(combination, error, scope, closest, cosine, text)
+    if hidden:
+        return Verdict({}, float("nan"), "everywhere", closest, cosine, hidden, resolved=False)
     if not closest:
         text = "is not a number: the loss has NaN or infinite gradients near and far from the reference"
     else:
@@ -106,10 +124,34 @@ def identify(groups: Iterable[tuple[str, Sequence[Field]]], tolerance: float) ->
     return Verdict({}, float("nan"), "everywhere", closest, cosine, text)
 
 
-def _fit(fields: Sequence[Field], tolerance: float) -> tuple[dict[str, float], float] | None:
-    """Coefficients of the first single objective, or else pair, that fits all fields jointly."""
-    # Every world counts alike, whatever the size of its gradient.
-    weights = [1 / max(float(field.mean.norm()), tolerance * field.size) for field in fields]
+def _within_rounding(fields: Sequence[Field], bound: float, rounding: Callable[[Field], float]) -> tuple[_Fit | None, str, str]:
+    """What fits to within rounding, and how far that reaches; or, when rounding hides what fits, that in words."""
+    norms = [float(field.mean.norm()) for field in fields]
+    relative = [error and error / (norm or 1e-300) for error, norm in zip(map(rounding, fields), norms, strict=True)]
+    bounds = [max(bound, ERRORS * r) for r in relative]
+    found = _fit(fields, bounds) if max(bounds) > bound else None
+    if found is None:
+        return None, "", ""  # whatever the rounding may have been
+    clear = [(field, b) for field, b in zip(fields, bounds, strict=True) if b <= max(bound, ROUNDING)]
+    if len(clear) == len(fields):
+        return found, f"the rounding of the loss, {max(relative):.0e} of its expected gradient", ""
+    seen = _fit([field for field, _ in clear], [b for _, b in clear]) if clear else None
+    drowned = [
+        f"{PLACES[field.world.name]} the reference the rounding of the loss is {r:.2g} times its expected gradient, whose norm is "
+        f"{norm:.1e}, and {r * norm / field.size:.0e} of the gradient of single batches"
+        for field, r, norm in zip(fields, relative, norms, strict=True)
+        if ERRORS * r > max(bound, ROUNDING)
+    ]
+    elsewhere = f"; elsewhere it {_words(*seen, 'everywhere')}" if seen else ""
+    return None, "", f"is not resolved: {'; '.join(drowned)}{elsewhere}"
+
+
+def _fit(fields: Sequence[Field], bounds: Sequence[float]) -> _Fit | None:
+    """Coefficients of the first single objective, or else pair, that fits all fields jointly, each to its relative bound."""
+    tolerance = min(bounds)
+    # Every world counts alike, whatever the size of its gradient, unless it is less well known.
+    trusts = [tolerance / bound for bound in bounds]
+    weights = [s / max(float(f.mean.norm()), tolerance * f.size) for s, f in zip(trusts, fields, strict=True)]
     lengths = [len(field.mean) for field in fields]
     goal = torch.cat([w * field.mean for w, field in zip(weights, fields, strict=True)])
     columns: dict[str, Tensor] = {}
@@ -125,10 +167,11 @@ def _fit(fields: Sequence[Field], tolerance: float) -> tuple[dict[str, float], f
         for names in itertools.combinations(columns, size):
             basis = torch.stack([columns[name] for name in names], -1)
             shares = torch.linalg.lstsq(basis, goal[:, None], driver="gelsd").solution[:, 0]
-            error = max(float(part.norm()) for part in (goal - basis @ shares).split(lengths))
+            errors = [float(part.norm()) for part in (goal - basis @ shares).split(lengths)]
             # Both parts have to matter, or a pair would pass for an imprecise single.
-            small = (shares.abs() * basis.norm(dim=0)).min() <= 1e3 * tolerance
-            if error <= tolerance and not (size == 2 and bool(small)):
+            small = (shares.abs() * basis.norm(dim=0)).min() <= min(1e3 * tolerance, MATTERS)
+            if max(errors) <= tolerance and not (size == 2 and bool(small)):
+                error = max(e / trust for e, trust in zip(errors, trusts, strict=True))
                 matches.append((dict(zip(names, shares.tolist(), strict=True)), error))
         if matches:
             return min(matches, key=lambda match: match[1]) if size == 1 else matches[0]

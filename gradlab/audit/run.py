@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 
 from gradlab.audit import checks, curve
 from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import REPEATS, Field, field
+from gradlab.audit.engine import REPEATS, Field, check_affordable, field, rounding
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
+from gradlab.audit.nucleus import nucleus
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
 from gradlab.audit.setting import Probe, Setting
@@ -98,27 +100,36 @@ def audit(
     settings: Mapping[str, object] | None = None,
     returns: str = "loss",
     group: int | None = None,
+    top_p: float | None = None,
 ) -> Audit:
     """Find out which objective the expected gradient of a loss descends, exactly, and every way in which it misbehaves.
 
     loss: a `Subject`, or any function of `[B, T]` tensors whose arguments are bound by their names (`log_probs`,
     `ref_logprob`, `old_log_probs`, `response_mask`, …), by `roles` (argument → role) and `settings` (argument → value); one
     argument called `batch` or annotated `Batch` gets the whole `Batch`. returns: `loss`, or `rewards` or `advantages` when
-    the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them.
+    the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them. A loss that
+    divides by the standard deviation of a group descends something else at every size, which `cosine` tells: give each size.
+    top_p: ask also, as the probe `nucleus`, what becomes of it when tokens are drawn from that nucleus of the policy and their
+    log-probabilities are reported from before the cut.
 
-    Identity: `E_{y~μ}[∇ loss({y})]`, every response (or pair) of small trees with an end token enumerated near and far from the
+    Identity: `E_{y~μ}[∇ loss({y})]`, every response (or group) of small trees with an end token enumerated near and far from the
     reference, compared with the gradients of `gl.TARGETS` and pairs of them, jointly and up to one factor.
     Raises `ValueError` when arguments cannot be bound, or the loss raises, is not a scalar, not differentiable, or changes its
-    inputs. Warns when the loss is random, and averages it.
+    inputs, or when groups of that size are too many. Warns when the loss is random, and averages it.
     """
     subject = loss if isinstance(loss, Subject) else bind(loss, name=name, roles=roles, settings=settings, returns=returns)
     if group is not None:
+        if group < 1:
+            raise ValueError(f"group is the number of responses enumerated together, at least 1; got {group}")
         subject = replace(subject, group=group)
-    with one_thread():
-        return _audit(subject)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is the probability of the nucleus, above 0 and up to 1; got {top_p:g}")
+    # Whatever the caller has switched off, as validation code does.
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
+        return _audit(subject, top_p)
 
 
-def _audit(subject: Subject) -> Audit:
+def _audit(subject: Subject, top_p: float | None) -> Audit:
     worlds = standard()
     moderate = next(world for world in worlds if world.name == "moderate" and world.off_policy)
     random = checks.is_random(subject, moderate)
@@ -131,9 +142,10 @@ def _audit(subject: Subject) -> Audit:
     coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
     orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
-    fields = _Fields(subject, group, random, orderless)
+    check_affordable(subject, group, random, orderless)
+    fields = _Fields(subject, group, random, orderless, precision)
     on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
-    on_policy, off_policy = (identify(fields.scopes(away), precision.match) for away in (False, True))
+    on_policy, off_policy = (identify(fields.scopes(away), precision.match, fields.rounding) for away in (False, True))
     # Weights are missing where off-policy data change what is descended.
     needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
     setting = Setting(
@@ -147,6 +159,8 @@ def _audit(subject: Subject) -> Audit:
         curve.sweep(curve.of_token(steady, group - 1)),
     )
     found = () if unsteady else probes(setting)
+    if top_p is not None and not unsteady:
+        found = (*found, nucleus(steady, on, top_p, group, orderless, precision))
     if random:
         # In another dtype the draws are others: that comparison would tell nothing.
         found = tuple(probe for probe in found if probe.name not in ("float32", "bfloat16"))
@@ -160,14 +174,30 @@ def _audit(subject: Subject) -> Audit:
 class _Fields:
     """The fields of a loss, computed when first asked for."""
 
-    def __init__(self, subject: Subject, group: int, random: bool, exchangeable: bool = False) -> None:
-        self.subject, self.group, self.random, self.exchangeable = subject, group, random, exchangeable
+    def __init__(
+        self, subject: Subject, group: int, random: bool, exchangeable: bool = False, precision: Precision = PRECISIONS[0]
+    ) -> None:
+        self.subject, self.group, self.random = subject, group, random
+        self.exchangeable, self.precision = exchangeable, precision
         self.known: dict[World, Field] = {}
+        self.rounded: dict[World, float] = {}
 
     def at(self, world: World) -> Field:
         if world not in self.known:
             self.known[world] = field(self.subject, world, self.group, self.random, self.exchangeable)
         return self.known[world]
+
+    def rounding(self, known: Field) -> float:
+        """The norm of the rounding error in the mean of a field.
+
+        0 for a loss precise to float64, which is what its answers to small changes have shown, and for one whose randomness is
+        larger.
+        """
+        if self.random or self.precision is PRECISIONS[0]:
+            return 0.0
+        if known.world not in self.rounded:
+            self.rounded[known.world] = rounding(self.subject, known, self.group, self.exchangeable, self.precision.nudge)
+        return self.rounded[known.world]
 
     def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[Field]]]:
         """Fields by the scope in which a verdict has to hold, the widest first."""

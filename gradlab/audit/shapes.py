@@ -57,7 +57,8 @@ def composition(s: Setting) -> Probe:
             "batch", False, "the gradient depends on the log-probabilities of the other responses: a group baseline", example
         )
     if by_length:
-        inverse = s.same(c["plain"] * 4, c["longer"] * 6)
+        rest = 2 * max(s.group - 2, 0)  # tokens of the companions that fill a larger group
+        inverse = s.same(c["plain"] * (4 + rest), c["longer"] * (6 + rest))
         how = "one mean over all tokens of the batch" if inverse else "a normaliser over the batch"
         return Probe("batch", False, f"the gradient depends on how long the other responses are: {how}", example)
     return Probe("batch", True, "the other responses change nothing", example)

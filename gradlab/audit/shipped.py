@@ -126,7 +126,7 @@ def by_kind(found: pd.DataFrame, cosines: pd.DataFrame) -> pd.DataFrame:
 def _rank(verdict: str) -> tuple[int, str, bool]:
     """Whole matches of one objective first, objectives together, then combinations, then what is unknown, then nothing."""
     name, _, scope = verdict.partition(" [")
-    last = {"none": 3, "zero": 4}.get(name, 2 if " " in name else 1)
+    last = {"none": 3, "unresolved": 3, "zero": 4}.get(name, 2 if " " in name else 1)
     return last, name if last > 1 or not name.startswith("reverse") else f" {name}", bool(scope)
 
 

@@ -65,6 +65,13 @@ class World:
         return found
 
 
+def nudged(columns: dict[str, Tensor], step: float) -> dict[str, Tensor]:
+    """The same columns with logits moved by about `step`, those of policy and sampler alike, so that ratios of 1 stay 1."""
+    along = step * torch.linspace(1, 2, columns["logits"].shape[-1], dtype=torch.float64)
+    moved = {name: columns[name] * (1 - along) for name in ("logits", "behaviour_logits")}
+    return columns | moved | {"reference_logits": columns["reference_logits"] * (1 + along)}
+
+
 def batch(columns: dict[str, Tensor], rows: list[int] | Tensor, dtype: torch.dtype = torch.float64) -> tuple[Batch, Tensor]:
     """A batch of the responses `rows`, and its logits `[B, T, V]` as a leaf in float64; the batch itself is in `dtype`."""
     picked = {name: item[rows] for name, item in columns.items()}
