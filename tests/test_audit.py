@@ -177,6 +177,13 @@ def test_no_place_in_a_group_is_overlooked():
         assert not checks.exchangeable(Subject("some", at(*places)), world, 4, 1e-10), places
     assert checks.exchangeable(Subject("all", at(0, 1, 2, 3)), world, 4, 1e-10)
 
+    def neighbours(batch):  # which a turn leaves neighbours
+        k2 = ((batch.log_prob - batch.reference_log_prob).square() * batch.mask).sum(-1)
+        return (k2 * k2.roll(1)).sum()
+
+    assert checks.exchangeable(Subject("three", neighbours), world, 3, 1e-10)
+    assert not checks.exchangeable(Subject("four", neighbours), world, 4, 1e-10)
+
 
 def test_groups_that_are_too_many_say_how_many_and_what_is_possible():
     def first(batch):
@@ -444,6 +451,17 @@ def test_the_rounding_of_a_mean_is_its_distance_from_the_exact_one(world):
     assert exact < 1e-12 * float(truth.norm())
 
 
+def test_a_kink_at_a_ratio_of_one_is_no_rounding():
+    def loss(batch):
+        ratio = (batch.log_prob - batch.behaviour_log_prob).float().exp()
+        k2 = 0.5 * (batch.log_prob - batch.reference_log_prob).float() ** 2
+        return (torch.minimum(ratio * k2, k2) * batch.mask).sum(-1).mean()
+
+    on_policy = worlds.standard()[2]
+    known = engine.field(Subject("kink", loss), on_policy, 1)
+    assert engine.rounding(Subject("kink", loss), known, 1, False, PRECISIONS[1].nudge) < 1e-6 * float(known.mean.norm())
+
+
 def test_terms_that_nearly_cancel_match_as_well_as_their_rounding_allows():
     exact, rounded = (gl.audit(k3_in_reward(kind)).on_policy for kind in (torch.float64, torch.float32))
     assert exact.combination == pytest.approx({"reverse_kl": 1, "forward_kl_frozen_prefix": -1}, rel=1e-11)
@@ -684,6 +702,17 @@ def test_a_caller_that_has_switched_gradients_off_is_told_the_same():
     for off in (torch.no_grad, torch.inference_mode):
         with off():
             assert gl.audit(subject).on_policy.name == "forward_kl_frozen_prefix"
+
+
+def test_a_gradient_off_policy_alone_is_a_gradient():
+    def loss(log_probs, ref_log_probs, old_log_probs, mask):
+        lag = (log_probs - old_log_probs).detach()
+        return (lag * 0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean()
+
+    audited = gl.audit(loss)
+    assert audited.on_policy.text == "is zero: no gradient reaches the policy at all"
+    assert audited.off_policy.name != "zero"
+    assert "no gradient reaches" not in audited.probe("gradient").finding
 
 
 def test_a_gradient_that_is_nan_in_the_padding_alone_is_a_leak():
