@@ -79,7 +79,7 @@ def compared_caption(frame: pd.DataFrame) -> str:
     later = frame[frame["data"] == runs.EPOCHS]
     return (
         f"**Training runs compared, seed by seed.** {seeds} seeds, 95 % intervals, small language model of names. (a) Reward and KL in the "
-        f"second half of each run, one dot per seed, β from {min(COEFFICIENTS):g} to {max(COEFFICIENTS):g} (smaller β, farther away). "
+        f"second half of each run, one dot per seed, β from {min(COEFFICIENTS):g} to {max(COEFFICIENTS):g}. "
         f"(b) KL at the end over that of k2 as loss with the same β (line at 1); open: {EPOCHS} optimiser steps on every batch. "
         "(c) Noise of the gradient along the run over what it is without the regulariser. KL at the end over that of k2 as loss: "
         f"{listed}. With {EPOCHS} "

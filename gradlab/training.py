@@ -173,7 +173,7 @@ def _steps(
     yield 0, scenario
     for step in range(1, recipe.steps + 1):
         drawn = _draw(scenario, recipe.batch, recipe.group, rng)
-        advantages = _advantages(drawn, reward, recipe.group)
+        advantages = _advantages(_rewards(drawn, reward), recipe.group)
         frozen = _in_reward(loss, drawn)
         behaviour = scenario.policy
         for epoch in range(recipe.epochs):
@@ -190,16 +190,15 @@ def _look(
     scenario: Scenario, reward: Reward, loss: Loss | None, coefficient: float, recipe: Recipe, rng: np.random.Generator
 ) -> dict[str, float]:
     rollout = _draw(scenario, recipe.watch, recipe.group, rng)
-    rewards, advantages = _rewards(rollout, reward), _advantages(rollout, reward, recipe.group)
+    rewards, frozen = _rewards(rollout, reward), _in_reward(loss, rollout)
+    advantages = _advantages(rewards, recipe.group)
     exact = not isinstance(scenario.policy, LanguageModel)
     return {
         "reward": float(rewards.mean()),
         "kl": scenario.kl() if exact else float(rollout.divergence("full").sum(-1).mean()),
         "length": float(rollout.lengths.mean()),
         **{
-            column: _trace(
-                scenario.policy, _gradients(rollout, advantages, loss, size, _in_reward(loss, rollout), recipe.clip), recipe
-            )
+            column: _trace(scenario.policy, _gradients(rollout, advantages, loss, size, frozen, recipe.clip), recipe.group)
             for column, size in (("trace_cov", coefficient), ("trace_cov_none", 0.0))
         },
     }
@@ -229,9 +228,9 @@ def _rewards(rollout: Rollout, reward: Reward) -> Tensor:
     return found.double()
 
 
-def _advantages(rollout: Rollout, reward: Reward, group: int) -> Tensor:
+def _advantages(rewards: Tensor, group: int) -> Tensor:
     """Reward less the mean of the other responses of the group, `[n]`."""
-    rewards = _rewards(rollout, reward).view(-1, group)
+    rewards = rewards.view(-1, group)
     return (rewards - rewards.mean(1, keepdim=True)).flatten() * group / (group - 1)
 
 
@@ -257,19 +256,12 @@ def _gradients(
     if loss is None or (isinstance(loss, Estimator) and loss.placement == "reward"):
         return Gradients(rollout, score)
     if not isinstance(loss, Estimator):
-        whole = coefficient * cotangent(loss, rollout) + _as_cotangent(rollout, score[0])
+        whole = coefficient * cotangent(loss, rollout) + cotangent(lambda leaf: (score[0] * leaf.log_prob).sum(-1), rollout)
         return Gradients(rollout, torch.zeros_like(score), cotangents={0: whole})
     of_loss = replace(loss, placement="loss", credit="token") if loss.placement == "loss+reward" else loss
     found = gradients([of_loss], rollout)
     direct = tuple((losses, coefficient * each, slope) for losses, each, slope in found.direct)
     return Gradients(rollout, score + coefficient * found.score, direct)
-
-
-def _as_cotangent(rollout: Rollout, score: Tensor) -> Tensor:
-    """`c_t ∇_z log π(y_t|s_t)` for coefficients `[n, t]`, `[n, t, v]`: the form that gradients of callables have."""
-    found = -rollout.logits.softmax(-1)
-    found.scatter_add_(-1, rollout.tokens[..., None], torch.ones_like(found[..., :1]))
-    return score[..., None] * found
 
 
 def _mean(policy: Policy, batch: Gradients) -> Tensor:
@@ -278,10 +270,9 @@ def _mean(policy: Policy, batch: Gradients) -> Tensor:
     return (backprop.pull(policy, batch, weight).total if isinstance(policy, LanguageModel) else batch.mean(weight))[0]
 
 
-def _trace(policy: Policy, batch: Gradients, recipe: Recipe) -> float:
+def _trace(policy: Policy, batch: Gradients, group: int) -> float:
     """`G · tr Cov` of a group's mean gradient, unbiased, from the groups of a batch."""
-    n, group = len(batch.rollout.weight), recipe.group
-    groups = n // group
+    groups = len(batch.rollout.weight) // group
     if isinstance(policy, LanguageModel):
         found = backprop.pull(policy, batch, batch.rollout.weight, unit=group)
         second, mean = float(found.square[:, 0].mean()) / group**2, found.total[0]

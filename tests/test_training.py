@@ -84,13 +84,20 @@ def test_a_run_is_that_of_a_loop_with_autograd(tree, name, epochs):
     assert run["kl"].max() > 0.05  # it went somewhere
 
 
-def test_a_users_loss_is_trained_like_the_estimator_it_is(tree):
+@pytest.mark.parametrize(
+    "policy",
+    [gl.Tree.random(3, 3, 0, eos=2), gl.Markov.random(4, 5, 0), gl.Gaussian(0.0, 1.0)],
+    ids=["tree", "chain", "Gaussian"],
+)
+def test_a_users_loss_is_trained_like_the_estimator_it_is(policy):
     """Gradient by gradient: Adam makes much of what is nothing but rounding in one of them."""
-    rollout = gl.Rollout.drawn(gl.Scenario(tree, tree.perturbed(kl=0.3, seed=1)), 12, np.random.default_rng(0))
+    rollout = gl.Rollout.drawn(gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1)), 12, np.random.default_rng(0))
     advantages = torch.linspace(-1, 1, 12, dtype=torch.float64)
     one, two = (training._gradients(rollout, advantages, loss, 0.3, None, 0.2) for loss in (my_loss, gl.ESTIMATORS["k2-loss"]))
     torch.testing.assert_close(one.mean(rollout.weight), two.mean(rollout.weight), rtol=1e-12, atol=1e-14)
-    frame = gl.train(tree, second, {"mine": my_loss}, 0.3, recipe=QUICK, seeds=1)
+    frame = gl.train(
+        policy, lambda rollout: (rollout.tokens[:, 0] > 0.5).double(), {"mine": my_loss}, 0.3, recipe=QUICK, seeds=1
+    )
     assert set(frame["estimator"]) == {"none", "mine"}
 
 
