@@ -1,9 +1,9 @@
-"""Gradients of language models, sample by sample, without ever holding one: means, norms and inner products by hooks.
+"""Gradients of language models, sample by sample, without ever holding one: means, norms and inner products.
 
 A sample's gradient is `Σ_m α_m · basis_m`: the basis are the gradients of the estimators, or of the scores of single tokens (and
-of the vocabulary kernels at single tokens) where these are fewer, for all estimators share them. One recorded forward pass and
-one backward pass per basis element give, for every layer, its inputs `a` `[n, s, i]` and output cotangents `b` `[m, n, s, o]`.
-The gradient of a linear layer is `Σ_s b_s aᵀ_s`: its inner products need only those of the `a` and of the `b`, its mean over
+of the vocabulary kernels at single tokens) where these are fewer, for all estimators share them. One forward pass and the way
+back from it give, for every layer, its inputs `a` `[n, s, i]` and output cotangents `b` `[n, s, m, o]` of all of the basis. The
+gradient of a linear layer is `Σ_s b_s aᵀ_s`: its inner products need only those of the `a` and of the `b`, its mean over
 samples is one matrix product. Memory goes with a chunk of sequences, not with samples times parameters.
 
 Source: ghost norms, Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679. Derived here: the shared basis.
@@ -20,16 +20,16 @@ from torch import Tensor
 from gradlab.layers import owners
 from gradlab.moments import Gradients, Pull
 from gradlab.policies import LanguageModel
-from gradlab.tape import Tape, abreast, kinds_of, replayable, weighted
+from gradlab.tape import Tape, abreast, applied, kinds_of, replayable
 
-#: Bytes that activations and cotangents of one chunk of sequences may take, over all layers and basis elements.
+#: Bytes that activations and cotangents of one chunk of sequences may take.
 PASS_BYTES = 2**28
 #: The largest block that glibc learns to keep, in bytes.
 LARGEST_KEPT = 2**25 - 2**16
 
 
 @dataclass(frozen=True)
-class Moments:
+class Pulled:
     """`total` `[e, p]`: weighted sum of the gradients. `square` `[units, e]`: squared norm of every unit's gradient.
 
     A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
@@ -43,7 +43,7 @@ class Moments:
 _GRAMS: WeakKeyDictionary[LanguageModel, Tensor] = WeakKeyDictionary()
 
 
-def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> Moments:
+def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> Pulled:
     """Carry gradients with respect to logits back to the policy's parameters, a bounded chunk of sequences at a time.
 
     batch: gradients over a rollout of a language model, whose `prompts` say what was answered. weight `[n]`: of each response in
@@ -77,7 +77,7 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
             square[units] = found.square
             if inner is not None and found.inner is not None:
                 inner[units] = found.inner
-    return Moments(total, square, inner)
+    return Pulled(total, square, inner)
 
 
 def sums(policy: LanguageModel) -> Pull:
@@ -117,8 +117,9 @@ def squares(policy: LanguageModel, batch: Gradients) -> Tensor:
     for rows in torch.split(torch.arange(len(which)), max(1, PASS_BYTES // (32 * gram.shape[1] ** 2))):
         own = gram[which[rows]]
         kinds, shares = kinds_of(batch, rows)
-        for e, share in enumerate(shares):
-            c = weighted(share, kinds).flatten(1)[:, None]
+        cotangents = torch.stack(kinds, 2)
+        for e, share in enumerate(shares.permute(0, 2, 3, 1)[:, :, :, None]):
+            c = applied(share, cotangents).flatten(1)[:, None]
             found[rows, e] = (c @ own @ c.mT)[:, 0, 0]
     return found
 

@@ -22,10 +22,11 @@ from gradlab.policies.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """`sums` `[e, …]` of weighted gradients for every parameter, and `square` `[units, e]`: squared norm of every unit's gradient.
+class Part:
+    """What one chunk of sequences contributes: `sums` of weighted gradients `[e, …]` for every parameter, by its name.
 
-    A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
+    `square` `[units, e]`: squared norm of every unit's gradient, a response or a group of them. `inner` `[units, e, e]`: all
+    pairwise inner products, where asked for.
     """
 
     sums: dict[str, Tensor]
@@ -103,7 +104,7 @@ class Tape:
         """The policy's logits `[n, t, v]`, float64, detached."""
         return self._shaped.detach().double().cpu()
 
-    def pull(self, batch: Gradients, rows: Tensor, weight: Tensor, unit: int = 1, pairs: bool = False) -> Pulled:
+    def pull(self, batch: Gradients, rows: Tensor, weight: Tensor, unit: int = 1, pairs: bool = False) -> Part:
         """Pull back these rows of a batch, in the order of the tape's ids; arguments as in `pull`."""
         kinds, shares = kinds_of(batch, rows)
         alpha = shares.to(self._raw).permute(2, 3, 0, 1).contiguous()
@@ -124,7 +125,7 @@ class Tape:
                     at = layers.at_positions(owner, a, b).flatten(0, 2)
                     sums.update(owner.split((mass[..., None, None] * alpha).transpose(2, 3).flatten(0, 2).T @ at))
                 else:
-                    sums.update(layers.sums(owner, a, _applied(alpha, b), mass))
+                    sums.update(layers.sums(owner, a, applied(alpha, b), mass))
                 of_tokens.add_(layers.apart(owner, _united(unit, a), _united(unit, b)))
 
         def hear_stem(heard: dict[str, Tensor], b: Tensor) -> None:
@@ -148,12 +149,12 @@ class Tape:
         with torch.no_grad():
             ends = self._played.tail(self._of_raw(kinds), hear_tail)
             mixing = self._each_token(m) if by_token else alpha
-            self._played.stem([_applied(mixing, end) for end in ends], hear_stem)
+            self._played.stem([applied(mixing, end) for end in ends], hear_stem)
             wide = share.double()
             along = wide @ of_tokens
             found += along @ wide.mT if pairs else (along * wide).sum(-1)
         found = found.cpu()
-        return Pulled(sums, found.diagonal(dim1=-2, dim2=-1), found) if pairs else Pulled(sums, found)
+        return Part(sums, found.diagonal(dim1=-2, dim2=-1), found) if pairs else Part(sums, found)
 
     def gram(self) -> Tensor:
         """Inner products of the gradients of all logits along a sequence, `[n, t·v, t·v]`, float64."""
@@ -174,7 +175,7 @@ class Tape:
 
         with torch.no_grad():
             ends = self._played.tail(self._of_raw([each.expand(n, t, v) for each in torch.eye(v)]), hear_tail)
-            self._played.stem([_applied(self._each_token(t * v), end) for end in ends], hear_stem)
+            self._played.stem([applied(self._each_token(t * v), end) for end in ends], hear_stem)
         return found.cpu()
 
     def _trainable(self, heard: dict[str, Tensor]) -> list[tuple[layers.Owner, Tensor]]:
@@ -235,15 +236,7 @@ def kinds_of(batch: Gradients, rows: Tensor) -> tuple[list[Tensor], Tensor]:
     return kinds, torch.stack(shares, 1)
 
 
-def weighted(own: Tensor, b: list[Tensor]) -> Tensor:
-    """`Σ_k own_k b_k` for shares `[k, n, t]` and cotangents `k` times `[n, t, o]`."""
-    found = own[0, ..., None] * b[0]
-    for share, each in zip(own[1:], b[1:], strict=True):
-        found.addcmul_(share[..., None], each)
-    return found
-
-
-def _applied(mixing: Tensor, b: Tensor) -> Tensor:
+def applied(mixing: Tensor, b: Tensor) -> Tensor:
     """`Σ_k mixing_mk b_k`: shares `[…, m, k]` of cotangents `[n, t, k, d]`, as `[n, t, m, d]`."""
     return mixing * b if b.shape[2] == 1 else mixing @ b
 
