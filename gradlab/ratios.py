@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import ceil, log
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch import Tensor
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario
+
+Array = npt.NDArray[np.float64]
 
 #: Logits (doubles) of one policy that are held at a time.
 CHUNK = 2**22
@@ -44,7 +48,8 @@ def masses(
     """Share of tokens whose log-ratio lies in each of the `ranges` `[low, high)`, one row per range; columns in `COLUMNS`.
 
     Prefixes are those of responses from the policy itself. samples: `None` takes every prefix with its probability; otherwise
-    prefixes of that many responses of a language model, with intervals from the spread between responses (delta method).
+    prefixes of that many responses of a language model, with intervals that hold for any number of them and for masses that
+    no response shows (`bounds`): where `ℓ < b` the policy has at most `e^b`, where `ℓ ≥ a` the reference at most `e^−a`.
     Raises `ValueError` for a Gaussian, for samples of a table, and where responses can neither be listed nor are sampled.
     """
     if isinstance(scenario.policy, Gaussian):
@@ -67,12 +72,14 @@ def masses(
     first, last = (torch.searchsorted(cuts, ends.T.contiguous()) + 1).unbind()
     found = torch.stack([found[..., a:b].sum(-1) for a, b in zip(first.tolist(), last.tolist(), strict=True)], -1)
     total = float((weight[:, 0] * live).sum())
-    for k, name in enumerate(("policy", "reference", "vocabulary")):
-        share = (weight * found[:, k]).sum(0) / total
-        rows[name] = share
-        # A ratio of means: its error is that of the mean of residuals.
-        spread = (found[:, k] - share * live[:, None]).square().sum(0).sqrt() / total if samples else share * float("nan")
-        rows[f"{name}_low"], rows[f"{name}_high"] = (share - 1.96 * spread).clamp(min=0), share + 1.96 * spread
+    most = {"policy": ends[:, 1].exp(), "reference": (-ends[:, 0]).exp(), "vocabulary": torch.ones(len(ends))}
+    for k, name in enumerate(most):
+        rows[name] = (weight * found[:, k]).sum(0) / total
+        rows[f"{name}_low"] = rows[f"{name}_high"] = float("nan")
+        if samples is not None:
+            limits = most[name].double().clamp(max=1).numpy()
+            low, high = bounds(found[:, k].numpy(), live.numpy(), scenario.policy.length, limits)
+            rows[f"{name}_low"], rows[f"{name}_high"] = low, high
     rows |= {
         "prefixes": int(live.sum()) if samples else len(live),
         "via": "sampled" if samples else "exact",
@@ -87,6 +94,40 @@ def masses(
 def histogram(scenario: Scenario, edges: Sequence[float], samples: int | None = None, seed: int = 0) -> pd.DataFrame:
     """`masses` between successive `edges` of ℓ, and beyond the first and the last."""
     return masses(scenario, list(pairwise([-np.inf, *edges, np.inf])), samples, seed)
+
+
+def bounds(found: Array, lengths: Array, longest: int, limits: Array, level: float = 0.95) -> tuple[Array, Array]:
+    """Ends `[k]` of intervals for `E Σ_t x_t / E L`, with `0 ≤ x_t ≤ limit`: of any number of responses, however rare what counts.
+
+    `r` is the ratio if `U = (Σ_t x_t − r L)/(limit T)` has mean 0, and `U` is bounded: `K = mean_c Π_i (1 + c U_i/r)`, with `r`
+    in units of the limit, has expectation 1 for bets `c ≤ 1`, so `K ≥ 2/(1 − level)` is unlikely, and so it is with
+    `1 − c U_i/(1 − r)`; the interval holds the `r` for which neither is seen. With none in `n` full responses the upper end is
+    near `limit · 4/n`. Widths are never 0.
+
+    found: sums over the steps of a response `[n, k]`. lengths: `L` `[n]`. longest: `T`. limits `[k]`.
+    Source: betting, Waudby-Smith & Ramdas, arXiv 2010.09686, with a mixture of fixed bets.
+    """
+    n = len(found)
+    bets = 4.0 ** -np.arange(1 + ceil(log(n, 16)))[:, None, None]
+    masses, shares = found / (longest * limits), (lengths / longest)[:, None]
+    evidence = np.log(2 * len(bets) / (1 - level))
+
+    def refuted(r: Array, side: int) -> Array:
+        """Whether so many responses would hardly have shown so little (side −1), or so much (side 1), if the ratio were `r`."""
+        excess = side * (masses - r * shares) / np.maximum(r if side > 0 else 1 - r, 1e-300)
+        capital = np.log1p(np.maximum(bets * excess, np.nextafter(-1, 0))).sum(1)
+        return np.asarray(np.logaddexp.reduce(capital, axis=0) >= evidence)
+
+    centre = found.sum(0) / lengths.sum() / limits
+    ends = []
+    for side, outside in ((1, np.zeros_like(centre)), (-1, np.ones_like(centre))):
+        inside = centre.copy()
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            out = refuted(middle, side)
+            inside, outside = np.where(out, inside, middle), np.where(out, middle, outside)
+        ends.append(outside * limits)
+    return ends[0], ends[1]
 
 
 def _counts(logits: Tensor, reference_logits: Tensor, cuts: Tensor, mask: Tensor) -> Tensor:
