@@ -63,7 +63,8 @@ catalogue.insert(1, "steps", [STEPS[stage_of[name][1]] for name in catalogue["sc
 plain = catalogue[catalogue["estimator"] == "k1-reward-to-go"].set_index(["scenario", "via", "target"])
 key = pd.MultiIndex.from_frame(catalogue[["scenario", "via", "target"]])
 for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
-    catalogue[f"noise_ratio{end}"] = catalogue[f"noise{end}"].to_numpy() / plain[f"noise{other}"].reindex(key).to_numpy()
+    with np.errstate(divide="ignore"):  # an open interval begins at 0
+        catalogue[f"noise_ratio{end}"] = catalogue[f"noise{end}"].to_numpy() / plain[f"noise{other}"].reindex(key).to_numpy()
 
 # %% [markdown]
 # What float32 costs: the same exact moments with the network in single precision.

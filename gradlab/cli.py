@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from gradlab import claims, gallery, measure, report
+from gradlab import claims, gallery, measure, reliability, report
 from gradlab.audit import LossError
 from gradlab.audit.command import audit_command
 from gradlab.catalogue import CATALOGUE, ESTIMATORS
@@ -263,6 +263,8 @@ def show(frame: pd.DataFrame) -> None:
             cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
         table.add_row(*cells)
     report.wide_console().print(table)
+    if told := reliability.sentence(frame):
+        print(told)
 
 
 def _scenario(family: Family, vocab: int, length: int, eos: int | None, kl: float, lag: float, seed: int) -> Scenario:

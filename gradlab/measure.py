@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradlab import exact, intervals, montecarlo, targets
+from gradlab import exact, intervals, montecarlo, reliability, targets
 from gradlab.catalogue import ESTIMATORS, name_of
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
@@ -55,7 +55,14 @@ COLUMNS: dict[str, str] = {
     "noise_high": "upper end of the interval of noise (sampled only)",
     "trace_cov": "tr Cov(g) of a single response, squared units of the gradient",
     **{f"rmse_at_{n}": f"√(bias² + noise/{n}), relative root mean squared error of a batch of {n}" for n in BATCH_SIZES},
-    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased",
+    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased (missing where a sample's "
+    "bias is floored at 0)",
+    "crossover_low": "lower end of the interval of crossover, from those of noise and bias (sampled only)",
+    "crossover_high": "upper end of the interval of crossover; inf where bias is not told from 0 (sampled only)",
+    "reliable": "whether the sample is large enough for its intervals to hold; where not, ends that are not known are open "
+    "(sampled only, see gradlab.reliability)",
+    "unseen": "share of E‖g − E g‖² expected on gradients larger than any that so many responses show; missing where the gradient's "
+    "law is not known (sampled only)",
 }
 
 
@@ -79,6 +86,8 @@ def measure(
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used). The
     result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that stay valid when
     the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed beforehand.
+    Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
+    distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
     Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
     Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
@@ -104,6 +113,7 @@ def measure(
     frame = pd.DataFrame([row for part in rows for row in part], columns=list(COLUMNS))
     frame["samples"] = frame["samples"].astype("Int64")
     frame["vocab"] = frame["vocab"].astype("Int64")
+    frame["reliable"] = frame["reliable"].astype("boolean")
     frame.attrs.update(seed=seed, level=level, **versions())
     return frame
 
@@ -148,6 +158,7 @@ def _rows(
             estimated = {} if _listed(scenario) else {name: _unbiased(name) for name in names}
             chosen = [*losses.values(), *estimated.values()]
             found = montecarlo.moments(chosen, scenario, samples, seed, stream=(index,))
+            known = reliability.reliability(chosen, found, scenario, seed)
         gradients: dict[str, Tensor | Moments]
         if _listed(scenario):
             gradients = {name: exact.gradient(name, scenario) for name in names}
@@ -164,12 +175,15 @@ def _rows(
             "lag": scenario.lag() if _listed(scenario) else montecarlo.lag(scenario, samples or 0, seed),
         }
         rows = []
-        for label, moments in zip(losses, found, strict=False):
-            for name, gradient in gradients.items():
+        for e, (label, moments) in enumerate(zip(losses, found, strict=False)):
+            for g, (name, gradient) in enumerate(gradients.items()):
                 if isinstance(gradient, Moments):
                     compared = _both_sampled(moments, gradient, level)
                 else:
                     compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
+                if samples is not None:
+                    told = known[e] if _listed(scenario) else known[e].against(known[len(losses) + g])
+                    compared = reliability.opened(compared, told)
                 rows.append({**common, "estimator": label, "target": name, **_errors(compared)})
     return rows
 
@@ -302,8 +316,19 @@ def _unit(origin: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _errors(row: dict[str, Any]) -> dict[str, Any]:
     bias, noise = row["bias"], row["noise"]
     rmse = {f"rmse_at_{n}": float(np.sqrt(bias**2 + noise / n)) for n in BATCH_SIZES}
-    crossover = float("inf") if bias <= 1e2 * ROUNDING else noise / bias**2 if np.isfinite(bias) else float("nan")
-    return row | rmse | {"crossover": crossover}
+    if row["via"] == "exact":
+        crossover = float("inf") if bias <= 1e2 * ROUNDING else noise / bias**2 if np.isfinite(bias) else float("nan")
+        return row | rmse | {"crossover": crossover}
+    # On the log scale the ends are sums of those of two intervals, whose errors never add up to more. No sample shows that a bias
+    # is 0: where its estimate, or its lower end, is 0 but for rounding there is nothing to divide by, and no upper end.
+    nan, inf = float("nan"), float("inf")
+    lowest, highest = row.get("bias_low", nan), row.get("bias_high", nan)
+    ends = {
+        "crossover": noise / bias**2 if bias > 1e2 * ROUNDING else nan,
+        "crossover_low": row.get("noise_low", nan) / highest**2 if highest > 0 else nan,
+        "crossover_high": inf if lowest <= 1e2 * ROUNDING else row.get("noise_high", nan) / lowest**2,
+    }
+    return row | rmse | ends
 
 
 @contextmanager

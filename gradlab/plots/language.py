@@ -131,7 +131,8 @@ def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
         line.set_xticks(lengths, [f"{n}" for n in lengths])
         line.minorticks_off()
         line.grid()
-    lines[0].set(ylim=(floor, 2 * growth[["noise", "noise_high"]].max().max()), ylabel="tr Cov / ‖∇KL‖²")
+    known = growth[["noise", "noise_high"]].replace(np.inf, np.nan)  # intervals that are open have no end to show
+    lines[0].set(ylim=(floor, 2 * known.max().max()), ylabel="tr Cov / ‖∇KL‖²")
     entries = [Line2D([], [], color=k.colour, marker=k.marker, markersize=3.5, label=name) for name, k in looks.items()]
     below.legend(handles=entries, loc="outside lower center", ncols=2)
     panels([ax, *lines])
@@ -146,5 +147,6 @@ def _grown(ax: Axes, rows: pd.DataFrame, look: Style, floor: float) -> None:
     tail = drawn | (x == x[~drawn].max())
     ax.plot(x[tail], noise[tail], VIA["sampled"], color=look.colour, linewidth=0.8)
     reach = np.abs(rows.loc[drawn, ["noise_low", "noise_high"]].to_numpy().T - noise[drawn].to_numpy())
+    reach[~np.isfinite(reach)] = np.nan
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 0.8, "linestyle": "none", "elinewidth": 0.8}
     ax.errorbar(x[drawn], noise[drawn], yerr=reach, **common, **hollow)

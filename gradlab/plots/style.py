@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib import colors
 from matplotlib.axes import Axes
@@ -127,7 +128,10 @@ def number(rows: pd.DataFrame, row: str, column: str) -> float:
 
 
 def dots(ax: Axes, x: Any, y: Any, name: str, via: str = "exact", error: Any = None, **kwargs: Any) -> None:
-    """Points of an estimator: filled where exact, open with (horizontal) error bars `error` `[2, n]` where sampled."""
+    """Points of an estimator: filled where exact, open with (horizontal) error bars `error` `[2, n]` where sampled.
+
+    The end of an interval that is open is not drawn.
+    """
     look = style_of(name)
     exact = via != "sampled"
     fill = look.colour if exact else "white"
@@ -135,4 +139,5 @@ def dots(ax: Axes, x: Any, y: Any, name: str, via: str = "exact", error: Any = N
     if exact:
         ax.plot(x, y, **{**common, **kwargs})
     else:
-        ax.errorbar(x, y, elinewidth=0.8, **{**common, **kwargs}, **(error or {}))
+        known: dict[str, Any] = {key: np.where(np.isfinite(reach), reach, np.nan) for key, reach in (error or {}).items()}
+        ax.errorbar(x, y, elinewidth=0.8, **{**common, **kwargs}, **known)
