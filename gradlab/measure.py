@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import joblib
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from gradlab import exact, intervals, montecarlo, reliability, targets
 from gradlab.catalogue import ESTIMATORS, name_of
+from gradlab.estimators import Estimator
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
 from gradlab.policies import Gaussian, LanguageModel
@@ -28,6 +30,9 @@ ROUNDING = 1e-12
 
 #: Estimators whose expectation is the gradient of a target, on- and off-policy: they stand in where it cannot be computed.
 UNBIASED = {"reverse_kl": "full-both-prefix", "reverse_kl_frozen_prefix": "full-loss", "mse_frozen_prefix": "mse-loss"}
+
+#: What compares an estimator with its target.
+_COMPARISONS = [f"{key}{end}" for key in ("bias", "cosine") for end in ("", "_low", "_high")]
 
 COLUMNS: dict[str, str] = {
     "scenario": "label of the scenario",
@@ -179,6 +184,9 @@ def _rows(
             for g, (name, gradient) in enumerate(gradients.items()):
                 if isinstance(gradient, Moments):
                     compared = _both_sampled(moments, gradient, level)
+                    if _stands_in(losses[label], name, scenario):
+                        # That it equals itself says nothing about its bias.
+                        compared |= dict.fromkeys(_COMPARISONS, float("nan"))
                 else:
                     compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
                 if samples is not None:
@@ -200,6 +208,16 @@ def _unbiased(target: str) -> Loss:
             f"possible targets: {', '.join(UNBIASED)}, or restrict actions, length or prompts"
         )
     return ESTIMATORS[UNBIASED[target]]
+
+
+def _stands_in(loss: Loss, target: str, scenario: Scenario) -> bool:
+    """Whether a loss is the very estimator that stands in for the target's gradient; on-policy a detached weight is 1."""
+
+    def plain(e: Loss) -> Loss:
+        weightless = isinstance(e, Estimator) and not (e.differentiate_weight or e.clip or e.truncate)
+        return replace(e, weight="none") if weightless and scenario.behaviour is None else e
+
+    return plain(loss) == plain(_unbiased(target))
 
 
 def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
@@ -299,9 +317,6 @@ def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, 
             found = np.array([estimate, low, high])
             row[key], row[f"{key}_low"], row[f"{key}_high"] = (float(x) for x in (np.sqrt(found) if key == "bias" else found))
     row["noise"] = moments.trace_cov / row["target_norm"] ** 2 if row["target_norm"] else float("nan")
-    if np.array_equal(means, truths):
-        # The stand-in itself: that it equals itself says nothing about its bias.
-        return row | {key: float("nan") for end in ("", "_low", "_high") for key in (f"bias{end}", f"cosine{end}")}
     cosine = intervals.cosine_of_means(means, truths, level)
     row["cosine"], row["cosine_low"], row["cosine_high"] = (float(x) for x in (cosine.estimate, cosine.low, cosine.high))
     return row

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_backprop import model, network, scenario  # noqa: F401  (a fixture)
@@ -172,6 +174,41 @@ def test_where_the_truth_is_estimated_the_intervals_cover_it(scenario, monkeypat
     assert found["lag"].iloc[0] == pytest.approx(scenario.lag(), rel=0.1)
     with pytest.raises(ValueError, match="no estimator of gradlab is unbiased for 'forward_kl'"):
         gl.measure("k2-loss", scenario, "forward_kl", samples=256)
+
+
+def test_no_answer_hangs_on_the_last_bit_of_a_sampled_mean(scenario, monkeypatch):  # noqa: F811
+    """As another processor would: every sampled mean one unit in the last place off, each its own way."""
+    monkeypatch.setattr(measure_module, "_listed", lambda scenario: False)
+    names = ["k1-loss", "k2-loss", "k3-loss-prefix", "k1-reward-to-go", "full-both", "full-loss", "full-both-prefix"]
+    worlds = [scenario, scenario.on_policy()]
+
+    def found() -> pd.DataFrame:
+        return gl.measure(names, worlds, ["reverse_kl", "reverse_kl_frozen_prefix"], samples=512, seed=2)
+
+    plain, original = found(), montecarlo.moments
+
+    def nudged(*arguments, **options):
+        rng = np.random.default_rng(0)
+
+        def off(values):
+            towards = torch.from_numpy(rng.choice([-np.inf, np.inf], values.shape))
+            return torch.nextafter(values, towards.to(values))
+
+        parts = original(*arguments, **options)
+        return [replace(m, mean=off(m.mean), batch_means=off(m.batch_means)) for m in parts]
+
+    monkeypatch.setattr(montecarlo, "moments", nudged)
+    again = found()
+    itself = plain[plain["bias"].isna()][["off_policy", "estimator", "target"]].to_numpy().tolist()
+    assert sorted(itself) == [
+        [False, "full-both", "reverse_kl"],
+        [False, "full-both-prefix", "reverse_kl"],
+        [False, "full-loss", "reverse_kl_frozen_prefix"],
+        [True, "full-both-prefix", "reverse_kl"],
+        [True, "full-loss", "reverse_kl_frozen_prefix"],
+    ]
+    assert not plain["trace_cov"].equals(again["trace_cov"]) or not plain["bias"].equals(again["bias"])
+    pd.testing.assert_frame_equal(plain, again, rtol=1e-6, atol=1e-12)
 
 
 def test_the_cosine_of_two_estimated_means_is_covered():
