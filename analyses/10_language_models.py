@@ -17,6 +17,7 @@ import torch
 
 import gradlab as gl
 from gradlab import language, ratios
+from gradlab.catalogue import name_of
 from gradlab.policies import behaviour, small
 from gradlab.policies.training import pairs
 
@@ -129,7 +130,7 @@ largest = named[named["scenario"] == last.label].drop(columns=["expected", "seco
 # %%
 tree = gl.Tree.random(2, 3, seed)
 tree_case = gl.Scenario(tree, tree.perturbed(kl=0.5, seed=seed + 1), tree.perturbed(scale=0.5, seed=seed + 2))
-tried = {gl.catalogue.name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
+tried = {name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
 searched = gl.search.against(tried, [tree_case], [TARGETS[0]])
 known = sorted(searched.loc[searched["bias"] < gl.search.UNBIASED, "estimator"], key=lambda name: name not in gl.ESTIMATORS)
 unbiased = list(dict.fromkeys(gl.search.twins({name: tried[name] for name in known}, tree_case).values()))

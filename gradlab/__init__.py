@@ -10,41 +10,49 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 [0.042, 0.198, 0.0]
 """
 
-from gradlab import (
-    ascent,
-    asymmetry,
-    backprop,
-    claims,
-    exact,
-    fixedpoints,
-    intervals,
-    language,
-    lengths,
-    montecarlo,
-    off_policy,
-    optima,
-    plots,
-    policies,
-    report,
-    restoring,
-    runs,
-    search,
-    sequences,
-    testing,
-    training,
-)
-from gradlab.audit import audit
-from gradlab.catalogue import CATALOGUE, ESTIMATORS
-from gradlab.components import components, values
-from gradlab.estimators import Estimator
-from gradlab.field import field, simplex
-from gradlab.measure import measure
-from gradlab.moments import Moments
-from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
-from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
-from gradlab.targets import TARGETS
-from gradlab.training import train
+from typing import TYPE_CHECKING
+
+from gradlab.lazy import attach
+
+if TYPE_CHECKING:
+    from gradlab import (
+        ascent,
+        asymmetry,
+        backprop,
+        claims,
+        exact,
+        fixedpoints,
+        intervals,
+        language,
+        lengths,
+        montecarlo,
+        off_policy,
+        optima,
+        plots,
+        policies,
+        report,
+        restoring,
+        runs,
+        search,
+        sequences,
+        testing,
+        training,
+    )
+    from gradlab.audit import called as audit
+    from gradlab.catalogue import CATALOGUE, ESTIMATORS
+    from gradlab.components import called as components
+    from gradlab.components import values
+    from gradlab.estimators import Estimator
+    from gradlab.field import called as field
+    from gradlab.field import simplex
+    from gradlab.measure import called as measure
+    from gradlab.moments import Moments
+    from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
+    from gradlab.provenance import __version__ as __version__
+    from gradlab.rollout import Rollout
+    from gradlab.scenario import Scenario
+    from gradlab.targets import TARGETS
+    from gradlab.training import train
 
 __all__ = [
     "CATALOGUE",
@@ -89,3 +97,21 @@ __all__ = [
     "training",
     "values",
 ]
+
+# audit, components, field and measure are modules that are called like their function: gl.measure(…), gl.measure.COLUMNS.
+_HOMES = {
+    **dict.fromkeys(["CATALOGUE", "ESTIMATORS"], "catalogue"),
+    **dict.fromkeys(["Bandit", "Gaussian", "LanguageModel", "Markov", "Policy", "Tree"], "policies"),
+    "Estimator": "estimators",
+    "Moments": "moments",
+    "Rollout": "rollout",
+    "Scenario": "scenario",
+    "TARGETS": "targets",
+    "__version__": "provenance",
+    "simplex": "field",
+    "train": "training",
+    "values": "components",
+}
+
+if not TYPE_CHECKING:  # where every name is known beforehand
+    __getattr__, __dir__ = attach(__name__, __all__, _HOMES)

@@ -12,6 +12,7 @@ from scipy import special
 
 from gradlab import exact, intervals, montecarlo
 from gradlab.estimators import Estimator, kernel_values
+from gradlab.lazy import callable_module
 from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Gaussian, LanguageModel
@@ -180,3 +181,6 @@ def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int
             means.append(drawn.mean(-1))
             variances.append(drawn.var(-1, ddof=1) if size > 1 else np.full(len(drawn), np.nan))
     return np.stack(means, -1), np.stack(variances, -1)
+
+
+called = callable_module(__name__, components)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from gradlab.lazy import callable_module
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss, gradients
 from gradlab.policies.families import CATEGORICAL
@@ -96,3 +97,6 @@ def _probabilities(what: str, given: npt.ArrayLike, dims: int) -> torch.Tensor:
             f"{what} must be positive probabilities {shape} that sum to 1, got shape {list(array.shape)}: {given!r:.80}"
         )
     return torch.from_numpy(array)
+
+
+called = callable_module(__name__, field)

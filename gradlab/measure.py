@@ -17,6 +17,7 @@ from tqdm import tqdm
 from gradlab import exact, intervals, montecarlo, reliability, targets
 from gradlab.catalogue import ESTIMATORS, name_of
 from gradlab.estimators import Estimator
+from gradlab.lazy import callable_module
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_name
 from gradlab.policies import Gaussian, LanguageModel
@@ -214,8 +215,9 @@ def _stands_in(loss: Loss, target: str, scenario: Scenario) -> bool:
     """Whether a loss is the very estimator that stands in for the target's gradient; on-policy a detached weight is 1."""
 
     def plain(e: Loss) -> Loss:
-        weightless = isinstance(e, Estimator) and not (e.differentiate_weight or e.clip or e.truncate)
-        return replace(e, weight="none") if weightless and scenario.behaviour is None else e
+        if not isinstance(e, Estimator) or e.differentiate_weight or e.clip or e.truncate or scenario.behaviour is not None:
+            return e
+        return replace(e, weight="none")
 
     return plain(loss) == plain(_unbiased(target))
 
@@ -355,3 +357,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+called = callable_module(__name__, measure)

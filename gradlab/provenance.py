@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -10,8 +11,12 @@ def versions() -> dict[str, str]:
     return {"gradlab": _version("gradlab-kl"), **{name: _version(name) for name in ("torch", "numpy", "scipy")}}
 
 
+@cache  # a distribution's metadata are a file to be parsed
 def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
         return "unknown"
+
+
+__version__ = _version("gradlab-kl")

@@ -541,7 +541,7 @@ def test_the_whole_catalogue_on_one_prompt_is_exact_and_cheap(smollm2, questions
     seconds = time.process_time() - started
     assert seconds < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20, "kilobytes"
-    entries = gl.catalogue.CATALOGUE.values()
+    entries = gl.CATALOGUE.values()
     targets = {name: gl.exact.gradient(name, scenario) for entry in entries for name in entry.on_policy or ()}
     goal = targets["reverse_kl"]
     for entry, moments in zip(entries, found, strict=True):

@@ -97,5 +97,39 @@ def test_what_is_public_exists_and_is_documented(name):
                 assert inspect.getdoc(getattr(item, key)), f"{name}.{key} has no docstring"  # its own, or that of a base
 
 
+def test_importing_gradlab_loads_what_is_used_and_a_measurement_draws_nothing():
+    """In a process of their own: what another test has imported says nothing."""
+    code = f"""
+import sys, gradlab as gl
+assert gl.__version__
+seen = [name for name in {SLOW} if name in sys.modules]
+gl.measure("k2-loss", gl.Scenario(gl.Bandit([0, 1]), gl.Bandit([0, 0])))
+print(seen, [name for name in {SLOW[1:]} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split("\n")[0] == "[] []"
+
+
+#: What takes long to import; torch is used by every measurement.
+SLOW = ["torch", "matplotlib", "seaborn", "scipy.stats", "scipy.integrate", "typer", "rich"]
+
+
+@pytest.mark.parametrize("name", ["audit", "components", "field", "measure"])
+def test_no_function_hides_a_module_of_its_name(name):
+    module = importlib.import_module(f"gradlab.{name}")
+    assert getattr(gl, name) is module
+    assert inspect.signature(module) == inspect.signature(getattr(module, name))
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        module(nothing_like_it=1)
+
+
+def test_what_the_modules_hold_is_reached_through_the_package():
+    assert "bias" in gl.measure.COLUMNS
+    assert {"log_prob", "mask"} <= set(gl.audit.Batch.__annotations__)
+    with pytest.raises(AttributeError, match="module 'gradlab' has no attribute 'mesure'"):
+        gl.mesure  # noqa: B018
+    assert set(gl.__all__) <= set(dir(gl))
+
+
 def test_public_names_are_sorted_and_complete():
     assert list(gl.__all__) == sorted(set(gl.__all__), key=lambda name: (not name.isupper(), name[0].islower(), name))

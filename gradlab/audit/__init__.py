@@ -1,11 +1,30 @@
 """Audit: which objective does the expected gradient of this loss function descend, and how does it misbehave?"""
 
-from gradlab.audit.batch import Batch, Subject
-from gradlab.audit.bind import bind
-from gradlab.audit.call import LossError
-from gradlab.audit.identify import Verdict
-from gradlab.audit.load import load
-from gradlab.audit.run import Audit, audit, frame
-from gradlab.audit.setting import Probe
+from typing import TYPE_CHECKING
+
+from gradlab.lazy import attach, callable_module
+
+if TYPE_CHECKING:
+    from gradlab.audit.batch import Batch, Subject
+    from gradlab.audit.bind import called as bind
+    from gradlab.audit.call import LossError
+    from gradlab.audit.identify import Verdict
+    from gradlab.audit.load import called as load
+    from gradlab.audit.run import Audit, audit, frame
+    from gradlab.audit.setting import Probe
+
+    called = callable_module(__name__, audit)
 
 __all__ = ["Audit", "Batch", "LossError", "Probe", "Subject", "Verdict", "audit", "bind", "frame", "load"]
+
+_HOMES = {
+    **dict.fromkeys(["Batch", "Subject"], "batch"),
+    "LossError": "call",
+    "Verdict": "identify",
+    **dict.fromkeys(["Audit", "audit", "frame"], "run"),
+    "Probe": "setting",
+}
+
+if not TYPE_CHECKING:  # where every name is known beforehand
+    __getattr__, __dir__ = attach(__name__, __all__, _HOMES)
+    callable_module(__name__, None)

@@ -15,6 +15,7 @@ from gradlab.audit.batch import Batch, Subject
 from gradlab.audit.call import LossError
 from gradlab.audit.hand import Tokens, responses
 from gradlab.audit.load import version
+from gradlab.lazy import callable_module
 from gradlab.names import check_name
 
 #: What an argument can be, and how it is read off a batch.
@@ -222,3 +223,6 @@ def _tensor(result: Any) -> Any:
     if isinstance(result, tuple | list):
         return next((item for item in result if isinstance(item, Tensor)), result)
     return getattr(result, "loss", result)
+
+
+called = callable_module(__name__, bind)

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from gradlab.lazy import callable_module
+
 
 def load(spec: str) -> Any:
     """The object named by `package.module:function` or `path/to/file.py:function`; attributes of classes with dots.
@@ -115,3 +117,6 @@ def _stand_ins(folders: list[Path], name: str) -> Iterator[None]:
         for key in taken():
             del sys.modules[key]
         sys.modules.update(kept)
+
+
+called = callable_module(__name__, load)
