@@ -5,12 +5,14 @@ batch means are nearly Gaussian with covariance `S = ΣB/N`. Distances need only
 `p × p` one. A DCT over the batches turns them into one *signal* row `√B·mean` and `B − 1` *noise* rows, uncorrelated,
 of mean zero and covariance `S`: products of different noise rows give `tr S²` and `tr S³` without plug-in bias.
 
-Replicates go along leading axes, `[..., B, p]`; a single run gives numpy floats.
+Leading axes of means `[..., B, p]` and target `[..., p]` broadcast: `[e, 1, B, p]` and `[g, p]` compare every run with every
+target, `[..., B, p]` and `[p]` are replicates of one run. A single run gives numpy floats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ from scipy import fft, special
 Array = npt.NDArray[np.float64]
 
 MINIMUM_BATCHES = 8
+#: Halvings of a bracket: an end of an interval is found to 2⁻³² of the width searched.
+HALVINGS = 32
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,44 @@ class Interval:
     high: Array
 
 
-def squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> Interval:
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batch means `[..., B, p]`, split into mean and deviations: what all intervals of a run share is computed once.
+
+    Every function here takes means or these. Raises ValueError as `squared_distance` does.
+    """
+
+    mean: Array  # [..., p]
+    deviations: Array  # [..., B, p], from the mean
+
+    @classmethod
+    def of(cls, means: npt.ArrayLike | Batches) -> Batches:
+        """Batches of means; what is split already stays as it is."""
+        if isinstance(means, Batches):
+            return means
+        means = _finite("means", means)
+        if means.ndim < 2 or means.shape[-2] < MINIMUM_BATCHES or means.shape[-1] == 0:
+            raise ValueError(f"means must be [..., B, p] with at least {MINIMUM_BATCHES} batches; got shape {means.shape}")
+        mean = means.mean(-2)
+        return cls(mean, means - mean[..., None, :])
+
+    @property
+    def count(self) -> int:
+        """Number of batches `B`."""
+        return int(self.deviations.shape[-2])
+
+    @cached_property
+    def noise(self) -> Array:
+        """Gram matrix of the noise rows, `[..., B − 1, B − 1]`; they are those of the deviations."""
+        gram = self.deviations @ np.swapaxes(self.deviations, -1, -2)
+        return _noise_rows(np.swapaxes(_noise_rows(gram), -1, -2))
+
+    def along(self, direction: Array) -> Array:
+        """Inner products of the deviations with a vector `[..., p]`, `[..., B]`."""
+        return np.asarray((self.deviations @ direction[..., None])[..., 0])
+
+
+def squared_distance(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Squared distance `∥m − t∥²` of the mean gradient from a known target: right at zero, far from it and in between.
 
     Estimate: the U-statistic `Σ_{b≠c} ⟨m_b − t, m_c − t⟩ / B(B−1) = ∥mean − t∥² − tr Ŝ/B`; it may be negative.
@@ -38,22 +79,22 @@ def squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float =
     is the test of `m ≠ t`, with error `1 − level`: near zero the lower end has the whole error to itself. The upper end
     is never below what an estimate of 0 would give, so it always states the resolution.
 
-    means `[..., B, p]`, B ≥ 8, iid and close to Gaussian; target `[p]`.
+    means `[..., B, p]`, B ≥ 8, iid and close to Gaussian; target `[..., p]`.
     Raises ValueError on other shapes, on NaN or infinite values, and on a level outside (0, 1).
     Source: the U-statistic is that of Chen & Qin (Annals of Statistics 38, 2010); interval derived here.
     """
-    means, target = _validated(means, target, level)
-    return _squared_norm(means - target, level)
+    run, target = _validated(means, target, level)
+    return _squared_norm(_statistics(run, run.mean - target), level)
 
 
-def bias(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> Interval:
+def bias(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Relative bias `∥m − t∥ / ∥t∥`: root of `squared_distance`, its estimate floored at 0; NaN for a zero target."""
-    means, target = _validated(means, target, level)
-    squared, size = _squared_norm(means - target, level), float(np.linalg.norm(target)) or np.nan
+    run, target = _validated(means, target, level)
+    squared, size = squared_distance(run, target, level), _length(target)
     return Interval(*(np.sqrt(np.maximum(end, 0)) / size for end in (squared.estimate, squared.low, squared.high)))
 
 
-def cosine(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> Interval:
+def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Cosine of the angle between the mean gradient and a known target.
 
     `cos = c / √(c² + ∥w∥²)` with `c = ⟨m, t⟩/∥t∥` and `w = m − c·t/∥t∥` is monotone in `c` and in `∥w∥²`: a Student
@@ -64,54 +105,51 @@ def cosine(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95) -> 
     NaN in [−1, 1] where `m` is not distinguishable from 0 at this level; all NaN for a zero target.
     Arguments and errors as in `squared_distance`. Source: derived here.
     """
-    means, target = _validated(means, target, level)
-    if not target.any():
-        return Interval(*[np.full(means.shape[:-2], np.nan)[()]] * 3)
-    norm, half, batches = _squared_norm(means, level), (1 + level) / 2, means.shape[-2]
-    direction = target / np.linalg.norm(target)
-    along = means @ direction
-    across = _squared_norm(means - along[..., None] * direction, half)
-    centre = along.mean(-1)
+    run, target = _validated(means, target, level)
+    half, batches, size = (1 + level) / 2, run.count, _length(target)
+    direction = target / np.nan_to_num(size, nan=1.0)[..., None]
+    norm = _statistics(run, run.mean)
+    along, centre = run.along(direction), (run.mean * direction).sum(-1)
+    across = _squared_norm(_statistics(run, run.mean - centre[..., None] * direction, along), half)
     reach = special.stdtrit(batches - 1, (1 + half) / 2) * along.std(-1, ddof=1) / np.sqrt(batches)
     low = _cosine_of(centre - reach, np.where(centre > reach, across.high, across.low))
     high = _cosine_of(centre + reach, np.where(centre > -reach, across.low, across.high))
-    known = norm.low > 0
-    estimate = np.clip(centre / np.sqrt(np.where(known, norm.estimate, np.nan)), -1, 1)
-    return Interval(estimate, np.where(known, low, -1)[()], np.where(known, high, 1)[()])
+    known, squared = _told_from_zero(norm, level), norm.unit * norm.excess
+    estimate = np.clip(centre / np.sqrt(np.where(known, squared, np.nan)), -1, 1)
+    ends = estimate, np.where(known, low, -1.0), np.where(known, high, 1.0)
+    return Interval(*(np.where(np.isnan(size), np.nan, end)[()] for end in ends))
 
 
-def cosine_of_means(means: npt.ArrayLike, others: npt.ArrayLike, level: float = 0.95) -> Interval:
-    """Cosine of the angle between two mean gradients, both known from the same batches only: means and others `[B, p]`.
+def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batches, level: float = 0.95) -> Interval:
+    """Cosine of the angle between two mean gradients, both known from the same batches only: means and others `[..., B, p]`.
 
     `⟨m, t⟩ / √(∥m∥² ∥t∥²)` with every product an average over pairs of different batches, which takes the noise out of it;
     interval by the delete-one-batch jackknife with a Student quantile, cut at ±1. NaN in [−1, 1] where either squared norm is
     not told from zero. Raises ValueError as `squared_distance` does. Source: derived here.
     """
     _check_probability("level", level)
-    x, y = _validated_means(means), _validated_means(others)
-    if x.shape != y.shape or x.ndim != 2:
-        raise ValueError(f"both runs need means [B, p] of one shape; got {x.shape} and {y.shape}")
-    if min(_squared_norm(x, level).low, _squared_norm(y, level).low) <= 0:
-        return Interval(np.float64(np.nan), np.float64(-1.0), np.float64(1.0))  # type: ignore[arg-type]
-    batches = len(x)
-    grams = [x @ y.T, x @ x.T, y @ y.T]
+    x, y = Batches.of(means), Batches.of(others)
+    if x.deviations.shape != y.deviations.shape:
+        raise ValueError(f"both runs need means of one shape; got {x.deviations.shape} and {y.deviations.shape}")
+    B = x.count
 
-    def pairs(gram: Array, kept: slice | Array) -> float:
-        part = gram[np.ix_(kept, kept)] if isinstance(kept, np.ndarray) else gram
-        return float(part.sum() - np.trace(part)) / (len(part) * (len(part) - 1))
+    def pairs(a: Batches, b: Batches) -> Array:
+        """Mean of `⟨a_b, b_c⟩` over `b ≠ c`, of all batches and with each left out, `[..., 1 + B]`."""
+        middle, once = (a.mean * b.mean).sum(-1)[..., None], a.along(b.mean) + b.along(a.mean)
+        own = (a.deviations * b.deviations).sum(-1)
+        total = own.sum(-1, keepdims=True)
+        left_out = middle - once / (B - 1) - (total - 2 * own) / ((B - 1) * (B - 2))
+        return np.concatenate([middle - total / (B * (B - 1)), left_out], -1)
 
-    def value(kept: slice | Array) -> float:
-        cross, first, second = (pairs(gram, kept) for gram in grams)
-        return float(cross / np.sqrt(max(first, 1e-300) * max(second, 1e-300)))
-
-    whole = value(slice(None))
-    left_out = np.array([value(np.delete(np.arange(batches), b)) for b in range(batches)])
-    error = np.sqrt((batches - 1) * left_out.var())
-    reach = special.stdtrit(batches - 1, (1 + level) / 2) * error
-    return Interval(*(np.float64(np.clip(end, -1, 1)) for end in (whole, whole - reach, whole + reach)))  # type: ignore[arg-type]
+    value = pairs(x, y) / np.sqrt(np.maximum(pairs(x, x), 1e-300) * np.maximum(pairs(y, y), 1e-300))
+    whole, error = value[..., 0], np.sqrt((B - 1) * value[..., 1:].var(-1))
+    reach = special.stdtrit(B - 1, (1 + level) / 2) * error
+    known = _told_from_zero(_statistics(x, x.mean), level) & _told_from_zero(_statistics(y, y.mean), level)
+    ends = ((whole, np.nan), (whole - reach, -1.0), (whole + reach, 1.0))
+    return Interval(*(np.where(known, np.clip(end, -1, 1), unknown)[()] for end, unknown in ends))
 
 
-def noise(means: npt.ArrayLike, traces: npt.ArrayLike | None, target: npt.ArrayLike, level: float = 0.95) -> Interval:
+def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Noise `tr Σ / ∥t∥²` of one sample: over N, the squared relative error of a mean of N. NaN for a zero target.
 
     Student interval for the mean of the batches' traces on the log scale (traces are positive and skewed to the right),
@@ -121,17 +159,17 @@ def noise(means: npt.ArrayLike, traces: npt.ArrayLike | None, target: npt.ArrayL
     `∥m_b − mean∥² B/(B−1)` stands in. Errors as in `squared_distance`, and for negative traces.
     Source: the simple noise scale of McCandlish et al., arXiv 1812.06162, §2.2; interval derived here.
     """
-    means, target = _validated(means, target, level)
-    batches = means.shape[-2]
+    run, target = _validated(means, target, level)
+    batches, shape = run.count, run.deviations.shape[:-1]
     if traces is None:
-        traces = np.square(means - means.mean(-2, keepdims=True)).sum(-1) * (batches / (batches - 1))
+        traces = np.square(run.deviations).sum(-1) * (batches / (batches - 1))
     traces = _finite("traces", traces)
-    if traces.shape != means.shape[:-1] or (traces < 0).any():
-        raise ValueError(f"traces must be one number ≥ 0 per batch, shape {means.shape[:-1]}; got shape {traces.shape}")
+    if traces.shape != shape or (traces < 0).any():
+        raise ValueError(f"traces must be one number ≥ 0 per batch, shape {shape}; got shape {traces.shape}")
     mean = traces.mean(-1)
     error = traces.std(-1, ddof=1) / np.sqrt(batches) / np.where(mean > 0, mean, 1)
     factor = np.exp(special.stdtrit((batches - 1) / 2, (1 + level) / 2) * error)
-    estimate = mean / (float(target @ target) or np.nan)
+    estimate = mean / _length(target) ** 2
     return Interval(estimate, estimate / factor, estimate * factor)
 
 
@@ -168,17 +206,17 @@ def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level:
 
     `[..., B, p]` gives `[..., B // 2]`, ends floored at 0. Errors as in `squared_distance` and `anytime_mean`.
     """
-    means, target = _validated(means, target, level)
-    offset = means[..., : means.shape[-2] // 2 * 2, :] - target
+    run, target = _validated(means, target, level)
+    offset = (run.mean - target)[..., None, :] + run.deviations[..., : run.count // 2 * 2, :]
     running = anytime_mean(np.sum(offset[..., ::2, :] * offset[..., 1::2, :], axis=-1), level, start)
     return Interval(running.estimate, np.maximum(running.low, 0), np.maximum(running.high, 0))
 
 
-def effective_dimension(means: npt.ArrayLike) -> Array:
+def effective_dimension(means: npt.ArrayLike | Batches) -> Array:
     """Effective number of noise directions, `(tr Σ)² / tr(Σ²)` in [1, p], from batch means `[..., B, p]`."""
-    means = _validated_means(means)
-    gram = _gram_statistics(means)
-    return np.clip(gram.first**2 / gram.second, 1, means.shape[-1])
+    run = Batches.of(means)
+    found = _statistics(run, np.zeros_like(run.mean))
+    return np.clip(found.first**2 / found.second, 1, run.mean.shape[-1])
 
 
 def detectable(samples: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> float:
@@ -213,11 +251,11 @@ def _cosine_of(along: Array, across_squared: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class _Gram:
-    """What the Gram matrix says about the covariance `S` and the mean `d` of a batch; write `D = B∥d∥²`."""
+class _Statistics:
+    """What batches say about the covariance `S` of a batch and an offset `d` of the mean; write `D = B∥d∥²`."""
 
     batches: int
-    scale: Array  # mean squared norm of a batch, the unit of the others
+    unit: Array  # of the squared norm of a mean; the others are in units of B times that
     excess: Array  # D, unbiased
     first: Array  # tr S
     second: Array  # tr S²
@@ -226,78 +264,110 @@ class _Gram:
     slope: Array  # dᵀS²d / dᵀSd, or tr S³ / tr S² where d is lost in the noise
 
 
-def _gram_statistics(points: Array) -> _Gram:
-    """Rotate the batches into a signal row and B − 1 noise rows, and average products of different rows."""
-    rows = fft.dct(points, axis=-2, norm="ortho")
-    gram = rows @ np.swapaxes(rows, -1, -2)
-    batches, free = gram.shape[-1], gram.shape[-1] - 1
-    scale = np.trace(gram, axis1=-2, axis2=-1) / batches
-    gram = gram / np.where(scale > 0, scale, 1)[..., None, None]
-    signal, cross, pairs = gram[..., 0, 0], gram[..., 0, 1:], gram[..., 1:, 1:] * (1 - np.eye(free))
-    first = (np.trace(gram, axis1=-2, axis2=-1) - signal) / free
-    second = np.einsum("...ij,...ij", pairs, pairs) / (free * (free - 1))
+def _noise_rows(values: Array) -> Array:
+    """DCT over the batches, `[..., B]`, without the constant row: `[..., B − 1]`."""
+    rows: Array = fft.dct(values, axis=-1, norm="ortho")[..., 1:]
+    return rows
+
+
+def _statistics(run: Batches, offset: Array, without: Array | None = None) -> _Statistics:
+    """Averages of products of different rows, for a signal row `√B · offset`.
+
+    without `[..., B]`: the batches' component along a unit vector that is left out of the noise.
+    """
+    batches, free = run.count, run.count - 1
+    noise, cross = run.noise, np.sqrt(batches) * _noise_rows(run.along(offset))
+    if without is not None:
+        rows = _noise_rows(without)
+        noise = noise - rows[..., :, None] * rows[..., None, :]
+    first, signal = np.trace(noise, axis1=-2, axis2=-1) / free, batches * np.square(offset).sum(-1)
+    first = np.maximum(first, 0)  # rounding, where what is left out is all there is
+    size = (signal + free * first) / batches  # mean squared norm of a batch
+    scale, share = (np.where(each > 0, each, 1) for each in (size, first))
+    pairs, share = noise / share[..., None, None] * (1 - np.eye(free)), share / scale
+    signal, first, cross = signal / scale, first / scale, cross / scale[..., None]
+    second = share**2 * np.square(pairs).sum((-2, -1)) / (free * (free - 1))
     second = np.maximum(second, 1e-30)  # rounding, where a run has no noise
-    third = np.einsum("...ij,...ij", pairs @ pairs, pairs) / (free * (free - 1) * (free - 2))
+    third = share**3 * ((pairs @ pairs) * pairs).sum((-2, -1)) / (free * (free - 1) * (free - 2))
     third = np.clip(third, 1e-3 * second**1.5, second**1.5)
     once = np.square(cross).mean(-1)  # B dᵀSd + tr S²
-    twice = np.einsum("...i,...ij,...j", cross, pairs, cross) / (free * (free - 1))  # B dᵀS²d + tr S³
+    twice = share * ((pairs @ cross[..., None])[..., 0] * cross).sum(-1) / (free * (free - 1))  # B dᵀS²d + tr S³
     slope = np.clip((third + 2 * twice) / (second + 2 * once), 0, np.cbrt(third))
-    return _Gram(batches, scale, signal - first, first, second, third, once - second, slope)
+    return _Statistics(batches, size / batches, signal - first, first, second, third, once - second, slope)
 
 
-def _probability_below(gram: _Gram, excess: Array, distance: Array) -> Array:
-    """P(`∥√B·mean∥² − tr Ŝ` ≤ excess) if `D` were `distance`: a studentised Pearson III law with three matched moments.
+def _probability_below(found: _Statistics, excess: Array, distance: Array) -> Array:
+    """P(`∥√B·mean∥² − tr Ŝ` ≤ excess) if `D` were `distance`: a Pearson III law with three matched moments.
 
     Variance `2 tr S² B/(B−1) + 4B dᵀSd`, third cumulant `8 tr S³ + 24B dᵀS²d`. As in a score test, `dᵀSd` is estimated
     under the hypothesis: it shares its noise with the statistic and errs by `slope` times as much, and what the
     statistic lacks may hide in the noisiest direction, `tr S³/tr S²`. Else an interval that lands low is too short.
-    The Student law has half of the `B − 1` degrees of freedom: at zero the variance is of fourth order in the data.
     """
-    lack = distance - gram.excess
-    slope = np.where(lack > 0, np.maximum(gram.slope, gram.third / gram.second), gram.slope)
-    along = np.clip(gram.along + slope * lack, 0, np.cbrt(gram.third) * distance)
-    variance = 2 * gram.second * gram.batches / (gram.batches - 1) + 4 * along
-    shape = 4 * variance**3 / (8 * gram.third + 24 * slope * along) ** 2
-    below = special.gammainc(shape, np.maximum(shape + (excess - distance) * np.sqrt(shape / variance), 0))
-    return np.asarray(special.stdtr((gram.batches - 1) / 2, special.ndtri(below)))
+    lack = distance - found.excess
+    slope = np.where(lack > 0, np.maximum(found.slope, found.third / found.second), found.slope)
+    along = np.clip(found.along + slope * lack, 0, np.cbrt(found.third) * distance)
+    variance = 2 * found.second * found.batches / (found.batches - 1) + 4 * along
+    shape = 4 * variance**3 / (8 * found.third + 24 * slope * along) ** 2
+    return np.asarray(special.gammainc(shape, np.maximum(shape + (excess - distance) * np.sqrt(shape / variance), 0)))
 
 
-def _largest_distance(gram: _Gram, excess: Array, probability: Array) -> Array:
-    """Largest `D ≥ 0` with `_probability_below(D) > probability`, or 0, by bisection."""
-    low, high = np.zeros_like(excess), np.maximum(excess, 0) + np.sqrt(gram.second)
-    while (short := _probability_below(gram, excess, high) > probability).any():
+def _studentised(found: _Statistics, probability: float | Array) -> Array:
+    """Probability that a law with known moments must exceed for one with estimated moments to exceed `probability`.
+
+    The normal quantile is replaced by a Student one with half of the `B − 1` degrees of freedom: at zero the variance is of
+    fourth order in the data.
+    """
+    return np.asarray(special.ndtr(special.stdtrit((found.batches - 1) / 2, probability)), dtype=np.float64)
+
+
+def _told_from_zero(found: _Statistics, level: float) -> npt.NDArray[np.bool_]:
+    """Whether the lower end of `_squared_norm` is above 0."""
+    return np.greater(_probability_below(found, found.excess, np.zeros_like(found.excess)), _studentised(found, level))
+
+
+def _largest_distance(found: _Statistics, excess: Array, probability: Array) -> Array:
+    """Largest `D ≥ 0` with `_probability_below(D)` above a probability, or 0, by bisection."""
+    least = _studentised(found, probability)
+    low, high = np.zeros_like(excess), np.maximum(excess, 0) + np.sqrt(found.second)
+    while (short := _probability_below(found, excess, high) > least).any():
         high = np.where(short, 2 * high, high)
-    for _ in range(32):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
-        below = _probability_below(gram, excess, middle) > probability
+        below = _probability_below(found, excess, middle) > least
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return low
 
 
-def _squared_norm(points: Array, level: float) -> Interval:
-    """`squared_distance` from the origin."""
-    gram, alpha = _gram_statistics(points), 1 - level
-    excess, floored, zero = gram.excess, np.maximum(gram.excess, 0), np.zeros_like(gram.excess)
+def _squared_norm(found: _Statistics, level: float) -> Interval:
+    """Interval for the squared norm of the offset, see `squared_distance`."""
+    alpha = 1 - level
+    excess, floored, zero = found.excess, np.maximum(found.excess, 0), np.zeros_like(found.excess)
     probability = np.reshape([alpha / 2, alpha, 1 - alpha, 1 - alpha / 2], (4, *[1] * excess.ndim))
-    high, quiet, one, two = _largest_distance(gram, np.stack([floored, zero, excess, excess]), probability)
+    high, quiet, one, two = _largest_distance(found, np.stack([floored, zero, excess, excess]), probability)
     # Up to `quiet` the upper end, never below that of an estimate of 0, cannot fail: a one-sided lower end is enough.
-    low, unit = np.maximum(two, np.minimum(one, quiet)), gram.scale / gram.batches
-    return Interval(unit * excess, unit * low, unit * high)
+    low = np.maximum(two, np.minimum(one, quiet))
+    return Interval(found.unit * excess, found.unit * low, found.unit * high)
 
 
-def _validated(means: npt.ArrayLike, target: npt.ArrayLike, level: float) -> tuple[Array, Array]:
+def _validated(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float) -> tuple[Batches, Array]:
     _check_probability("level", level)
-    means, target = _validated_means(means), _finite("target", target)
-    if target.shape != means.shape[-1:]:
-        raise ValueError(f"target must match the parameters of means, shape {means.shape[-1:]}; got {target.shape}")
-    return means, target
+    run, target = Batches.of(means), _finite("target", target)
+    if target.shape[-1:] != run.mean.shape[-1:] or not _broadcast(run.mean, target):
+        raise ValueError(f"target must match the parameters of means, shape {run.mean.shape}; got {target.shape}")
+    return run, target
 
 
-def _validated_means(means: npt.ArrayLike) -> Array:
-    means = _finite("means", means)
-    if means.ndim < 2 or means.shape[-2] < MINIMUM_BATCHES or means.shape[-1] == 0:
-        raise ValueError(f"means must be [..., B, p] with at least {MINIMUM_BATCHES} batches; got shape {means.shape}")
-    return means
+def _broadcast(*arrays: Array) -> bool:
+    try:
+        return bool(np.broadcast_shapes(*(array.shape for array in arrays)))
+    except ValueError:
+        return False
+
+
+def _length(target: Array) -> Array:
+    """Norm of a target, NaN for a zero one, which nothing is relative to."""
+    size = np.linalg.norm(target, axis=-1)
+    return np.asarray(np.where(size > 0, size, np.nan))
 
 
 def _finite(name: str, values: npt.ArrayLike) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -24,10 +25,14 @@ from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario
 
+Array = npt.NDArray[np.float64]
+
 #: Batch sizes at which the root mean squared error is tabulated.
 BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 #: A gradient smaller than this share of its own scale is rounding, not a direction.
 ROUNDING = 1e-12
+#: Doubles of batch means that are compared with their targets at a time.
+TOGETHER = 2**20
 
 #: Estimators whose expectation is the gradient of a target, on- and off-policy: they stand in where it cannot be computed.
 UNBIASED = {"reverse_kl": "full-both-prefix", "reverse_kl_frozen_prefix": "full-loss", "mse_frozen_prefix": "mse-loss"}
@@ -165,11 +170,6 @@ def _rows(
             chosen = [*losses.values(), *estimated.values()]
             found = montecarlo.moments(chosen, scenario, samples, seed, stream=(index,))
             known = reliability.reliability(chosen, found, scenario, seed)
-        gradients: dict[str, Tensor | Moments]
-        if _listed(scenario):
-            gradients = {name: exact.gradient(name, scenario) for name in names}
-        else:
-            gradients = dict(zip(names, found[len(losses) :], strict=True))
         kind = type(scenario.policy).__name__.lower()
         common = {
             "scenario": scenario.label,
@@ -180,21 +180,25 @@ def _rows(
             "kl": scenario.kl() if _listed(scenario) else montecarlo.kl(scenario, samples or 0, seed),
             "lag": scenario.lag() if _listed(scenario) else montecarlo.lag(scenario, samples or 0, seed),
         }
-        rows = []
-        for e, (label, moments) in enumerate(zip(losses, found, strict=False)):
-            for g, (name, gradient) in enumerate(gradients.items()):
-                if isinstance(gradient, Moments):
-                    compared = _both_sampled(moments, gradient, level)
-                    if _stands_in(losses[label], name, scenario):
-                        # That it equals itself says nothing about its bias.
-                        compared |= dict.fromkeys(_COMPARISONS, float("nan"))
-                else:
-                    compared = _exact(moments, gradient) if samples is None else _sampled(moments, gradient, level, anytime)
+        if not _listed(scenario):
+            rows = [[_both_sampled(run, truth, level) for truth in found[len(losses) :]] for run in found[: len(losses)]]
+        else:
+            truths = [exact.gradient(name, scenario) for name in names]
+            if samples is None:
+                rows = [[_exact(run, truth) for truth in truths] for run in found]
+            else:
+                rows = _sampled(found, truths, level, anytime)
+        finished = []
+        for e, (label, loss) in enumerate(losses.items()):
+            for g, (name, row) in enumerate(zip(names, rows[e], strict=True)):
+                if not _listed(scenario) and _stands_in(loss, name, scenario):
+                    # That it equals itself says nothing about its bias.
+                    row |= dict.fromkeys(_COMPARISONS, float("nan"))
                 if samples is not None:
                     told = known[e] if _listed(scenario) else known[e].against(known[len(losses) + g])
-                    compared = reliability.opened(compared, told)
-                rows.append({**common, "estimator": label, "target": name, **_errors(compared)})
-    return rows
+                    row = reliability.opened(row, told)
+                finished.append({**common, "estimator": label, "target": name, **_errors(row)})
+    return finished
 
 
 def _listed(scenario: Scenario) -> bool:
@@ -241,49 +245,78 @@ def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
     }
 
 
-def _sampled(moments: Moments, gradient: Tensor, level: float, anytime: bool) -> dict[str, Any]:
-    size, n = float(gradient.norm()), moments.samples
-    assert n is not None
-    assert moments.batch_means is not None
-    variance = moments.trace_cov / n
-    # ‖mean − t‖² − tr Σ̂/n is the U-statistic over pairs of different samples: unbiased for the squared distance.
-    distance = float((moments.mean - gradient).square().sum()) - variance
-    norm = float(moments.mean.square().sum()) - variance
-    row: dict[str, Any] = {
-        "via": "sampled",
-        "method": moments.method,
-        "samples": n,
-        "gradient_norm": float(np.sqrt(max(norm, 0.0))),
-        "target_norm": size,
-        "trace_cov": moments.trace_cov,
-    }
-    zero_target = size <= ROUNDING
-    row["bias"] = float("nan") if zero_target else float(np.sqrt(max(distance, 0.0))) / size
-    row["noise"] = float("nan") if zero_target else moments.trace_cov / size**2
-    if zero_target:
-        return row
-    if len(moments.batch_means) < intervals.MINIMUM_BATCHES:
-        # Too few to say anything: the widest intervals there are.
-        ends = {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0), "noise": (0.0, np.inf)}
-        return (
-            row
-            | {f"{key}_low": low for key, (low, _) in ends.items()}
-            | {f"{key}_high": high for key, (_, high) in ends.items()}
+def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float, anytime: bool) -> list[list[dict[str, Any]]]:
+    """One row per run and target; runs of one shape are compared with all targets at once."""
+    rows: list[list[dict[str, Any]]] = [[] for _ in found]
+    targets = np.stack([truth.numpy() for truth in truths])
+    size = np.linalg.norm(targets, axis=-1)
+    targets[size <= ROUNDING] = 0  # nothing is relative to it
+    relative_size = np.where(size > ROUNDING, size, np.nan)
+    for alike in _blocks(found):
+        runs = [found[e] for e in alike]
+        mean, samples = np.stack([run.mean.numpy() for run in runs]), np.array([[run.samples] for run in runs])
+        trace = np.array([[run.trace_cov] for run in runs])
+        # ‖mean − t‖² − tr Σ̂/n is the U-statistic over pairs of different samples: unbiased for the squared distance.
+        distance, norm = (
+            np.sqrt(np.maximum(squared - trace / samples, 0))
+            for squared in (np.square(mean[:, None] - targets).sum(-1), np.square(mean).sum(-1, keepdims=True))
         )
-    means, truth = moments.batch_means.numpy(), gradient.numpy()
-    bias = intervals.bias(means, truth, level)
+        columns = {"bias": distance / relative_size, "noise": trace / relative_size**2}
+        for key, interval in _intervals(runs, targets, level, anytime).items():
+            columns.setdefault(key, interval.estimate)
+            # Estimates use every sample, intervals the batches: with very few samples one can fall outside the other.
+            columns[f"{key}_low"] = np.fmin(interval.low, columns[key])
+            columns[f"{key}_high"] = np.fmax(interval.high, columns[key])
+        for i, e in enumerate(alike):
+            common = {
+                "via": "sampled",
+                "method": runs[i].method,
+                "samples": runs[i].samples,
+                "gradient_norm": float(norm[i, 0]),
+                "trace_cov": runs[i].trace_cov,
+            }
+            rows[e] = [
+                common | {"target_norm": float(size[g])} | {key: float(column[i, g]) for key, column in columns.items()}
+                for g in range(len(targets))
+            ]
+    return rows
+
+
+def _blocks(found: Sequence[Moments]) -> list[list[int]]:
+    """Indices of runs whose batches have one shape, as many together as a few megabytes of batch means hold."""
+    alike: dict[tuple[torch.Size, bool], list[int]] = {}
+    for e, run in enumerate(found):
+        assert run.batch_means is not None
+        alike.setdefault((run.batch_means.shape, run.batch_traces is None), []).append(e)
+    return [
+        list(part)
+        for (shape, _), every in alike.items()
+        for part in np.array_split(every, -(-len(every) * shape.numel() // TOGETHER))
+        if len(part)
+    ]
+
+
+def _intervals(runs: Sequence[Moments], targets: Array, level: float, anytime: bool) -> dict[str, intervals.Interval]:
+    """Intervals `[e, g]` of bias, cosine and noise."""
+    means = np.stack([run.batch_means.numpy() for run in runs if run.batch_means is not None])[:, None]
+    if means.shape[-2] < intervals.MINIMUM_BATCHES:
+        # Too few to say anything: the widest intervals there are, around what has no estimate.
+        blank = np.where(targets.any(-1), 0.0, np.nan) + np.zeros((len(runs), 1))
+        widest = {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0), "noise": (0.0, np.inf)}
+        return {key: intervals.Interval(blank * np.nan, blank + low, blank + high) for key, (low, high) in widest.items()}
+    batches = intervals.Batches.of(means)
+    traces = [run.batch_traces.numpy() for run in runs if run.batch_traces is not None]
+    bias = intervals.bias(batches, targets, level)
     if anytime:
-        squared = intervals.anytime_squared_distance(means, truth, level)
-        bias = intervals.Interval(bias.estimate, np.sqrt(squared.low[-1]) / size, np.sqrt(squared.high[-1]) / size)
-    cosine = intervals.cosine(means, truth, level)
-    traces = None if moments.batch_traces is None else moments.batch_traces.numpy()
-    noise = intervals.noise(means, traces, truth, level)
-    row["cosine"] = float(cosine.estimate)
-    for key, interval in (("bias", bias), ("cosine", cosine), ("noise", noise)):
-        # Estimates use every sample, intervals the batches: with very few samples one can fall outside the other.
-        row[f"{key}_low"] = float(np.fmin(interval.low, row[key]))
-        row[f"{key}_high"] = float(np.fmax(interval.high, row[key]))
-    return row
+        squared = intervals.anytime_squared_distance(means, targets, level)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = (np.sqrt(end[..., -1]) / np.linalg.norm(targets, axis=-1) for end in (squared.low, squared.high))
+            bias = intervals.Interval(bias.estimate, *ends)
+    return {
+        "bias": bias,
+        "cosine": intervals.cosine(batches, targets, level),
+        "noise": intervals.noise(batches, np.stack(traces)[:, None] if traces else None, targets, level),
+    }
 
 
 def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, Any]:
@@ -295,15 +328,17 @@ def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, 
     assert moments.samples is not None
     assert moments.batch_means is not None
     assert target.batch_means is not None
-    n, means, truths = moments.samples, moments.batch_means.numpy(), target.batch_means.numpy()
-    if len(means) < intervals.MINIMUM_BATCHES:
+    n = moments.samples
+    if len(moments.batch_means) < intervals.MINIMUM_BATCHES:
         raise ValueError(f"{n} responses are too few where the target is estimated, too; take at least 128")
-    origin, half = np.zeros(means.shape[1]), (1 + level) / 2
-    gap, size = intervals.squared_distance(means - truths, origin, half), intervals.squared_distance(truths, origin, half)
-    norm = float(intervals.squared_distance(means, origin, level).estimate)
+    run, truth = (intervals.Batches.of(each.batch_means.numpy()) for each in (moments, target) if each.batch_means is not None)
+    difference = intervals.Batches(run.mean - truth.mean, run.deviations - truth.deviations)
+    origin, half = np.zeros(len(run.mean)), (1 + level) / 2
+    gap, size = intervals.squared_distance(difference, origin, half), intervals.squared_distance(truth, origin, half)
+    norm = float(intervals.squared_distance(run, origin, level).estimate)
     traces = moments.batch_traces
     # Noise of an estimate of the zero vector plus one: the trace in units of the squared norm is put in afterwards.
-    trace = intervals.noise(means, None if traces is None else traces.numpy(), _unit(origin), half)
+    trace = intervals.noise(run, None if traces is None else traces.numpy(), _unit(origin), half)
     row: dict[str, Any] = {
         "via": "sampled",
         "method": f"{moments.method}, target estimated",
@@ -319,7 +354,7 @@ def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, 
             found = np.array([estimate, low, high])
             row[key], row[f"{key}_low"], row[f"{key}_high"] = (float(x) for x in (np.sqrt(found) if key == "bias" else found))
     row["noise"] = moments.trace_cov / row["target_norm"] ** 2 if row["target_norm"] else float("nan")
-    cosine = intervals.cosine_of_means(means, truths, level)
+    cosine = intervals.cosine_of_means(run, truth, level)
     row["cosine"], row["cosine_low"], row["cosine_high"] = (float(x) for x in (cosine.estimate, cosine.low, cosine.high))
     return row
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy import stats
+from scipy import fft, stats
 
 from gradlab import intervals
 
@@ -371,6 +372,56 @@ def test_replicates_agree_with_single_runs_and_single_runs_give_floats() -> None
             np.testing.assert_allclose(getattr(together, field)[1, 2], getattr(alone, field), rtol=1e-9)
 
 
+def test_every_run_with_every_target_is_row_by_row() -> None:
+    rng = generator(24)
+    means, traces = rng.standard_normal((5, 12, 4)) * np.geomspace(1e-8, 1, 5)[:, None, None] + 1, rng.random((5, 12))
+    targets = np.concatenate([rng.standard_normal((2, 4)), np.zeros((1, 4)), means.mean(1)])
+    split, spread = intervals.Batches.of(means[:, None]), traces[:, None]
+    calls: dict[str, Callable[..., intervals.Interval]] = {
+        "distance": lambda m, _, t: intervals.squared_distance(m, t),
+        "bias": lambda m, _, t: intervals.bias(m, t, 0.9),
+        "cosine": lambda m, _, t: intervals.cosine(m, t),
+        "noise": lambda m, x, t: intervals.noise(m, x, t),
+    }
+    for name, call in calls.items():
+        together = call(split, spread, targets)
+        for field in ("estimate", "low", "high"):
+            rows = [[getattr(call(m, x, t), field) for t in targets] for m, x in zip(means, traces, strict=True)]
+            np.testing.assert_allclose(getattr(together, field), rows, rtol=1e-8, atol=1e-15, err_msg=name)
+    assert np.isnan(calls["cosine"](split, spread, targets).low[:, 2]).all()
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_statistics_are_averages_over_pairs_and_triples_of_different_rows(left_out: bool) -> None:
+    """Against the DCT of the points themselves, with what is left out projected out of them, and explicit loops."""
+    rng = generator(25)
+    points, offset, unit = rng.standard_normal((9, 5)), rng.standard_normal(5), np.eye(5)[1]
+    run = intervals.Batches.of(points)
+    shifted = points - points.mean(0) + offset
+    if left_out:
+        shifted -= np.outer(shifted @ unit, unit)
+        offset = offset * (1 - unit)
+    signal, *noise = fft.dct(shifted, axis=0, norm="ortho")
+    found = intervals._statistics(run, offset, run.along(unit) if left_out else None)
+    one, two, three = (list(permutations(noise, k)) for k in (1, 2, 3))
+    expected = {
+        "unit": np.square(shifted).sum() / 81,
+        "first": np.mean([x @ x for (x,) in one]),
+        "second": np.mean([(x @ y) ** 2 for x, y in two]),
+        "third": np.mean([(x @ y) * (y @ z) * (z @ x) for x, y, z in three]),
+        "excess": signal @ signal - np.mean([x @ x for (x,) in one]),
+        "along": np.mean([(signal @ x) ** 2 for (x,) in one]) - np.mean([(x @ y) ** 2 for x, y in two]),
+    }
+    twice = np.mean([(signal @ x) * (x @ y) * (y @ signal) for x, y in two])
+    once = np.mean([(signal @ x) ** 2 for (x,) in one])
+    scale = 9 * expected["unit"]
+    powers = {"unit": 0, "second": 2, "third": 3, "along": 2}
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value / scale ** powers.get(name, 1), rel=1e-12), name
+    slope = (expected["third"] + 2 * twice) / (expected["second"] + 2 * once)
+    assert found.slope == pytest.approx(slope / scale, rel=1e-12)
+
+
 @pytest.mark.parametrize("call", [intervals.bias, intervals.cosine])
 def test_relative_quantities_ignore_scale_and_rotation_and_higher_levels_are_wider(
     call: Callable[..., intervals.Interval],
@@ -417,7 +468,7 @@ MEANS, TARGET = np.ones((8, 3)), np.ones(3)
         (lambda: intervals.squared_distance(MEANS[0], TARGET), "at least 8 batches"),
         (lambda: intervals.squared_distance(MEANS[:, :0], []), "at least 8 batches"),
         (lambda: intervals.bias(MEANS, TARGET[:2]), "target must match"),
-        (lambda: intervals.bias(MEANS, MEANS), "target must match"),
+        (lambda: intervals.bias(np.ones((2, 8, 3)), np.ones((5, 3))), "target must match"),
         (lambda: intervals.bias(MEANS, TARGET, level=1.0), "level"),
         (lambda: intervals.cosine(MEANS, TARGET, level=95), "level"),
         (lambda: intervals.cosine(MEANS * np.nan, TARGET), "means must be finite"),
