@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.integrate import BDF, OdeSolution
-from scipy.optimize import root
 from torch import Tensor
 
 from gradlab.estimators import Estimator
@@ -165,7 +164,7 @@ def ascend(
     return FixedPoint(torch.from_numpy(end).view(ascent.shape), probabilities, status, residual, rate, curl, times, path)
 
 
-def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, OdeSolution]:
+def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, scipy.integrate.OdeSolution]:
     """Step until the flow has arrived, a response is given up, or the horizon: the last logits, and the way there."""
 
     def velocity(_: float, flat: Array) -> Array:
@@ -175,7 +174,7 @@ def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, OdeSol
         # Past the end of the simplex a trial step may overflow: it then fails to converge and is taken again, shorter.
         return np.nan_to_num(ascent.jacobian(ascent.velocity, flat), nan=0.0, posinf=0.0, neginf=0.0)
 
-    solver = BDF(velocity, 0.0, begin, HORIZON, rtol=tolerance, atol=tolerance / 10, jac=jacobian)
+    solver = scipy.integrate.BDF(velocity, 0.0, begin, HORIZON, rtol=tolerance, atol=tolerance / 10, jac=jacobian)
     times, pieces = [0.0], []
     while solver.status == "running":
         if solver.step() is not None:  # says why it failed
@@ -186,7 +185,7 @@ def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, OdeSol
             break
         if float(ascent.log_probabilities(torch.from_numpy(solver.y).view(ascent.shape)).min()) < -RAREST:
             break
-    return solver.y, OdeSolution(times, pieces)
+    return solver.y, scipy.integrate.OdeSolution(times, pieces)
 
 
 def _residual(ascent: Ascent, flat: Array) -> float:
@@ -218,7 +217,7 @@ def _solve(ascent: Ascent, flat: Array) -> Array:
     def slope(part: Array) -> Array:
         return ascent.jacobian(ascent.scaled, whole(part))[:, free]
 
-    return whole(root(scaled, held[free], jac=slope, method="hybr", tol=1e-14).x)
+    return whole(scipy.optimize.root(scaled, held[free], jac=slope, method="hybr", tol=1e-14).x)
 
 
 def _linearised(ascent: Ascent, flat: Array) -> tuple[float, float]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy import stats
 
 from gradlab import exact
 from gradlab.catalogue import ESTIMATORS
@@ -63,6 +63,6 @@ def rank_correlations(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[
     """Spearman's rank correlation of `chi2` with each column among the scenarios of a group: `rank_trace_cov`, …; `scenarios`."""
     rows = []
     for key, part in frame.groupby(list(by), sort=False):
-        ranks = {f"rank_{column}": float(stats.spearmanr(part["chi2"], part[column]).statistic) for column in columns}
+        ranks = {f"rank_{column}": float(scipy.stats.spearmanr(part["chi2"], part[column]).statistic) for column in columns}
         rows.append({**dict(zip(by, key, strict=True)), "scenarios": len(part), "via": "exact", **ranks})
     return pd.DataFrame(rows)

@@ -1,4 +1,7 @@
-"""The command line: reproduce figures and verdicts, read the ledger, measure a question of one's own, list what there is."""
+"""The command line: reproduce figures and verdicts, read the ledger, measure a question of one's own, list what there is.
+
+Each command imports what it uses, so that help is there at once and no command waits for what another needs.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,22 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import joblib
-import pandas as pd
 import typer
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from gradlab import claims, gallery, measure, reliability, report
-from gradlab.audit import LossError
 from gradlab.audit.command import audit_command
-from gradlab.catalogue import CATALOGUE, ESTIMATORS
-from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
-from gradlab.ledger import CLAIMS
 from gradlab.names import check_name
-from gradlab.policies import Bandit, Gaussian, Markov, Tree
-from gradlab.policies.small import STAGES, TASKS
-from gradlab.resume import Record, Requirements
-from gradlab.scenario import Scenario
-from gradlab.targets import TARGETS
 from gradlab.train_command import train_command
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gradlab.scenario import Scenario
 
 app = typer.Typer(
     name="gradlab",
@@ -76,6 +69,11 @@ def reproduce(
 
     Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
     """
+    import joblib
+
+    from gradlab import claims, gallery, report
+    from gradlab.resume import Record, Requirements
+
     scripts = analyses()
     chosen = _choose(scripts, only)
     report.writable(output)
@@ -113,6 +111,9 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
 
     Alone they run in this process, where their progress is seen; together each is a process whose output is shown at its end.
     """
+    from rich.console import Console
+    from tqdm import tqdm
+
     if jobs == 1:
         arguments = sys.argv
         for name, script in scripts.items():
@@ -154,6 +155,8 @@ def claims_command(
     HOLDS, FAILS or UNDECIDED within the scope, with the effect and the row that decides; OPEN where `gradlab reproduce` has
     not yet made the data.
     """
+    from gradlab import claims, report
+
     settled = claims.verify(output, only)
     if csv:
         print(settled.to_csv(index=False), end="")
@@ -192,6 +195,10 @@ def measure_command(
 
     Example: `gradlab measure -e k2-loss -e k3-loss --family bandit --vocab 50 --kl 1 -n 10000`
     """
+    from gradlab import report
+    from gradlab.catalogue import ESTIMATORS
+    from gradlab.measure import measure
+
     names = estimator or list(ESTIMATORS)
     cases = [_scenario(family, vocab, length, eos, kl, lag, seed * 1_000_003 + i) for i in range(scenarios)]
     frame = measure(names, cases, target=target or "reverse_kl", samples=samples, seed=seed, jobs=jobs)
@@ -222,35 +229,55 @@ def list_command(
     what: Annotated[Listing, typer.Argument(help="Which names to list.")] = Listing.estimators,
 ) -> None:
     """List estimators, targets, kernels, claims, analyses or shipped models, with what they are and where they come from."""
-    rows: dict[Listing, Callable[[], Sequence[tuple[str, ...]]]] = {
-        Listing.estimators: lambda: [
+    from rich.table import Table
+
+    from gradlab.console import wide_console
+
+    table = Table(header_style="bold")
+    headings, rows = _listed(what)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    wide_console().print(table)
+
+
+def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+    """Headings and rows of a list."""
+    if what is Listing.estimators:
+        from gradlab.catalogue import CATALOGUE
+
+        return ("name", "composition", "descends on-policy", "descends off-policy", "source"), [
             (e.name, e.estimator.name, _combination(e.on_policy), _combination(e.off_policy), e.source)
             for e in CATALOGUE.values()
-        ],
-        Listing.targets: lambda: [(t.name, t.statement, t.source) for t in TARGETS.values()],
-        Listing.kernels: lambda: [(k.name, k.source) for k in KERNELS.values()] + list(VOCABULARY_KERNELS.items()),
-        Listing.claims: lambda: [(c.id, c.scope, c.statement, c.source) for c in CLAIMS],
-        Listing.analyses: lambda: [(name, _title(path)) for name, path in analyses().items()],
-        Listing.models: lambda: [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()],
-    }
-    headings = {
-        Listing.estimators: ("name", "composition", "descends on-policy", "descends off-policy", "source"),
-        Listing.targets: ("name", "objective", "source"),
-        Listing.kernels: ("name", "source"),
-        Listing.claims: ("id", "scope", "statement", "source"),
-        Listing.analyses: ("name", "question"),
-        Listing.models: ("task", "stages", "what it does"),
-    }
-    table = Table(header_style="bold")
-    for heading in headings[what]:
-        table.add_column(heading, overflow="fold")
-    for row in rows[what]():
-        table.add_row(*row)
-    report.wide_console().print(table)
+        ]
+    if what is Listing.targets:
+        from gradlab.targets import TARGETS
+
+        return ("name", "objective", "source"), [(t.name, t.statement, t.source) for t in TARGETS.values()]
+    if what is Listing.kernels:
+        from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
+
+        return ("name", "source"), [*((k.name, k.source) for k in KERNELS.values()), *VOCABULARY_KERNELS.items()]
+    if what is Listing.claims:
+        from gradlab.ledger import CLAIMS
+
+        return ("id", "scope", "statement", "source"), [(c.id, c.scope, c.statement, c.source) for c in CLAIMS]
+    if what is Listing.models:
+        from gradlab.policies.small import STAGES, TASKS
+
+        return ("task", "stages", "what it does"), [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()]
+    return ("name", "question"), [(name, _title(path)) for name, path in analyses().items()]
 
 
 def show(frame: pd.DataFrame) -> None:
     """Print the columns of a measured frame that a person looks at first."""
+    import pandas as pd
+    from rich.table import Table
+
+    from gradlab import reliability
+    from gradlab.console import wide_console
+
     columns = ["scenario", "estimator", "target", "bias", "cosine", "noise", "crossover"]
     table = Table(header_style="bold")
     for column in columns:
@@ -262,12 +289,15 @@ def show(frame: pd.DataFrame) -> None:
             ends = "" if low is None or pd.isna(low) else f" [{low:.3g}, {high:.3g}]"
             cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
         table.add_row(*cells)
-    report.wide_console().print(table)
+    wide_console().print(table)
     if told := reliability.sentence(frame):
         print(told)
 
 
 def _scenario(family: Family, vocab: int, length: int, eos: int | None, kl: float, lag: float, seed: int) -> Scenario:
+    from gradlab.policies import Bandit, Gaussian, Markov, Tree
+    from gradlab.scenario import Scenario
+
     policy: Bandit | Tree | Markov | Gaussian
     if family is Family.gaussian:
         policy = Gaussian(0.0, 1.0)
@@ -314,6 +344,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
+        from gradlab.audit import LossError
+
         if isinstance(error, LossError):
             print(error.trace, end="", file=sys.stderr)
         print(f"gradlab: {error}", file=sys.stderr)

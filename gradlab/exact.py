@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from math import expm1, log, log1p
 from typing import overload
 
+import scipy
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from gradlab import backprop, markov, targets
@@ -250,5 +250,6 @@ def _level(kernel: str, level: float) -> list[float]:
     def excess(x: float) -> float:
         return float(expm1(-x) + x - level)
 
-    falling, rising = brentq(excess, -2 - 2 * level**0.5, 0, xtol=1e-14), brentq(excess, 0, level + 1, xtol=1e-14)
+    ends = ((-2 - 2 * level**0.5, 0.0), (0.0, level + 1))
+    falling, rising = (scipy.optimize.brentq(excess, low, high, xtol=1e-14) for low, high in ends)
     return [falling, rising] if kernel == "k3" else [-falling, -rising]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.stats import beta
 from torch import Tensor
 from torch.func import jvp
 
@@ -62,8 +62,8 @@ def extremes(
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Exact interval of a probability from `count` successes in `n` independent trials."""
     tail = (1 - level) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count else 0.0
-    return low, float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
+    return low, float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
 
 
 def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from gradlab import exact
@@ -72,7 +72,7 @@ def behind(policy: P, lag: float, seed: int = 0) -> P:
     low = high - 0.1
     while excess(low) > 0:
         low -= 1.0
-    return policy.moved(float(np.exp(brentq(excess, low, high, xtol=1e-14))) * noise)
+    return policy.moved(float(np.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-14))) * noise)
 
 
 def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> Tensor:

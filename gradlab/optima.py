@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
+import scipy
 
 from gradlab.names import check_name
 from gradlab.policies import Bandit, Tree
@@ -46,7 +46,9 @@ def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, 
     if divergence == "forward_kl":
         # Λ − max r lies between where the best entry alone has mass 1 and where every entry has at most its reference's.
         low, high = float((r + coefficient * ref).max()), coefficient
-        root = brentq(lambda top: float((coefficient * ref / (top - r)).sum()) - 1, low, high, xtol=1e-300, rtol=1e-15)
+        root = scipy.optimize.brentq(
+            lambda top: float((coefficient * ref / (top - r)).sum()) - 1, low, high, xtol=1e-300, rtol=1e-15
+        )
         p = coefficient * ref / (root - r)
         return np.asarray(p / p.sum())
     weight = ref if divergence == "chi2" else np.ones_like(ref)

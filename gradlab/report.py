@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from gradlab import claims
-from gradlab.plots import stylesheet
+from gradlab.console import wide_console
 from gradlab.provenance import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -83,6 +84,8 @@ class Study:
 
     def save_figure(self, name: str, figure: Figure, frame: pd.DataFrame, caption: str) -> Path:
         """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
+        from gradlab.plots import stylesheet  # who saves a figure has drawn one; nobody else waits for the library
+
         folder = writable(self.output)
         for suffix, metadata in _METADATA.items():
             with written(folder / f"{name}.{suffix}") as part, stylesheet():
@@ -134,11 +137,6 @@ def study(script: str) -> Study:
     given, _ = parser.parse_known_args(sys.argv[1:])  # a notebook's own arguments are not ours
     torch.set_num_threads(1)  # small tensors run faster so, and sums come out the same on every machine
     return Study(Path(script).stem, given.output, given.quick, given.jobs, given.seed)
-
-
-def wide_console() -> Console:
-    """A console as wide as the terminal; in a pipe or a file wide enough for tables to stay readable."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "dim"}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from gradlab.training import NONE
 
@@ -68,7 +68,7 @@ def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
     centre, n = logs.mean(), len(logs)
     if n < 2:
         return Ratio(float(np.exp(centre)), np.nan, np.nan)
-    reach = stats.t.ppf((1 + level) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n)
+    reach = scipy.stats.t.ppf((1 + level) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n)
     return Ratio(*(float(np.exp(end)) for end in (centre, centre - reach, centre + reach)))
 
 
@@ -84,7 +84,7 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     if n < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or x.std() == 0 or y.std() == 0:
         return UNKNOWN
     w, r = x.var(ddof=1) / y.var(ddof=1), np.corrcoef(x, y)[0, 1]
-    k = 1 + 2 * (1 - r**2) * stats.t.ppf((1 + level) / 2, n - 2) ** 2 / (n - 2)
+    k = 1 + 2 * (1 - r**2) * scipy.stats.t.ppf((1 + level) / 2, n - 2) ** 2 / (n - 2)
     reach = np.sqrt(max(k * k - 1, 0.0))
     return Ratio(*(float(np.sqrt(w * factor)) for factor in (1.0, k - reach, k + reach)))
 

@@ -14,7 +14,7 @@ import joblib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import integrate, optimize, stats
+import scipy
 from tqdm import tqdm
 
 from gradlab import exact
@@ -73,7 +73,7 @@ def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, floa
         raise ValueError(
             f"δ is unbounded where the policy is narrower than the reference; got std {policy.std} and {reference.std}"
         )
-    p, q = stats.norm(policy.mean, policy.std), stats.norm(reference.mean, reference.std)
+    p, q = scipy.stats.norm(policy.mean, policy.std), scipy.stats.norm(reference.mean, reference.std)
     centre = (a * policy.mean - b * reference.mean) / (a - b)  # where δ is smallest
 
     def inside(law: Any, r: float) -> float:
@@ -83,14 +83,14 @@ def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, floa
         return float(law.sf(centre + r) + law.cdf(centre - r))
 
     far = abs(centre - policy.mean) + 40 * policy.std
-    radius = optimize.brentq(lambda r: np.log(max(outside(p, r), 1e-300) / probability), 0, far, xtol=1e-14)
+    radius = scipy.optimize.brentq(lambda r: np.log(max(outside(p, r), 1e-300) / probability), 0, far, xtol=1e-14)
 
     def k3(x: float) -> float:
         log_ratio = np.asarray(p.logpdf(x) - q.logpdf(x), dtype=np.float64)
         return float(p.pdf(x) * VALUES["k3"](log_ratio))
 
     ends = np.unique(np.clip([centre - radius, policy.mean, centre, centre + radius], centre - radius, centre + radius))
-    seen = sum(integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in pairwise(ends))
+    seen = sum(scipy.integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in pairwise(ends))
     return scenario.kl() - seen, outside(q, radius)
 
 
@@ -173,7 +173,7 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     rows = []
     for (scenario, kernel, samples), part in frame.groupby(["scenario", "kernel", "samples"], sort=False):
         runs = len(part)
-        rank = int(stats.binom.ppf((1 - level) / 2, runs, 0.5))
+        rank = int(scipy.stats.binom.ppf((1 - level) / 2, runs, 0.5))
         inner = max(rank - 1, 0)
         row: dict[str, Any] = {
             "scenario": scenario,
@@ -210,7 +210,7 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
     for n in sizes:
         row: dict[str, Any] = {"scenario": scenario.label, "kernel": "k3", "kl": kl, "probability": probability, "samples": n}
         if runs is None:
-            counts = stats.binom(n, probability).ppf([0.5, 0.1, 0.9])
+            counts = scipy.stats.binom(n, probability).ppf([0.5, 0.1, 0.9])
             row |= dict(
                 zip(("mean_ratio", "mean_ratio_q10", "mean_ratio_q90"), (low + (high - low) * counts / n) / kl, strict=True)
             )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from math import isnan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
-from rich.table import Table
 
-from gradlab import report, runs
-from gradlab.policies.small import small
-from gradlab.training import NONE, Recipe, task_reward, train
+from gradlab.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class TaskName(StrEnum):
@@ -49,6 +49,10 @@ def train_command(
 
     Example: `gradlab train -e k1-loss -e k2-loss -e k3-loss -b 0.1 --seeds 4 --jobs 2`
     """
+    from gradlab import report
+    from gradlab.policies.small import small
+    from gradlab.training import task_reward, train
+
     recipe = Recipe(steps=steps, batch=batch, group=group, epochs=epochs, rate=rate, clip=clip, look=look, watch=watch)
     policy = small(task.value)
     names = estimator or ["k1-loss", "k2-loss", "k3-loss"]
@@ -65,6 +69,12 @@ def train_command(
 
 def show(frame: pd.DataFrame) -> None:
     """Print where the runs of every regulariser ended."""
+    from rich.table import Table
+
+    from gradlab import runs
+    from gradlab.console import wide_console
+    from gradlab.training import NONE
+
     table = Table(
         header_style="bold", caption=f"means over {frame['seed'].nunique()} seeds, second half of the runs; 95 % intervals"
     )
@@ -76,11 +86,11 @@ def show(frame: pd.DataFrame) -> None:
     for row in compared[compared["budget"] == runs.COEFFICIENT].to_dict("records"):
         quotients = [_quotient(row, column) for column in ("kl_over_none", "kl_over_k2", "noise_over_none")]
         table.add_row(row["estimator"], f"{row['coefficient']:g}", f"{row['reward']:.3f}", f"{row['kl']:.3g}", *quotients)
-    report.wide_console().print(table)
+    wide_console().print(table)
 
 
 def _quotient(row: Mapping[Any, Any], column: str) -> str:
-    if pd.isna(row[column]):
+    if isnan(row[column]):
         return "–"
-    ends = "" if pd.isna(row[f"{column}_low"]) else f" [{row[f'{column}_low']:.3g}, {row[f'{column}_high']:.3g}]"
+    ends = "" if isnan(row[f"{column}_low"]) else f" [{row[f'{column}_low']:.3g}, {row[f'{column}_high']:.3g}]"
     return f"{row[column]:.3g}{ends}"

@@ -114,6 +114,43 @@ print(seen, [name for name in {SLOW[1:]} if name in sys.modules])
 SLOW = ["torch", "matplotlib", "seaborn", "scipy.stats", "scipy.integrate", "typer", "rich"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "loaded"),
+    [
+        (["--help"], []),
+        (["audit", "--help"], []),
+        (["list"], ["torch", "rich", "scipy"]),
+        (["audit", f"{ROOT / 'gradlab' / 'testing.py'}:nothing"], ["torch", "rich", "scipy", "pandas", "joblib"]),
+    ],
+)
+def test_a_command_waits_for_nothing_that_it_does_not_use(arguments, loaded):
+    code = f"""
+import sys
+from gradlab.cli import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+except SystemExit:
+    print("loaded", *[name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert set(done.stdout.splitlines()[-1].split()[1:]) <= {*loaded, "rich"}, "typer prints help with rich"
+
+
+HEAVY = [
+    "torch",
+    "scipy",
+    "pandas",
+    "joblib",
+    "rich",
+    "jinja2",
+    "matplotlib",
+    "scipy.stats",
+    "scipy.optimize",
+    "scipy.integrate",
+]
+
+
 @pytest.mark.parametrize("name", ["audit", "components", "field", "measure"])
 def test_no_function_hides_a_module_of_its_name(name):
     module = importlib.import_module(f"gradlab.{name}")

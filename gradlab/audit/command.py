@@ -7,17 +7,13 @@ from ast import literal_eval
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import joblib
 import typer
-from tqdm import tqdm
 
-from gradlab.audit import adapters, candidates, report
-from gradlab.audit.batch import Subject
-from gradlab.audit.bind import bind
-from gradlab.audit.load import load
-from gradlab.audit.run import Audit, audit
+if TYPE_CHECKING:
+    from gradlab.audit.batch import Subject
+    from gradlab.audit.run import Audit
 
 
 class Returns(StrEnum):
@@ -58,6 +54,12 @@ def audit_command(
 
     Example: `gradlab audit path/to/losses.py:kl_loss --expect reverse_kl_frozen_prefix`
     """
+    import joblib
+    from tqdm import tqdm
+
+    from gradlab.audit import candidates, report
+    from gradlab.audit.run import Audit
+
     if expect is not None:
         candidates.check(expect)
     chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
@@ -87,6 +89,8 @@ def audit_command(
 
 
 def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
+    from gradlab.audit.run import audit
+
     try:
         return audit(subject, top_p=top_p)
     except ValueError as error:
@@ -95,6 +99,11 @@ def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
 
 def _subjects(given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str) -> list[Subject]:
     """What to audit: functions by their address, frameworks by name."""
+    from gradlab.audit import adapters
+    from gradlab.audit.batch import Subject
+    from gradlab.audit.bind import bind
+    from gradlab.audit.load import load
+
     if installed == bool(given):
         raise ValueError(
             "say what to audit: package.module:function, path/to/file.py:function, frameworks "

@@ -8,19 +8,19 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
 from gradlab.audit.run import Audit, frame
-from gradlab.plots import stylesheet
-from gradlab.plots.audit import matches, pulls
+from gradlab.console import wide_console
 from gradlab.provenance import versions
-from gradlab.report import wide_console, writable, written
+from gradlab.report import writable, written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -115,6 +115,10 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
 
     Raises `ValueError` when the folder cannot be written to.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from gradlab.plots import matches, pulls  # what prints a table waits for no drawing
+
     writable(folder)
     table = frame(audits)
     with written(folder / "audit.csv") as part:
@@ -142,6 +146,8 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
 
 
 def _picture(figure: Figure) -> str:
+    from gradlab.plots import stylesheet
+
     stream = io.BytesIO()
     with stylesheet():
         figure.savefig(stream, format="png", metadata={"Software": None})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 
@@ -56,5 +56,5 @@ def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) ->
     while excess(low) > 0:
         low -= np.log(2)
     # Written with its ends first, so that a bracket end which is already the root is returned as it is.
-    root = low if low == high else brentq(excess, low, high, xtol=1e-15, rtol=1e-14)
+    root = low if low == high else scipy.optimize.brentq(excess, low, high, xtol=1e-15, rtol=1e-14)
     return policy.moved(float(np.exp(root)) * noise)

@@ -1,0 +1,38 @@
+"""Recipe: what all training runs of a comparison have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import isfinite
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs of a comparison have in common.
+
+    steps: batches. batch: responses in each; group: successive ones that answer one prompt. epochs: optimiser steps per batch.
+    rate: learning rate of Adam. clip: PPO's range `1 ± clip`, of use only with several epochs. look, watch: every `look` batches,
+    and at the end, reward and KL are measured on `watch` fresh responses.
+    Raises `ValueError` for numbers that are not positive and for batches that do not divide into groups of at least two.
+    """
+
+    steps: int = 200
+    batch: int = 64
+    group: int = 8
+    epochs: int = 1
+    rate: float = 1e-3
+    clip: float = 0.2
+    look: int = 20
+    watch: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.type == "int"
+            if isinstance(value, bool) or not (value > 0 and isfinite(value)) or (whole and value != int(value)):
+                raise ValueError(f"{field.name} must be a positive {'whole number' if whole else 'number'}, got {value!r}")
+        if self.group < 2 or self.batch % self.group or self.watch % self.group:
+            raise ValueError(
+                f"batch and watch are made of groups of at least 2 responses, each compared with the others of its group: "
+                f"got batch={self.batch}, watch={self.watch}, group={self.group}"
+            )
