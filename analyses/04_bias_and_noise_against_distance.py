@@ -147,7 +147,7 @@ for name, other, target, scenario in pairs:
 # ## Verdicts
 
 # %%
-frames = {"04_bands": bands, "04_slopes": slopes, "04_remainders": remainders, "04_batches": batches, "04_versus": versus}
+frames = {"04_bands": bands, "04_slopes": slopes, "04_remainders": remainders, "04_versus": versus}
 verdicts = study.verdicts(frames)
 study.save_frame("04_remainders", remainders)
 study.save_frame("04_versus", versus)
@@ -188,7 +188,7 @@ def bands_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band) over "
         f"{POLICIES}. All exact. Median relative bias of k3 as loss at KL near 0.01, 0.1 and 1 nats: {told}. "
         f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')} "
-        f"{gl.report.sentence(verdicts[verdicts['id'] == 'k3-reward'], '04_versus')}"
+        f"{gl.report.sentence(verdicts, '04_versus', 'k3-reward')}"
     )
 
 
@@ -288,11 +288,10 @@ def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"{median(part, 'norm_ratio_max', 1, family=family):.2f})"
         for family in COUNTS
     ]
-    own = verdicts[verdicts["id"].isin(["k3-weaker"])]
     return (
         "**Is k3 as loss the weaker regulariser?** Norm of the expected gradient of k3 as loss over that of k2 as loss in the same "
         f"scenario, per token and with the response as one action: median, 10–90 % band and extremes (dotted) over {POLICIES}. Exact. "
-        f"At KL near 1 nat, per token: {'; '.join(told)}. Verdicts: {gl.report.sentence(own, '04_versus')}"
+        f"At KL near 1 nat, per token: {'; '.join(told)}. Verdicts: {gl.report.sentence(verdicts, '04_versus', 'k3-weaker')}"
     )
 
 
@@ -306,13 +305,12 @@ study.save_figure("04_weaker", figure, weaker, weaker_caption(weaker, verdicts))
 def blackwell_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     worst = {row["scenario"]: row for row in frame[frame["scenarios"] == 1].to_dict("records")}
     told = [f"{name} (KL {row['kl']:.3g} nats): {row['noise_ratio']:.2f} times" for name, row in worst.items()]
-    own = verdicts[verdicts["id"] == "rao-blackwell"]
     return (
         "**Summing over the vocabulary.** Noise of the full-vocabulary KL per token over that of k2 as loss (same expectation, frozen "
         "prefixes), and of complete Rao–Blackwell over that of k1 in reward to go (same expectation, reverse KL): median, 10–90 % "
         f"band and extremes (dotted) over {POLICIES}; crosses: scenarios made to be noisier. Exact. It adds noise on the "
         f"{'; on the '.join(told)} that of sampling. In a bandit there is none left, so nothing is drawn. Verdicts: "
-        f"{gl.report.sentence(own)}"
+        f"{gl.report.sentence(verdicts, topic='rao-blackwell')}"
     )
 
 

@@ -234,7 +234,6 @@ def chi2_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         for group, part in ranks.groupby("group", sort=False)
     )
     flat, steep = counterexample.to_dict("records")
-    own = verdicts[verdicts["id"] == "k3-variance"]
     ratio = random["gradient_ratio"]
     return (
         f"**χ² is the variance of the coefficient, not of the gradient.** (a, b) Covariance trace of the gradient of k3 as loss against "
@@ -243,7 +242,7 @@ def chi2_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         f"{ratio.max():.2f}; rank correlation at equal KL: {told}. (c) Two tokens: 2(1 − 2p)² (line), by enumeration with reference "
         f"(.3 .7) (dots). The smallest counterexample: {flat['scenario']} has χ² {flat['chi2']:.2f} and gradient variance "
         f"{flat['trace_cov']:.2g}, {steep['scenario']} has χ² {steep['chi2']:.2f} and {steep['trace_cov']:.2f}. Verdicts: "
-        f"{gl.report.sentence(own)}"
+        f"{gl.report.sentence(verdicts, topic='k3-variance')}"
     )
 
 

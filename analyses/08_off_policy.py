@@ -312,7 +312,7 @@ def truncation_caption() -> str:
         f"{worth_at[10.0]:.0%}. A differentiated weight has no gradient where its bound binds, so k3 as loss with a truncated prefix "
         "weight loses more than complete Rao–Blackwell, whose weight is detached. k2 with a token weight has a bias of "
         f"{median(BASES[3], 'bias', far):.2g} without and {median(BASES[3] + ' ≤ 2', 'bias', far):.2g} with C = 2. Verdicts: "
-        f"{sentence(verdicts[verdicts['scope'].str.contains('truncated')])}"
+        f"{sentence(verdicts[verdicts['id'].str.contains('truncation')])}"
     )
 
 

@@ -36,7 +36,9 @@ reward_kl = trained(["k1-reward"], [MIDDLE])
 several = trained(["k2-loss", "k3-loss", "k1-reward"], [MIDDLE], EPOCHS)
 one = pd.concat([one, reward_kl[reward_kl["estimator"] != "none"]], ignore_index=True)
 compared = pd.concat([runs.compare(one), runs.compare(several)], ignore_index=True)
-verdicts = study.verdicts({"13_training": compared})
+pairs = runs.pairs(one, "k1-reward", "k2-loss")
+study.save_frame("13_pairs", pairs)
+verdicts = study.verdicts({"13_training": compared, "13_pairs": pairs})
 
 # %% [markdown]
 # ## Pictures

@@ -10,32 +10,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
-from gradlab.ledger import CLAIMS, Claim, Condition
+from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, Condition
+from gradlab.ledger.form import Relation
 from gradlab.names import check_name
 
 VerdictName = Literal["HOLDS", "FAILS", "UNDECIDED", "OPEN"]
+#: Relations that hold where another fails, and the other way round.
+_OPPOSITE: dict[Relation, Relation] = {"≤": ">", "≥": "<", "≠": "="}
 
-#: Columns that say which row decided, in the order in which they are read out.
-EVIDENCE = (
-    "subject",
-    "policy",
-    "scenario",
-    "estimator",
-    "kernel",
-    "clamp",
-    "parameter",
-    "target",
-    "via",
-    "samples",
-    "kl",
-    "log_ratio",
-)
+#: Columns that say which row decided, in the order in which they are read out, and how. Numbers without a form are not read out.
+EVIDENCE = {
+    "subject": "{}",
+    "policy": "{}-policy",
+    "world": "{}",
+    "group": "{}",
+    "kind": "{}",
+    "scenario": "{}",
+    "behaviour": "{}",
+    "estimator": "{}",
+    "kernel": "{}",
+    "clamp": "{}",
+    "parameter": "{}",
+    "target": "{}",
+    "via": "{}",
+    "samples": "{:.0f} samples",
+    "kl": "KL {:.4g}",
+    "log_ratio": "log-ratio {:.3g}",
+}
+
+#: Numbers as close as this, relative to the larger of 1 and the value they are held against, are equal.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Verdict:
 
     `effect` is the statistic in the decisive row and `low`, `high` its interval (equal when exact); `resolution` is half the
     interval's width, the smallest discrepancy this run could tell; `samples_needed` is given where more samples would
-    decide (with power 0.8, if the effect is as estimated). `rows` counts the rows in scope, `evidence` describes the
-    decisive one.
+    decide (with power 0.8, if the effect is as estimated). `rows` counts the rows in scope and `distinct` the
+    different numbers in them, `evidence` describes the decisive one. An interval may be open to one side or both (infinite ends).
     """
 
     verdict: VerdictName
@@ -55,12 +65,16 @@ class Verdict:
     resolution: float = float("nan")
     samples_needed: int | None = None
     rows: int = 0
+    distinct: int = 0
     evidence: str = ""
 
 
 def ledger() -> pd.DataFrame:
-    """The claims as a frame: id, scope, statement, source, what decides them and where it is drawn. One row per claim and scope."""
-    columns = ("id", "scope", "statement", "source", "frame", "figure", "rule")
+    """The claims as a frame: what is tested in which scope, what is published, by whom, and what decides.
+
+    One row per claim and scope. Claims of one id share a statement; an id is a topic, or a topic, a dot and a part of it.
+    """
+    columns = ("id", "scope", "statement", "published", "source", "frame", "figure", "rule")
     return pd.DataFrame([[getattr(claim, column) for column in columns] for claim in CLAIMS], columns=list(columns))
 
 
@@ -68,19 +82,36 @@ def verify(frames: Mapping[str, pd.DataFrame] | Path | str, only: Sequence[str] 
     """Settle the ledger with measured frames, or with a folder of their CSV files.
 
     Returns the ledger with the columns of `Verdict`; a claim whose frame is not there is OPEN. `only` restricts it to some
-    claim ids. Raises `ValueError` for an unknown id, and for a frame without the columns a claim needs.
+    ids or topics. Raises `ValueError` for an unknown id, for a folder that does not exist or holds none of the frames, and for a
+    frame without the columns or rows a claim needs.
     """
     for name in only or ():
-        check_name("claim", name, dict.fromkeys(claim.id for claim in CLAIMS))
-    chosen = [claim for claim in CLAIMS if only is None or claim.id in only]
+        check_name("claim", name, dict.fromkeys([*PUBLISHED, *STATEMENTS]))
+    chosen = [i for i, claim in enumerate(CLAIMS) if only is None or claim.id in only or claim.topic in only]
     if isinstance(frames, str | Path):
-        frames = load(frames, {claim.frame for claim in chosen})
-    table = ledger()
-    if only is not None:
-        table = table[table["id"].isin(list(only))].reset_index(drop=True)
-    verdicts = [settle(claim, frames[claim.frame]) if claim.frame in frames else Verdict("OPEN") for claim in chosen]
+        frames = _read(Path(frames), {CLAIMS[i].frame for i in chosen})
+    verdicts = [settle(CLAIMS[i], frames[CLAIMS[i].frame]) if CLAIMS[i].frame in frames else Verdict("OPEN") for i in chosen]
     found = {field.name: [getattr(verdict, field.name) for verdict in verdicts] for field in fields(Verdict)}
-    return table.assign(**found).astype({"samples_needed": "Int64"})
+    return ledger().iloc[chosen].reset_index(drop=True).assign(**found).astype({"samples_needed": "Int64"})
+
+
+def summary(settled: pd.DataFrame) -> pd.DataFrame:
+    """One row per topic of a settled ledger: `id`, what is `published`, and how many scopes came out as each verdict."""
+    topics = settled["id"].str.split(".").str[0]
+    counts = pd.crosstab(topics, settled["verdict"]).reindex(columns=list(get_args(VerdictName)), fill_value=0)
+    first = settled.assign(id=topics).drop_duplicates("id").set_index("id")[["published"]]
+    return first.join(counts).reset_index()
+
+
+def _read(folder: Path, names: set[str]) -> dict[str, pd.DataFrame]:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; `gradlab reproduce --output {folder}` makes its data")
+    found = load(folder, names)
+    if not found:
+        raise ValueError(
+            f"{folder} holds none of the frames that settle claims; `gradlab reproduce --output {folder}` makes them"
+        )
+    return found
 
 
 def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
@@ -90,16 +121,22 @@ def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
 
 
 def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:
-    """Judge one claim on one frame. No row in scope leaves it OPEN.
+    """Judge one claim on one frame.
 
-    Raises `ValueError` when the frame lacks a column the claim needs; sampled rows need the statistic's `_low` and `_high`.
+    Raises `ValueError` when the frame lacks a column or, unless the claim is `optional`, every row the claim needs; sampled rows
+    need the statistic's `_low` and `_high`.
     """
     _require(claim, frame, {claim.statistic, *(condition.column for condition in claim.where)})
     rows = frame
     for condition in claim.where:
         rows = rows[_selects(condition, rows[condition.column])]
     if rows.empty:
-        return Verdict("OPEN")
+        if claim.optional:
+            return Verdict("OPEN")
+        raise ValueError(
+            f"claim {claim.id} ({claim.scope}): no row of frame {claim.frame} is in its scope; "
+            "is the frame whole, or was it made by another version?"
+        )
     sampled = rows["via"].eq("sampled").to_numpy() if "via" in rows else np.zeros(len(rows), dtype=bool)
     centre = rows[claim.statistic].to_numpy(dtype=float)
     low, high = centre, centre
@@ -113,28 +150,36 @@ def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:
     if verdict == "UNDECIDED" and sampled[i]:
         needed = samples_needed(claim, centre[i], low[i], high[i], int(rows["samples"].iloc[i]))
     effect, least, most = float(centre[i]), float(low[i]), float(high[i])
-    resolution = 0.0 if least == most else (most - least) / 2
-    return Verdict(verdict, effect, least, most, resolution, needed, len(rows), _describe(rows.iloc[i]))
+    resolution = (most - least) / 2 if sampled[i] else 0.0
+    distinct = len(np.unique(np.round(centre / _equal(claim))))
+    return Verdict(verdict, effect, least, most, resolution, needed, len(rows), distinct, _describe(rows.iloc[i]))
 
 
 def judge(claim: Claim, low: float, high: float) -> VerdictName:
     """Compare an interval `[low, high]` with the claim's relation; within its margin nothing is decided.
 
-    `>`: HOLDS from `value + margin` on, FAILS at or below `value`; `<` is its mirror image. `=`: HOLDS when the interval lies
-    within `value ± margin`, FAILS when it lies outside; `≠` is its opposite. NaN is UNDECIDED.
+    `>`: HOLDS from `value + margin` on, FAILS at or below `value`, and equality within `ROUNDING` is no excess; `<` is its mirror
+    image. `≤` and `≥` are the opposites of `>` and `<`, so equality holds. `=`: HOLDS when the interval lies within
+    `value ± margin`, FAILS when it lies outside; `≠` is its opposite. NaN, and ends that are open on the side that would decide,
+    are UNDECIDED.
     """
-    value, margin = claim.value, claim.margin
     if np.isnan(low) or np.isnan(high):
         return "UNDECIDED"
-    if claim.relation in ("=", "≠"):
-        inside, outside = value - margin <= low and high <= value + margin, high < value - margin or low > value + margin
-        holds, fails = (inside, outside) if claim.relation == "=" else (outside, inside)
-        return "HOLDS" if holds else "FAILS" if fails else "UNDECIDED"
-    if claim.relation == "<":
-        low, high, value = -high, -low, -value
-    if low >= value + margin and low > value:
-        return "HOLDS"
-    return "FAILS" if high <= value else "UNDECIDED"
+    yes: VerdictName
+    no: VerdictName
+    yes, no = ("FAILS", "HOLDS") if claim.relation in _OPPOSITE else ("HOLDS", "FAILS")
+    relation, value, margin, equal = _OPPOSITE.get(claim.relation, claim.relation), claim.value, claim.margin, _equal(claim)
+    if relation == "=":
+        holds, fails = value - margin <= low and high <= value + margin, high < value - margin or low > value + margin
+    else:
+        if relation == "<":
+            low, high, value = -high, -low, -value
+        holds, fails = low >= value + margin and low > value + equal, high <= value + equal
+    return yes if holds else no if fails else "UNDECIDED"
+
+
+def _equal(claim: Claim) -> float:
+    return ROUNDING * max(1.0, abs(claim.value))
 
 
 def samples_needed(
@@ -150,7 +195,8 @@ def samples_needed(
         thresholds = [value - margin, value + margin]
         tails = 2 if thresholds[0] < centre < thresholds[1] else 1  # both ends must come clear
     else:
-        thresholds = [value, value + margin] if claim.relation == ">" else [value - margin, value]
+        above = claim.relation in (">", "≤")  # the zone where nothing is decided begins at the value and goes up
+        thresholds = [value, value + margin] if above else [value - margin, value]
         if thresholds[0] < centre < thresholds[1]:
             return None  # within the indifference zone: no interval is ever clear of it
     factors = [0.0]
@@ -165,7 +211,7 @@ def _decide(claim: Claim, verdicts: list[VerdictName], centre: np.ndarray[Any, A
     """Combine the rows: `every` needs all of them to hold, `some` one. Returns the verdict and the row that decides."""
     # Distance from the claimed side: the row with the most doubt decides `every`, the one with the least decides `some`.
     distance = np.abs(centre - claim.value)
-    doubt = {"=": distance, "≠": -distance, "<": centre, ">": -centre}[claim.relation]
+    doubt = {"=": distance, "≠": -distance, "<": centre, "≤": centre, ">": -centre, "≥": -centre}[claim.relation]
     doubt = np.where(np.isnan(doubt), -np.inf if claim.quantifier == "every" else np.inf, doubt)
     order: tuple[VerdictName, ...] = ("FAILS", "UNDECIDED", "HOLDS")
     if claim.quantifier == "some":
@@ -192,13 +238,13 @@ def _selects(condition: Condition, column: pd.Series[Any]) -> pd.Series[bool]:
 
 
 def _describe(row: pd.Series[Any]) -> str:
-    """The decisive row in words: who, where, how far."""
-    parts = []
-    for key in EVIDENCE:
-        if key not in row.index or pd.isna(row[key]):
+    """The decisive row in words: who, where, how far; what the words before it say is not said again."""
+    parts: list[str] = []
+    for key, form in EVIDENCE.items():
+        if key not in row.index or pd.isna(row[key]) or isinstance(row[key], str) == (":" in form):
             continue
-        form = {"policy": "{}-policy", "kl": "KL {:.4g}", "samples": "{:.0f} samples", "log_ratio": "log-ratio {:.3g}"}.get(
-            key, "{}"
-        )
-        parts.append(form.format(row[key]))
+        said = form.format(row[key])
+        parts = [part for part in parts if part not in said]
+        if not any(said in part for part in parts):
+            parts.append(said)
     return ", ".join(parts)

@@ -72,6 +72,7 @@ def reproduce(
     import joblib
 
     from gradlab import claims, gallery, report
+    from gradlab.ledger import CLAIMS
     from gradlab.resume import Record, Requirements
 
     scripts = analyses()
@@ -98,7 +99,7 @@ def reproduce(
         kept = ", ".join(finished) or "nothing"
         print(f"interrupted; finished and kept: {kept}", file=sys.stderr)
         raise
-    settled = claims.verify(output)
+    settled = claims.verify(claims.load(output, {claim.frame for claim in CLAIMS}))
     with report.written(output / "claims.csv") as part:
         settled.to_csv(part, index=False, lineterminator="\n")
     page = gallery.write(output, settled, {name: _title(path) for name, path in scripts.items()})
@@ -146,20 +147,28 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
 
 @app.command(name="claims")
 def claims_command(
-    only: Annotated[list[str] | None, typer.Option("--only", help="A claim's id; may be repeated.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Claims to tell in full: topics, or parts of them.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="The same as ID; may be repeated.")] = None,
     output: Output = Path("figures"),
-    csv: Annotated[bool, typer.Option("--csv", help="Print the ledger as CSV, with rules and sources.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the ledger as CSV, with everything there is to it.")] = False,
 ) -> None:
     """Print the claims ledger, each claim settled anew from the data in the output folder.
 
-    HOLDS, FAILS or UNDECIDED within the scope, with the effect and the row that decides; OPEN where `gradlab reproduce` has
-    not yet made the data.
+    HOLDS, FAILS or UNDECIDED within a scope; OPEN where `gradlab reproduce` has not yet made the data. Without an ID a line for
+    each published claim and how many scopes came out how; with an ID the sentences tested, their scopes, rules and evidence.
+
+    Example: `gradlab claims k2-loss rho-k3.frozen`
     """
     from gradlab import claims, report
 
-    settled = claims.verify(output, only)
+    chosen = [*(ids or ()), *(only or ())] or None
+    settled = claims.verify(output, chosen)
     if csv:
         print(settled.to_csv(index=False), end="")
+    elif chosen:
+        report.show_claims(settled)
     else:
         report.show_verdicts(settled)
 
@@ -260,9 +269,10 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
 
         return ("name", "source"), [*((k.name, k.source) for k in KERNELS.values()), *VOCABULARY_KERNELS.items()]
     if what is Listing.claims:
-        from gradlab.ledger import CLAIMS
+        from gradlab.ledger import PUBLISHED, STATEMENTS
 
-        return ("id", "scope", "statement", "source"), [(c.id, c.scope, c.statement, c.source) for c in CLAIMS]
+        claims = [(name, said, PUBLISHED[name.split(".")[0]][1]) for name, said in STATEMENTS.items()]
+        return ("id", "statement", "source"), claims
     if what is Listing.models:
         from gradlab.policies.small import STAGES, TASKS
 

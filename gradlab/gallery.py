@@ -55,10 +55,11 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
         chapter = [plate for plate in shown if plate.name.startswith(f"{number}_")]
         if chapter:
             chapters.append({"name": name, "title": title, "plates": chapter})
-    rows = settled.astype(object).where(settled.notna(), None).to_dict("records")
+    rows = settled.astype(object).where(settled.notna(), None)
+    ledger = [part.to_dict("records") for _, part in rows.groupby("id", sort=False)]
     page = environment.get_template("gallery.html").render(
         chapters=chapters,
-        rows=rows,
+        ledger=ledger,
         audit=(folder / "audit.html").is_file(),
         counts=settled["verdict"].value_counts().to_dict(),
     )

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from gradlab import claims
 from gradlab.console import wide_console
+from gradlab.names import check_name
 from gradlab.provenance import versions
 
 if TYPE_CHECKING:
@@ -98,17 +101,24 @@ class Study:
         return folder / f"{name}.png"
 
     def verdicts(self, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-        """Settle the claims that these frames decide, print them as a table and return them."""
+        """Settle the claims that these frames decide, print how many of each came out how and return them.
+
+        Raises `ValueError` for a frame that decides no claim.
+        """
         settled = claims.verify(frames)
+        for name in frames:
+            check_name("frame", name, dict.fromkeys(settled["frame"]))
         settled = settled[settled["frame"].isin(list(frames))].reset_index(drop=True)
         show_verdicts(settled)
         return settled
 
 
-def sentence(settled: pd.DataFrame, frame: str | None = None) -> str:
-    """Verdicts in words, for a caption: `value-k2 HOLDS (Gaussian; bandit). …`; only those that `frame` decides, if given."""
+def sentence(settled: pd.DataFrame, frame: str | None = None, topic: str | None = None) -> str:
+    """Verdicts in words, for a caption: `value-k2 HOLDS (Gaussian; bandit). …`; of one frame or one topic, if given."""
     if frame is not None:
         settled = settled[settled["frame"] == frame]
+    if topic is not None:
+        settled = settled[settled["id"].str.split(".").str[0] == topic]
     parts = []
     for name, rows in settled.groupby("id", sort=False):
         found = [f"{v} ({'; '.join(part['scope'])})" for v, part in rows.groupby("verdict", sort=False)]
@@ -143,14 +153,51 @@ _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "di
 
 
 def show_verdicts(settled: pd.DataFrame) -> None:
-    """Print verdicts as a table."""
-    table = Table(title=None, header_style="bold", expand=False)
-    for heading in ("claim", "scope", "verdict", "effect", "decided by", "figure"):
-        table.add_column(heading, overflow="fold")
-    for row in settled.to_dict("records"):
-        interval = "" if row["low"] == row["high"] or pd.isna(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
-        effect = "" if pd.isna(row["effect"]) else f"{row['effect']:.4g}{interval}"
-        verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
-        figure = "" if row["verdict"] == "OPEN" else row["figure"]
-        table.add_row(row["id"], row["scope"], verdict, effect, row["evidence"], figure)
-    wide_console().print(table)
+    """Print a settled ledger on one screen: a line for every topic, with how many of its scopes came out how, and the sum."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("claim", no_wrap=True)
+    table.add_column("published", no_wrap=True, overflow="ellipsis", ratio=1)
+    for verdict, colour in _COLOURS.items():
+        table.add_column(verdict, justify="right", style=colour)
+    for row in claims.summary(settled).to_dict("records"):
+        table.add_row(row["id"], escape(row["published"]), *(str(row[verdict] or "") for verdict in _COLOURS))
+    console = wide_console()
+    console.print(table)
+    counts = settled["verdict"].value_counts()
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if verdict in counts)
+    console.print(f"{len(settled)} verdicts: {said}. `gradlab claims ID` tells the scopes and the evidence.", highlight=False)
+
+
+def show_claims(settled: pd.DataFrame) -> None:
+    """Print a settled ledger in full: every claim's sentence, and for each scope its verdict, what decides, and the row that did."""
+    console = wide_console()
+    for topic, rows in settled.groupby(settled["id"].str.split(".").str[0], sort=False):
+        first = rows.iloc[0]
+        console.print(f"[bold]{topic}[/]: {escape(first['published'])} [dim]({escape(first['source'])})[/]", highlight=False)
+        for name, part in rows.groupby("id", sort=False):
+            table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left", title_style="")
+            table.title = f"[bold]{name}[/]: {escape(part['statement'].iloc[0])}"
+            for heading in ("verdict", "scope", "rule", "effect", "decided by", "figure"):
+                table.add_column(heading, overflow="fold")
+            for row in part.to_dict("records"):
+                verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
+                rule = row["rule"].replace(f" row of {row['frame']} has", "")
+                table.add_row(verdict, *map(escape, (row["scope"], rule, _effect(row), _evidence(row), row["figure"])))
+            console.print(table)
+
+
+def _effect(row: Mapping[Any, Any]) -> str:
+    """The decisive number, its interval where it has one, and the number of samples that could decide where this did not."""
+    if pd.isna(row["effect"]):
+        return ""
+    interval = "" if row["low"] == row["high"] or pd.isna(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
+    needed = "" if pd.isna(row["samples_needed"]) else f"; {row['samples_needed']:,} samples could decide"
+    return f"{row['effect']:.4g}{interval}{needed}"
+
+
+def _evidence(row: Mapping[Any, Any]) -> str:
+    """The row that decided, and how many there are."""
+    if not row["rows"]:
+        return ""
+    several = f", {row['distinct']} distinct numbers" if 1 < row["distinct"] < row["rows"] else ""
+    return f"{row['evidence']} ({row['rows']} row{'s' * (row['rows'] > 1)}{several})"

@@ -128,6 +128,23 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
+def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
+    """Runs of two regularisers with the same seed, coefficient and epochs, as a frame of `gl.train` has them.
+
+    One row per pair: `kl` at the end, and `difference`, by how much it is off that of `other`, relative. Both runs have the same
+    draws, so a difference is one of the regularisers and no matter of chance.
+    """
+    found = ends(frame)
+    key = ["coefficient", "epochs", "seed"]
+    one, two = (found[found["estimator"] == name].set_index(key)["kl"] for name in (estimator, other))
+    both = pd.concat([one, two], axis=1, join="inner", keys=["kl", "kl_other"]).reset_index()
+    difference = both["kl"] / both["kl_other"] - 1
+    said = both.drop(columns="kl_other").assign(difference=difference, via="same draws")
+    said.insert(0, "estimator", estimator)
+    said.insert(1, "other", other)
+    return said
+
+
 def _named(estimator: str, epochs: int, budget: str, coefficient: float, seeds: int) -> dict[str, Any]:
     data = ONE_EPOCH if epochs == 1 else EPOCHS
     return {

@@ -98,6 +98,9 @@ def test_train_prints_and_writes_what_the_library_trains(monkeypatch, capsys, tm
         (("measure", "--vocab", "30", "--length", "12"), "dynamic programming"),
         (("list", "nothing"), "nothing"),
         (("claims", "--only", "k3-biassed"), "did you mean 'k3-biased'"),
+        (("claims", "k3-biassed"), "did you mean 'k3-biased'"),
+        (("claims", "-o", "/nope"), "there is no folder /nope"),
+        (("claims", "-o", str(Path(__file__).parent)), "holds none of the frames that settle claims"),
         (("reproduce", "--only", "07_nothing_like_it"), "unknown analysis"),
         (("reproduce", "--quik"), "--quik"),
         (("train", "-e", "k4-loss"), "unknown estimator 'k4-loss'"),
@@ -125,6 +128,26 @@ def test_list_names_everything_there_is(monkeypatch, capsys, what):
         "analyses": cli.analyses(),
     }[what]
     assert all(name in printed for name in names)
+
+
+def test_the_ledger_fits_a_screen_and_a_claim_is_told_in_full(monkeypatch, capsys):
+    figures = Path(__file__).parents[1] / "figures"
+    assert run(monkeypatch, "claims", "-o", figures) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 48
+    assert [line.split()[0] for line in lines[1:-1]] == list(dict.fromkeys(c.topic for c in gl.claims.CLAIMS))
+    assert lines[-1].startswith(f"{len(gl.claims.CLAIMS)} verdicts: ")
+
+    assert run(monkeypatch, "claims", "-o", figures, "k2-loss", "--only", "clamp.direction") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "k2 as loss is equivalent to k1 in reward" in said  # as it is published
+    assert "k2 as loss has the gradient of k1 in reward, sample by sample" in said  # as it is tested
+    assert "every error = 0 ± 1e-12" in said
+    assert "clamp.direction" in said
+    assert "the coefficient as it is" not in said
+
+    assert run(monkeypatch, "claims", "-o", figures, "--csv", "clamp") == 0
+    assert capsys.readouterr().out.count("\n") == 1 + sum(c.topic == "clamp" for c in gl.claims.CLAIMS)
 
 
 def test_every_command_has_help_with_an_example_or_a_sentence(monkeypatch, capsys):

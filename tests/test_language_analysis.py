@@ -233,22 +233,17 @@ def test_noise_and_its_growth_one_answer_after_the_other(ran: Run, spelled: dict
 def test_verdicts(ran: Run) -> None:
     settled = ran.names["verdicts"].set_index(["id", "scope"])["verdict"]
     assert not settled.eq("OPEN").any()
+    names = "small language model of names"
     expected = {
-        ("ratios-extreme", "δ < 1/10 in more than 1 % of responses, small language model (names) after 400 steps"): "HOLDS",
-        ("k2-loss", "per token, small language model (addition), against the reverse KL of responses"): "FAILS",
-        ("k2-loss", "per token, small language model (addition), against the frozen-prefix form"): "HOLDS",
-        ("rao-blackwell", "complete, small language model (addition): unbiased"): "HOLDS",
-        ("k3-asymmetry", "second moment: mostly under-sampled tokens, small language model (addition)"): "HOLDS",
-        ("off-policy-fix", "complete Rao–Blackwell with prefix weights, small language model, a nucleus of 0.95"): "FAILS",
-        ("off-policy-noise", "every unbiased composition, small language model (addition), engines of full support"): "HOLDS",
-        (
-            "off-policy-noise",
-            "six unbiased compositions, small language model (names of two and three letters), three engines of full support",
-        ): "FAILS",
-        (
-            "off-policy-growth",
-            "from one letter to two and to three, small language model (names), three engines of full support",
-        ): "FAILS",
+        ("ratios-extreme.small", "responses of the small language model of names after 400 steps"): "HOLDS",
+        ("k2-unbiased", "small language model, addition, per token"): "FAILS",
+        ("k2-unbiased.frozen", "small language model, addition"): "HOLDS",
+        ("rao-blackwell", "small language model, addition"): "HOLDS",
+        ("k3-asymmetry.second", "small language model, addition"): "HOLDS",
+        ("rao-blackwell.prefix", "small language model, a nucleus of 0.95"): "FAILS",
+        ("off-policy-noise", "small language model, addition, engines of full support"): "HOLDS",
+        ("off-policy-noise", f"{names} of two and three letters, three engines"): "FAILS",
+        ("off-policy-growth", f"{names}, from one letter to two and to three, three engines"): "FAILS",
     }
     for key, verdict in expected.items():
         assert settled[key] == verdict, key
@@ -258,11 +253,11 @@ def test_a_planted_change_of_a_frame_changes_the_verdict(ran: Run) -> None:
     frame = ran.frame("10_catalogue")
     planted = frame.copy()
     planted.loc[(planted["estimator"] == "full-both") & (planted["via"] == "exact"), "bias"] = 1e-6
-    scope = "complete, small language model (addition): unbiased"
+    scope = "small language model, addition"
 
     def verdict(frame: pd.DataFrame) -> str:
         settled = gl.claims.verify({"10_catalogue": frame}, only=["rao-blackwell"])
-        return str(settled.loc[settled["scope"] == scope, "verdict"].iloc[0])
+        return str(settled.loc[settled["id"].eq("rao-blackwell") & settled["scope"].eq(scope), "verdict"].iloc[0])
 
     assert verdict(frame) == "HOLDS"
     assert verdict(planted) == "FAILS"
@@ -282,7 +277,7 @@ def test_planted_noise_is_noticed(ran: Run, frame: str, column: str, at: dict[st
     ends = [f"{column}{end}" for end in ("", "_low", "_high")]
     kind = "off-policy-growth" if column == "growth" else "off-policy-noise"
     via = data.loc[where, "via"].iloc[0]
-    claims = [c for c in gl.claims.CLAIMS if c.frame == frame and c.id == kind and c.statistic == column]
+    claims = [c for c in gl.claims.CLAIMS if c.frame == frame and c.topic == kind and c.statistic == column]
     claims = [c for c in claims if not any(w.column == "via" and via not in (w.among or ()) for w in c.where)]
     claims = [c for c in claims if not any(w.column == "estimator" for w in c.where)]
     assert claims

@@ -36,24 +36,23 @@ def test_every_claim_is_settled_by_the_committed_frames(frames):
     settled = own(frames)
     assert len(settled) == len(smollm2.CLAIMS)
     assert set(settled["verdict"]) <= {"HOLDS", "FAILS"}
-    assert settled.loc[("k2-loss", "SmolLM2, digits: per token, against its form with frozen prefixes"), "verdict"] == "HOLDS"
-    assert settled.loc[("k1-reward", "SmolLM2, digits: credit to_go"), "verdict"] == "HOLDS"
+    assert settled.loc[("k2-unbiased.frozen", "SmolLM2, digits"), "verdict"] == "HOLDS"
+    assert settled.loc[("k1-reward", "SmolLM2, digits, credit to_go"), "verdict"] == "HOLDS"
 
 
 @pytest.mark.parametrize(
     ("frame", "where", "column", "planted", "claim"),
     [
         ("11_catalogue", {"estimator": "k1-reward-to-go", "target": "reverse_kl"}, "bias", 1e-6,
-         ("k1-reward", "SmolLM2, digits: credit to_go")),
+         ("k1-reward", "SmolLM2, digits, credit to_go")),
         ("11_catalogue", {"estimator": "full-both", "target": "reverse_kl"}, "noise_ratio", 1.1,
-         ("rao-blackwell", "SmolLM2, digits: complete: less noise than k1 in reward to go")),
+         ("rao-blackwell.complete-noise", "SmolLM2, digits")),
         ("11_sides", {"estimator": "k3-loss"}, "under_second", 0.49,
-         ("k3-asymmetry", "SmolLM2, digits: second moment: mostly under-sampled tokens, every prompt")),
+         ("k3-asymmetry.second", "SmolLM2, digits")),
         ("11_mismatch", {"estimator": "full-both, prefix weight", "behaviour": "bfloat16", "target": "reverse_kl"}, "bias", 1e-6,
-         ("off-policy-fix", "SmolLM2, digits: complete Rao–Blackwell, prefix weight, data from bfloat16, older weights or another "
-          "temperature")),
+         ("rao-blackwell.prefix", "SmolLM2, digits, data from bfloat16, older weights or another temperature")),
         ("11_ratios", {"world": "digits", "kind": "δ > 10", "stage": "last"}, "policy", 0.02,
-         ("ratios-extreme", "SmolLM2, digits, after the last step: more than 1 % of drawn tokens have δ > 10")),
+         ("ratios-extreme.large", "SmolLM2, tokens drawn from digits after the last step")),
     ],
 )  # fmt: skip
 def test_a_planted_number_flips_its_verdict(frames, frame, where, column, planted, claim):

@@ -322,7 +322,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_files_and_captions(ran):
     suffixes = ("png", "pdf", "csv", "md")
-    expected = {f"{name}.{suffix}" for name in ("13_runs", "13_training") for suffix in suffixes} | {"13_ends.csv"}
+    expected = {f"{name}.{suffix}" for name in ("13_runs", "13_training") for suffix in suffixes} | {
+        "13_ends.csv",
+        "13_pairs.csv",
+    }
     assert {path.name for path in ran.folder.iterdir()} == expected
     for name in ("13_runs", "13_training"):
         assert "nan" not in ran.caption(name)
@@ -344,8 +347,8 @@ def test_the_numbers_of_the_analysis_once_more(ran):
 @pytest.mark.parametrize(
     ("claim", "estimator", "column", "value", "verdict"),
     [
-        ("k3-weaker", "k3-loss", "kl_over_k2", 2.0, "HOLDS"),
-        ("k3-weaker", "k3-loss", "kl_over_k2", 0.5, "FAILS"),
+        ("train-k2-k3", "k3-loss", "kl_over_k2", 2.0, "HOLDS"),
+        ("train-k2-k3", "k3-loss", "kl_over_k2", 0.5, "FAILS"),
         ("k1-loss-noise", "k1-loss", "noise_over_none", 0.5, "FAILS"),
         ("train-k1-loss", "k1-loss", "kl_over_none", 3.0, "FAILS"),
     ],
@@ -356,5 +359,5 @@ def test_a_planted_change_changes_the_verdict(ran, claim, estimator, column, val
     for end, factor in (("", 1.0), ("_low", 0.99), ("_high", 1.01)):
         frame.loc[rows, f"{column}{end}"] = factor * value
     settled = gl.claims.verify({"13_training": frame}, [claim])
-    settled = settled[(settled["frame"] == "13_training") & settled["rule"].str.contains(column)]
+    settled = settled[(settled["id"] == claim) & (settled["frame"] == "13_training") & settled["rule"].str.contains(column)]
     assert list(settled["verdict"]) == [verdict]

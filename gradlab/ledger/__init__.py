@@ -16,7 +16,7 @@ from gradlab.ledger import (
     values,
 )
 from gradlab.ledger.form import Claim, Condition, among, claim, within
-from gradlab.ledger.statements import STATEMENTS
+from gradlab.ledger.statements import PUBLISHED, STATEMENTS
 
 CLAIMS: tuple[Claim, ...] = (
     *values.CLAIMS,
@@ -34,4 +34,4 @@ CLAIMS: tuple[Claim, ...] = (
     *training.CLAIMS,
 )
 
-__all__ = ["CLAIMS", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]
+__all__ = ["CLAIMS", "PUBLISHED", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]

@@ -4,7 +4,7 @@ from gradlab.ledger.form import Claim, Condition, Relation, claim, within
 
 PLAIN, SHIPPED = "plain", "clamped as shipped"
 OVER, UNDER = "over-sampled", "under-sampled"
-#: Reference probability for which log-ratios of both signs were measured.
+#: Reference probability for which log-ratios of both signs were measured. Coefficients of k2 and k3 depend on the log-ratio alone.
 RARE = 3e-4
 NEAR, FAR = within("log_ratio", -2, 2), within("log_ratio", high=-5)
 
@@ -17,18 +17,28 @@ def _coefficient(
     return claim(identifier, scope, "02_coefficients", statistic, relation, value, margin, *ranges, **where)  # type: ignore[arg-type]
 
 
+def _k3(identifier: str, scope: str, statistic: str, relation: Relation, value: float, margin: float = 0.0,
+        clamp: str = PLAIN, **columns: str) -> Claim:  # fmt: skip
+    return _coefficient(
+        identifier, scope, "k3-loss", statistic, relation, value, margin, clamp=clamp, reference=RARE, **columns
+    )
+
+
 CLAIMS: tuple[Claim, ...] = (
-    _coefficient("k2-loss", "sample by sample", "k2-loss", "error", "=", 0, 1e-12),
-    _coefficient("k3-asymmetry", "coefficient saturates, over-sampled", "k3-loss", "magnitude", "<", 1, side=OVER),
-    _coefficient("k3-asymmetry", "coefficient explodes as e^|ℓ|", "k3-loss", "asymmetry_rate", "=", 1, 1e-9, reference=RARE),
-    _coefficient("k3-asymmetry", "coefficient as shipped", "k3-loss", "asymmetry", ">", 1, clamp=SHIPPED, reference=RARE),
-    _coefficient("k3-weaker", "coefficient, over-sampled (δ < 1)", "k3-loss", "versus_principled", "<", 1, side=OVER),
-    _coefficient("k3-weaker", "coefficient, under-sampled (δ > 1)", "k3-loss", "versus_principled", "<", 1, side=UNDER),
-    _coefficient("same-sign", "per sample", "k3-loss", "versus_principled", ">", 0),
-    _coefficient("bounded", "coefficient", "mse-sampled-loss", "magnitude", "<", 1),
+    _coefficient("k2-loss", "one token", "k2-loss", "error", "=", 0, 1e-12, reference=RARE),
+    _k3("k3-asymmetry", "one token, no clamp", "asymmetry", ">", 1, side=UNDER),
+    _k3("k3-asymmetry", "one token, clamped as shipped", "asymmetry", ">", 1, clamp=SHIPPED, side=UNDER),
+    _k3("k3-asymmetry.saturates", "one token", "magnitude", "<", 1, side=OVER),
+    _k3("k3-asymmetry.explodes", "one token", "asymmetry_rate", "=", 1, 1e-9, side=UNDER),
+    _k3("k3-weaker", "over-sampled token (δ < 1)", "versus_principled", "<", 1, side=OVER),
+    _k3("k3-weaker", "under-sampled token (δ > 1)", "versus_principled", "<", 1, side=UNDER),
+    _k3("same-sign", "one token", "versus_principled", ">", 0),
+    _coefficient("bounded", "one token", "mse-sampled-loss", "magnitude", "≤", 1),
     *(
-        _coefficient("clamp", f"{kernel}, coefficient {scope}", f"{kernel}-loss", "lost", "=", 0, 1e-12, *ranges, clamp=SHIPPED)
+        _coefficient(
+            "clamp", f"{kernel}, {scope}", f"{kernel}-loss", "lost", "=", 0, 1e-12, *ranges, clamp=SHIPPED, reference=RARE
+        )
         for kernel in ("k2", "k3")
-        for scope, ranges in (("near the reference, |ℓ| ≤ 2", NEAR), ("of a token dropped, ℓ ≤ −5", FAR))
+        for scope, ranges in (("near the reference, |ℓ| ≤ 2", NEAR), ("a token dropped, ℓ ≤ −5", FAR))
     ),
 )

@@ -1,6 +1,6 @@
 """What analysis 09 settles: where exact ascent on reward minus a regulariser comes to rest."""
 
-from gradlab.ledger.form import Claim, Relation, claim, within
+from gradlab.ledger.form import MATTERS, Claim, Condition, Quantifier, Relation, claim, within
 
 #: Tolerance for the same probability, and for rewards approached from inside the simplex.
 SAME, NEARLY = 1e-8, 1e-5
@@ -9,56 +9,65 @@ BOTH = (BANDIT, TREE)
 
 
 def _ends(
-    identifier: str, scope: str, estimator: str | tuple[str, ...], statistic: str, relation: Relation, value: float = 0.0,
-    margin: float = SAME, family: str | tuple[str, ...] = BOTH, quantifier: str = "every",
+    identifier: str, scope: str, estimator: str | tuple[str, ...], statistic: str, family: str | tuple[str, ...] = BOTH,
+    relation: Relation = "=", value: float = 0.0, margin: float = SAME, *ranges: Condition, quantifier: Quantifier = "every",
+    optional: bool = False,
 ) -> Claim:  # fmt: skip
     where = {"estimator": estimator, "family": family}
-    return claim(
-        identifier, f"fixed point: {scope}", "09_fixed_points", statistic, relation, value, margin,
-        quantifier=quantifier, **where,  # type: ignore[arg-type]
-    )  # fmt: skip
+    return claim(identifier, f"fixed points of {scope}", "09_fixed_points", statistic, relation, value, margin, *ranges,
+                 quantifier=quantifier, optional=optional, **where)  # fmt: skip
 
 
-def _weaker(scope: str, kind: str, quantile: float, low: float, high: float) -> Claim:
-    where = {"kind": kind, "quantile": quantile}
-    name = f"fixed points, closed form: {scope}"
-    return claim("k3-weaker", name, "09_weaker", "ratio", ">", 1.02, 0.0, *within("coefficient", low, high), **where)  # type: ignore[arg-type]
+def _reverse(identifier: str, scope: str, estimator: str | tuple[str, ...], family: str | tuple[str, ...] = TREE) -> Claim:
+    return _ends(identifier, scope, estimator, "to_reverse", family)
+
+
+def _forward(scope: str, estimator: str, family: str = TREE) -> Claim:
+    return _ends("k3-forward.optimum", scope, estimator, "to_forward", family)
+
+
+def _off(scope: str, estimator: str, family: str, *ranges: Condition, optional: bool = False) -> Claim:
+    """Off the optimum of the reverse KL."""
+    return _ends("k3-biased.optimum", scope, estimator, "to_reverse", family, "≠", 0, MATTERS, *ranges, optional=optional)
+
+
+def _farther(scope: str, kind: str, low: float, high: float) -> Claim:
+    where = {"kind": kind, "quantile": 0.5}
+    return claim("k3-weaker.optimum", scope, "09_weaker", "ratio", ">", 1.02, 0.0, *within("coefficient", low, high), **where)  # type: ignore[arg-type]
 
 
 UNIFORM, GOOD, BAD = "uniform rewards", "one rare good token", "one rare bad token"
 TREES, WHOLE = "trees, per token", "trees, one action"
 
 CLAIMS: tuple[Claim, ...] = (
-    _ends("train-k1-loss", "k1 as loss ends where ascent without a KL term ends", "k1-loss", "to_unregularised", "=", 0, NEARLY),
-    _ends("train-k1-loss", "k1 as loss gives all to the best response, bandits, at any coefficient", "k1-loss", "regret", "=", 0, NEARLY,
-          family=BANDIT),
-    _ends("train-k1-loss", "k1 as loss gives all to the best response, trees, by the horizon", "k1-loss", "regret", "=", 0, NEARLY,
-          family=TREE),
-    _ends("train-k1-loss", "k1 as loss ends farther from the reference than k2 as loss", "k1-loss", "kl_over_k2", ">", 1, 0),
-    _ends("k1-reward", "π*, bandits", "k1-reward", "to_reverse", "=", family=BANDIT),
-    _ends("k1-reward", "π*, trees, credit to_go and return", ("k1-reward-to-go", "k1-reward-return"), "to_reverse", "=", family=TREE),
-    _ends("k1-reward", "π*, trees, credit token", "k1-reward", "to_reverse", "=", family=TREE),
-    _ends("k2-loss", "π*, bandits", "k2-loss", "to_reverse", "=", family=BANDIT),
-    _ends("k2-loss", "π*, a response as one action", "k2-loss-sequence", "to_reverse", "=", family=TREE),
-    _ends("k2-loss", "π*, per token, trees", "k2-loss", "to_reverse", "=", family=TREE),
-    _ends("k2-loss", "per token, trees, the optimum of every context by itself", "k2-loss", "to_token_reverse", "=", family=TREE),
-    _ends("k2-loss", "per token, trees, a gradient of something there", "k2-loss", "curl", "=", family=TREE),
-    _ends("k3-biased", "not π*, bandits", "k3-loss", "to_reverse", "≠", margin=1e-4, family=BANDIT),
-    _ends("k3-biased", "not π*, trees, a response as one action", "k3-loss-sequence", "to_reverse", "≠", margin=1e-4, family=TREE),
-    _ends("k3-biased", "the forward-KL optimum, bandits", "k3-loss", "to_forward", "=", family=BANDIT),
-    _ends("k3-biased", "the forward-KL optimum, a response as one action", "k3-loss-sequence", "to_forward", "=", family=TREE),
-    _ends("k3-biased", "the forward-KL optimum, per token, trees", "k3-loss", "to_forward", "=", family=TREE),
-    _ends("k3-biased", "per token, trees, the forward-KL optimum of every context by itself", "k3-loss", "to_token_forward", "=",
-          family=TREE),
-    _ends("k3-reward", "k3 in reward gives up a response, at any coefficient", "k3-reward-to-go", "rarest", "<", 1e-6, 0),
-    _ends("k3-reward", "k3 in reward can end at a worse response than no penalty", "k3-reward-to-go", "regret_over_free", ">", 0.01, 0,
-          quantifier="some"),
-    _ends("k3-both", "π*", "k3-both", "to_reverse", "="),
-    _ends("rao-blackwell", "per token reaches π*, trees", "full-loss", "to_reverse", "=", family=TREE),
-    _ends("rao-blackwell", "complete, reaches π*, trees", "full-both", "to_reverse", "=", family=TREE),
+    _ends("train-k1-loss", "bandits and trees", "k1-loss", "to_unregularised", margin=NEARLY),
+    _ends("train-k1-loss.best", "bandits, any β", "k1-loss", "regret", BANDIT, margin=NEARLY),
+    _ends("train-k1-loss.best", "trees, by the horizon", "k1-loss", "regret", TREE, margin=NEARLY),
+    _ends("train-k1-loss.drifts", "bandits and trees", "k1-loss", "kl_over_k2", BOTH, ">", 1, 0),
+    _reverse("k1-reward.optimum", "bandits", "k1-reward", BANDIT),
+    _reverse("k1-reward.optimum", "trees, credit to_go and return", ("k1-reward-to-go", "k1-reward-return")),
+    _reverse("k1-reward.optimum", "trees, credit token", "k1-reward"),
+    _reverse("k2-unbiased.optimum", "bandits", "k2-loss", BANDIT),
+    _reverse("k2-unbiased.optimum", "trees, a response as one action", "k2-loss-sequence"),
+    _reverse("k2-unbiased.optimum", "trees, per token", "k2-loss"),
+    _ends("k2-unbiased.token-optimum", "trees", "k2-loss", "to_token_reverse", TREE),
+    _ends("k2-unbiased.field", "trees", "k2-loss", "curl", TREE),
+    _off("bandits", "k3-loss", BANDIT),
+    _off("trees, a response as one action, β ≤ 0.3", "k3-loss-sequence", TREE, *within("coefficient", high=0.5)),
+    # A small run has one coefficient.
+    _off("trees, a response as one action, β = 1", "k3-loss-sequence", TREE, *within("coefficient", low=0.5), optional=True),
+    _forward("bandits", "k3-loss", BANDIT),
+    _forward("trees, a response as one action", "k3-loss-sequence"),
+    _forward("trees, per token", "k3-loss"),
+    _ends("k3-forward.token-optimum", "trees", "k3-loss", "to_token_forward", TREE),
+    _ends("k3-reward.gives-up", "bandits and trees, any β", "k3-reward-to-go", "rarest", BOTH, "<", 1e-6, 0),
+    _ends("k3-reward.worse", "some bandit or tree", "k3-reward-to-go", "regret_over_free", BOTH, ">", 0.01, 0, quantifier="some"),
+    _reverse("k3-both.optimum", "bandits and trees", "k3-both", BOTH),
+    _reverse("rao-blackwell.token-optimum", "trees", "full-loss"),
+    _reverse("rao-blackwell.optimum", "trees", "full-both"),
     *(
-        _weaker(f"farther from the reference by 2 %, {kind}, {part}", kind, 0.5, *ends)
+        _farther(f"closed form, {kind}, {part}, median", kind, *ends)
         for kind in (UNIFORM, GOOD, BAD, TREES, WHOLE)
-        for part, ends in (("β ≤ 0.1, median", (0.0, 0.11)), ("β ≥ 1, median", (0.99, 100.0)))
+        for part, ends in (("β ≤ 0.1", (0.0, 0.11)), ("β ≥ 1", (0.99, 100.0)))
     ),
 )  # fmt: skip

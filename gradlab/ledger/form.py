@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from gradlab.ledger.statements import STATEMENTS
+from gradlab.ledger.statements import PUBLISHED, STATEMENTS
 from gradlab.names import check_name
 
-Relation = Literal["<", ">", "=", "≠"]
+Relation = Literal["<", "≤", ">", "≥", "=", "≠"]
 Quantifier = Literal["every", "some"]
 Value = str | bool | int | float
 
+#: Tolerance of an identity in double precision.
+EXACT = 1e-9
+#: The smallest relative bias that counts as one. Where the noise tr Σ/‖∇‖² is 1, a bias of 1 % is less than the error of sampling in
+#: every batch of under 10,000 responses.
+MATTERS = 0.01
 
-#: Frames that are not drawn under their own name → the figure that shows them (for one claim, `frame/id`).
+#: Frames that are not drawn under their own name → the figure that shows them (for one topic, `frame/topic`).
 DRAWN_IN = {
     "04_remainders": "04_slopes",
     "04_versus": "04_weaker",
@@ -30,23 +37,35 @@ DRAWN_IN = {
     "10_engines/off-policy-noise": "10_growth",
     "10_extremes": "10_ratios",
     "11_sides": "11_tokens",
+    "12_configurations": "12_kinds",
+    "12_directions": "12_kinds",
+    "13_pairs": "13_training",
 }
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Rows whose `column` is `among` some values, or `within` a closed range."""
+    """Rows whose `column` is `among` some values, or `within` a closed range. Raises `ValueError` when none can be."""
 
     column: str
     among: tuple[Value, ...] | None = None
     within: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.among and self.within is None:
+            raise ValueError(f"the condition on {self.column} names neither a value nor a range, so no row meets it")
+        if self.within is not None and not self.within[0] <= self.within[1]:
+            raise ValueError(f"the condition on {self.column} has an empty range {self.within}")
+
 
 @dataclass(frozen=True)
 class Claim:
-    """A published statement in one scope: `every` (or `some`) row of `frame` that meets `where` has `statistic relation value`.
+    """A sentence in one scope: `every` (or `some`) row of `frame` that meets `where` has `statistic relation value`.
 
-    `margin` is the indifference zone: an effect smaller than it does not decide. For `=` and `≠` it is the tolerance.
+    The id is a topic, or a topic, a dot and a part of it; all claims of one id share one sentence. `margin` is the indifference
+    zone: an effect smaller than it does not decide; for `=` and `≠` it is the tolerance. A scope without rows is a mistake,
+    unless `optional`: then a small run may leave it open.
+    Raises `ValueError` for an unknown relation or quantifier, a frame that no analysis could make, and a negative margin.
     """
 
     id: str
@@ -60,11 +79,35 @@ class Claim:
     value: float
     margin: float
     quantifier: Quantifier = "every"
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("relation", self.relation, dict.fromkeys(get_args(Relation)))
+        check_name("quantifier", self.quantifier, dict.fromkeys(get_args(Quantifier)))
+        if not re.fullmatch(r"[0-9]{2}_\w+", self.frame):
+            raise ValueError(
+                f"claim {self.id} ({self.scope}): {self.frame!r} is no frame of an analysis, such as 03_objectives"
+            )
+        if not (math.isfinite(self.value) and math.isfinite(self.margin) and self.margin >= 0):
+            raise ValueError(
+                f"claim {self.id} ({self.scope}): value and margin must be finite and the margin not negative, "
+                f"got {self.value} and {self.margin}"
+            )
+
+    @property
+    def topic(self) -> str:
+        """The published claim this one is part of."""
+        return self.id.split(".")[0]
+
+    @property
+    def published(self) -> str:
+        """The sentence as it is published or commonly said."""
+        return PUBLISHED[self.topic][0]
 
     @property
     def figure(self) -> str:
         """The figure that shows the frame and tells the verdict in its caption."""
-        return DRAWN_IN.get(f"{self.frame}/{self.id}", DRAWN_IN.get(self.frame, self.frame))
+        return DRAWN_IN.get(f"{self.frame}/{self.topic}", DRAWN_IN.get(self.frame, self.frame))
 
     @property
     def rule(self) -> str:
@@ -93,13 +136,14 @@ def claim(
     margin: float = 0.0,
     *ranges: Condition,
     quantifier: Quantifier = "every",
+    optional: bool = False,
     **columns: Value | tuple[Value, ...],
 ) -> Claim:
-    """One row of the ledger: a statement of `STATEMENTS` in one scope, decided by the rows with these `columns` and `ranges`.
+    """One row of the ledger: a sentence of `STATEMENTS` in one scope, decided by the rows with these `columns` and `ranges`.
 
-    Raises `ValueError` for an unknown identifier.
+    Raises `ValueError` for an unknown identifier, and as `Claim` does.
     """
     check_name("claim", identifier, STATEMENTS)
-    statement, source = STATEMENTS[identifier]
+    statement, source = STATEMENTS[identifier], PUBLISHED[identifier.split(".")[0]][1]
     where = (*among(**columns), *ranges)
-    return Claim(identifier, scope, statement, source, frame, where, statistic, relation, value, margin, quantifier)
+    return Claim(identifier, scope, statement, source, frame, where, statistic, relation, value, margin, quantifier, optional)

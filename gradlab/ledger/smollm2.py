@@ -1,81 +1,78 @@
 """What analysis 11 settles: the claims on a real language model, SmolLM2-135M-Instruct on digit questions."""
 
-from gradlab.ledger.form import Claim, Relation, Value, claim
+from gradlab.ledger.form import EXACT, MATTERS, Claim, Relation, Value, claim
 
-#: Exact moments in float64; what is unbiased comes out below this.
-ZERO = 1e-9
 REVERSE, FROZEN, FORWARD_FROZEN = "reverse_kl", "reverse_kl_frozen_prefix", "forward_kl_frozen_prefix"
 MODEL = "SmolLM2, digits"
 #: Engines that can give every response, and one that leaves some out.
 WHOLE, NUCLEUS = ("bfloat16", "stale", "temperature 0.9"), "top-p 0.95"
+_WHOLE, _NUCLEUS = "data from bfloat16, older weights or another temperature", "data from a nucleus of 0.95"
 
 
-def _catalogue(identifier: str, scope: str, estimator: str, relation: Relation, target: str = REVERSE, statistic: str = "bias",
-               value: float = 0, margin: float = ZERO) -> Claim:  # fmt: skip
+def _catalogue(identifier: str, scope: str, estimator: str, target: str = REVERSE, relation: Relation = "=", value: float = 0,
+               margin: float = EXACT, statistic: str = "bias") -> Claim:  # fmt: skip
     """Every prompt at every stage of training, exactly."""
     where: dict[str, Value] = {"estimator": estimator, "target": target, "via": "exact"}
-    return claim(identifier, f"{MODEL}: {scope}", "11_catalogue", statistic, relation, value, margin, **where)  # type: ignore[arg-type]
+    scope = f"{MODEL}, {scope}" if scope else MODEL
+    return claim(identifier, scope, "11_catalogue", statistic, relation, value, margin, **where)  # type: ignore[arg-type]
 
 
-def _extreme(scope: str, world: str, kind: str, stage: str, statistic: str = "policy") -> Claim:
+def _extreme(part: str, scope: str, world: str, kind: str, stage: str, statistic: str = "policy") -> Claim:
     where: dict[str, Value] = {"world": world, "kind": kind, "stage": stage}
-    return claim("ratios-extreme", f"SmolLM2, {scope}", "11_ratios", statistic, ">", 0.01, 0.0, **where)  # type: ignore[arg-type]
+    return claim(f"ratios-extreme.{part}", f"SmolLM2, {scope}", "11_ratios", statistic, ">", 0.01, 0.0, **where)  # type: ignore[arg-type]
 
 
-def _side(scope: str, statistic: str, value: float) -> Claim:
+def _side(part: str, statistic: str, value: float) -> Claim:
     where: dict[str, Value] = {"estimator": "k3-loss", "via": "exact"}
-    return claim("k3-asymmetry", f"{MODEL}: {scope}", "11_sides", statistic, ">", value, 0.0, **where)  # type: ignore[arg-type]
+    return claim(f"k3-asymmetry.{part}", MODEL, "11_sides", statistic, ">", value, 0.0, **where)  # type: ignore[arg-type]
 
 
-def _engine(identifier: str, scope: str, estimator: str, behaviour: Value | tuple[Value, ...], relation: Relation,
-            target: str = REVERSE, value: float = 0, margin: float = ZERO) -> Claim:  # fmt: skip
+def _engine(identifier: str, scope: str, estimator: str, behaviour: Value | tuple[Value, ...], relation: Relation = "=",
+            target: str = REVERSE) -> Claim:  # fmt: skip
+    margin = EXACT if relation == "=" else MATTERS
     where = {"estimator": estimator, "behaviour": behaviour, "target": target}
-    return claim(identifier, f"{MODEL}: {scope}", "11_mismatch", "bias", relation, value, margin, **where)  # type: ignore[arg-type]
+    return claim(identifier, f"{MODEL}, {scope}", "11_mismatch", "bias", relation, 0, margin, **where)  # type: ignore[arg-type]
 
 
 CLAIMS: tuple[Claim, ...] = (
-    _catalogue("k1-loss-zero", "every prompt", "k1-loss", "=", statistic="gradient_norm"),
-    _catalogue("k2-loss", "per token, against the reverse KL of responses", "k2-loss", "="),
-    _catalogue("k2-loss", "per token, against its form with frozen prefixes", "k2-loss", "=", FROZEN),
-    _catalogue("k2-loss", "a response as one action", "k2-loss-sequence", "="),
-    _catalogue("k1-reward", "credit to_go", "k1-reward-to-go", "="),
-    _catalogue("k3-biased", "per token, against the reverse KL of responses", "k3-loss", "≠"),
-    _catalogue("k3-biased", "per token, against the reverse KL with frozen prefixes", "k3-loss", "≠", FROZEN),
-    _catalogue("k3-biased", "per token, against the forward KL with frozen prefixes", "k3-loss", "=", FORWARD_FROZEN),
-    _catalogue("k3-reward", "to go: half the true gradient or more is missing", "k3-reward-to-go", ">", value=0.5, margin=0),
-    _catalogue("k3-both", "k3 to go", "k3-both", "="),
-    _catalogue("rao-blackwell", "per token, against the reverse KL of responses", "full-loss", "="),
-    _catalogue("rao-blackwell", "per token, against its form with frozen prefixes", "full-loss", "=", FROZEN),
-    _catalogue("rao-blackwell", "complete", "full-both", "="),
-    _catalogue("rao-blackwell", "complete: less noise than k1 in reward to go", "full-both", "<", statistic="noise_ratio",
-               value=1, margin=0),
+    _catalogue("k1-loss-zero", "on-policy", "k1-loss", statistic="gradient_norm"),
+    _catalogue("k2-unbiased", "per token", "k2-loss"),
+    _catalogue("k2-unbiased", "a response as one action", "k2-loss-sequence"),
+    _catalogue("k2-unbiased.frozen", "", "k2-loss", FROZEN),
+    _catalogue("k1-reward", "credit to_go", "k1-reward-to-go"),
+    _catalogue("k3-biased", "per token", "k3-loss", REVERSE, "≠", margin=MATTERS),
+    _catalogue("k3-biased.frozen", "", "k3-loss", FROZEN, "≠", margin=MATTERS),
+    _catalogue("k3-forward.frozen", "", "k3-loss", FORWARD_FROZEN),
+    _catalogue("k3-reward.misses", "credit to_go", "k3-reward-to-go", REVERSE, ">", 0.5, 0),
+    _catalogue("k3-both", "k3, credit to_go", "k3-both"),
+    _catalogue("rao-blackwell.token", "", "full-loss"),
+    _catalogue("rao-blackwell.frozen", "", "full-loss", FROZEN),
+    _catalogue("rao-blackwell", "", "full-both"),
+    _catalogue("rao-blackwell.complete-noise", "", "full-both", REVERSE, "≤", 1, 0, "noise_ratio"),
     *(
-        _extreme(f"{scope}, {said}: more than 1 % of drawn tokens have {kind}", world, kind, stage)
-        for world, scope in (("digits", "digits"), ("all tokens", "all 49,152 tokens"))
+        _extreme(part, f"tokens drawn from {scope} {said}", world, kind, stage)
+        for world, scope in (("digits", "digits"), ("all tokens", "all 49,152"))
         for stage, said in (("first", "after 3 steps"), ("last", "after the last step"))
-        for kind in ("δ < 1/10", "δ > 10")
+        for part, kind in (("small", "δ < 1/10"), ("large", "δ > 10"))
     ),
-    _extreme("digits, after the last step: more than 1 % of the tokens the reference draws have δ > 10", "digits", "δ > 10", "last",
-             "reference"),
-    _side("expected gradient: a larger under-sampled share than k2 as loss, every prompt", "expected_over_k2", 0),
-    _side("second moment: a larger under-sampled share than k2 as loss, every prompt", "second_over_k2", 0),
-    _side("second moment: mostly under-sampled tokens, every prompt", "under_second", 0.5),
+    _extreme("large", "tokens the reference draws from digits, after the last step", "digits", "δ > 10", "last", "reference"),
+    _side("gradient-k2", "expected_over_k2", 0),
+    _side("second-k2", "second_over_k2", 0),
+    _side("second", "under_second", 0.5),
     *(
-        _engine("off-policy-bias", f"{name}, without a weight, data from {kind}", estimator, kind, "≠")
+        _engine("off-policy-bias.unweighted", f"{name}, data from {kind}", estimator, kind, "≠")
         for name, estimator in (("k1 in reward to go", "k1-reward-to-go"), ("complete Rao–Blackwell", "full-both"))
         for kind in (*WHOLE, NUCLEUS)
     ),
-    _engine("off-policy-bias", "k1 in reward to go, without a weight, data from bfloat16: more than 5 %", "k1-reward-to-go",
-            "bfloat16", ">", value=0.05, margin=0),
     *(
-        _engine("off-policy-fix", f"{name}, data from {said}", estimator, kind, "=", target)
-        for name, estimator, target in (
-            ("k1 in reward to go, sequence weight", "k1-reward-to-go, sequence weight", REVERSE),
-            ("k2 per token, token weight, against the form with frozen prefixes", "k2-loss, token weight", FROZEN),
-            ("complete Rao–Blackwell, prefix weight", "full-both, prefix weight", REVERSE),
+        _engine(identifier, f"{name}{said}", estimator, kind, "=", target)
+        for identifier, name, estimator, target in (
+            ("k1-reward.off-policy", "credit to_go, sequence weight, ", "k1-reward-to-go, sequence weight", REVERSE),
+            ("off-policy-fix.frozen", "token weight, ", "k2-loss, token weight", FROZEN),
+            ("rao-blackwell.prefix", "", "full-both, prefix weight", REVERSE),
         )
-        for said, kind in (("bfloat16, older weights or another temperature", WHOLE), ("a nucleus of 0.95", NUCLEUS))
+        for said, kind in ((_WHOLE, WHOLE), (_NUCLEUS, NUCLEUS))
     ),
-    _engine("rho-k3", "per token, against the reverse KL of responses", "k3-loss, diff. token weight", WHOLE, "="),
-    _engine("rho-k3", "per token, against its form with frozen prefixes", "k3-loss, diff. token weight", WHOLE, "=", FROZEN),
-)  # fmt: skip
+    _engine("rho-k3", f"per token, ratio of the token, {_WHOLE}", "k3-loss, diff. token weight", WHOLE),
+    _engine("rho-k3.frozen", f"ratio of the token, {_WHOLE}", "k3-loss, diff. token weight", WHOLE, target=FROZEN),
+)
