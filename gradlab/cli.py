@@ -238,6 +238,7 @@ def list_command(
     what: Annotated[Listing, typer.Argument(help="Which names to list.")] = Listing.estimators,
 ) -> None:
     """List estimators, targets, kernels, claims, analyses or shipped models, with what they are and where they come from."""
+    from rich.markup import escape
     from rich.table import Table
 
     from gradlab.console import wide_console
@@ -247,7 +248,7 @@ def list_command(
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # E[k1] is no markup
     wide_console().print(table)
 
 

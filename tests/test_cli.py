@@ -124,7 +124,7 @@ def test_list_names_everything_there_is(monkeypatch, capsys, what):
         "estimators": gl.ESTIMATORS,
         "targets": gl.TARGETS,
         "kernels": ["k1", "k2", "k3", "full", "mse"],
-        "claims": ["value-k1", "k3-biased"],
+        "claims": ["value-k1", "E[k1] = KL(π‖ref)", "k3-biased"],
         "analyses": cli.analyses(),
     }[what]
     assert all(name in printed for name in names)
