@@ -24,6 +24,7 @@ from torch import Tensor
 from gradlab import exact, montecarlo
 from gradlab.coefficients import coefficients
 from gradlab.components import parameters
+from gradlab.draws import generator
 from gradlab.estimators import Estimator, log_ratios
 from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
@@ -239,7 +240,7 @@ def _statistics(sums: Array) -> dict[str, Any]:
 
 def _counted(rollout: Rollout, samples: int, seed: int, index: int) -> Tensor:
     """Weights of independent batches of counted draws, `[b, n]`; their mean is the weight of the whole run."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(9, index)))
+    rng = generator(seed, 9, index)
     batches = max(1, min(montecarlo.BATCHES, samples // 16))
     if samples % batches:
         raise ValueError(f"samples must be a multiple of the {batches} batches that error bars come from, got {samples}")

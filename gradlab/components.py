@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ import torch
 from scipy import special
 
 from gradlab import exact, intervals, montecarlo
+from gradlab.draws import generator
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.lazy import callable_module
 from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
+from gradlab.names import check_seed, several
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -42,8 +44,8 @@ SAMPLED = ("expected", "ratio", "bias", "std")
 
 
 def components(
-    estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
-    scenarios: Scenario | Sequence[Scenario],
+    estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss],
+    scenarios: Scenario | Iterable[Scenario],
     target: str = "reverse_kl",
     samples: int | None = None,
     seed: int = 0,
@@ -57,6 +59,7 @@ def components(
     too large for a covariance matrix.
     """
     losses, rows = by_name(estimators), []
+    check_seed(seed)
     for index, scenario in enumerate(_listed(scenarios)):
         with one_thread():
             truth = exact.gradient(target, scenario).numpy()
@@ -77,8 +80,8 @@ def components(
 
 
 def values(
-    kernels: str | Sequence[str],
-    scenarios: Scenario | Sequence[Scenario],
+    kernels: str | Iterable[str],
+    scenarios: Scenario | Iterable[Scenario],
     credit: str = "token",
     samples: int | None = None,
     seed: int = 0,
@@ -89,7 +92,8 @@ def values(
     `Σ_t k(ℓ_t)` with credit `token`, `k(S)` with `sequence`; exact, or from `samples` responses that all kernels share.
     Returns one row per scenario × kernel, columns as in `components`. Source: Schulman, "Approximating KL divergence" (2020).
     """
-    kernels = [kernels] if isinstance(kernels, str) else list(kernels)
+    kernels = several(kernels)
+    check_seed(seed)
     estimators, rows = [Estimator(kernel, credit=credit) for kernel in kernels], []  # type: ignore[arg-type]
     for index, scenario in enumerate(_listed(scenarios)):
         truth = np.full(1, scenario.kl())
@@ -119,8 +123,11 @@ def parameters(scenario: Scenario) -> list[str]:
     return [(f"node {i} " if nodes > 1 else "") + f"token {j}" for i in range(nodes) for j in range(v)]
 
 
-def _listed(scenarios: Scenario | Sequence[Scenario]) -> list[Scenario]:
-    return [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
+def _listed(scenarios: Scenario | Iterable[Scenario]) -> list[Scenario]:
+    listed: list[Scenario] = several(scenarios)
+    for scenario in listed:
+        check_scenario(scenario)
+    return listed
 
 
 def _common(scenario: Scenario, samples: int | None) -> dict[str, Any]:
@@ -175,7 +182,7 @@ def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int
     means, variances = [], []
     with torch.no_grad():
         for batch, size in enumerate(parts):
-            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3, index, batch)))
+            rng = generator(seed, 3, index, batch)
             rollout = Rollout.drawn(scenario, size, rng)
             drawn = np.stack([kernel_values(estimator, rollout).sum(-1).numpy() for estimator in estimators])
             means.append(drawn.mean(-1))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab.draws import generator
 from gradlab.names import check_name
 from gradlab.policies import LanguageModel
 
@@ -94,7 +95,7 @@ def reinforce(
     """
     if len(answers) != len(policy.prompts):
         raise ValueError(f"{len(policy.prompts)} prompts need as many answers, got {len(answers)}")
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(12,)))
+    rng = generator(seed, 12)
     theta = policy.parameters.detach().clone().requires_grad_(True)
     optimiser = torch.optim.Adam([theta], lr=rate)
     reward = rewards(policy, answers)

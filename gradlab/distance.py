@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradlab import exact, montecarlo
+from gradlab.draws import generator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Gaussian, Markov, Tabular, Tree
@@ -48,7 +49,7 @@ def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular
 
     Logits are Gaussian with a standard deviation between 0.5 and 2. Raises `ValueError` for another family.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(10, *family.encode())))
+    rng = generator(seed, 10, *family.encode())
     found: dict[str, Tabular | Gaussian] = {}
     for index in range(count):
         own, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
@@ -181,7 +182,7 @@ def sampled_rmse(
     are counted, so a policy must be small enough to list them; raises `ValueError` otherwise.
     """
     losses, rows = by_name(estimators), []
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(11,)))
+    rng = generator(seed, 11)
     resampled = rng.integers(replicates, size=(400, replicates))
     with one_thread():
         truths = [exact.gradient(target, scenario) for scenario in scenarios]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import expm1, log, log1p
 from typing import overload
@@ -17,10 +17,11 @@ from torch import Tensor
 from gradlab import backprop, markov, targets
 from gradlab.estimators import Estimator, kernel_values
 from gradlab.moments import Loss, Moments, as_losses, gradients, moments_of
+from gradlab.names import is_several
 from gradlab.policies import Gaussian, LanguageModel, Markov
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 
 #: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
 BORDER = 5e-4
@@ -36,6 +37,7 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
     Raises `ValueError` for an unknown target, with the nearest names.
     """
     targets.target(target)
+    check_scenario(scenario)
     return (
         markov.gradient(target, scenario)
         if isinstance(scenario.policy, Markov)
@@ -46,6 +48,7 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
 def objective(target: str, scenario: Scenario) -> float:
     """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target."""
     found = targets.target(target)
+    check_scenario(scenario)
     if isinstance(scenario.policy, Markov):
         return markov.objective(target, scenario)
     return float(found.objective(scenario.policy, scenario.reference, scenario.sampler))
@@ -54,8 +57,8 @@ def objective(target: str, scenario: Scenario) -> float:
 @overload
 def moments(estimator: Loss, scenario: Scenario) -> Moments: ...
 @overload
-def moments(estimator: Sequence[Loss], scenario: Scenario) -> list[Moments]: ...
-def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | list[Moments]:
+def moments(estimator: Iterable[Loss], scenario: Scenario) -> list[Moments]: ...
+def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | list[Moments]:
     """Exact mean gradient and covariance trace of one estimator, or of a list of them in one pass.
 
     `E_μ[g]` and `E_μ‖g‖² − ‖E_μ g‖²`, with `g` the gradient of the per-sample surrogate and `μ` the sampler. An estimator is
@@ -64,6 +67,7 @@ def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | l
     enumerate or, on `Markov`, when the estimator does not decompose over time.
     """
     losses = as_losses(estimator)
+    check_scenario(scenario)
     with torch.no_grad():
         if isinstance(scenario.policy, Markov):
             found = [markov.moments(loss, scenario) for loss in losses]
@@ -73,7 +77,7 @@ def moments(estimator: Loss | Sequence[Loss], scenario: Scenario) -> Moments | l
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
         else:
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
-    return found if isinstance(estimator, Sequence) else found[0]
+    return found if is_several(estimator) else found[0]
 
 
 def covariance(estimator: Loss, scenario: Scenario) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from gradlab.lazy import callable_module
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss, gradients
+from gradlab.names import check_whole
 from gradlab.policies.families import CATEGORICAL
 from gradlab.rollout import Rollout
 
@@ -32,6 +33,7 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
 
     `resolution + 1` points a side; `edge`, in grid steps, is the distance of the outermost points from the border.
     """
+    check_whole("resolution", resolution)
     i, j = (index.ravel() for index in np.meshgrid(range(resolution + 1), range(resolution + 1), indexing="ij"))
     inside = i + j <= resolution
     i, j = i[inside], j[inside]
@@ -41,7 +43,7 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
 
 
 def field(
-    estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
+    estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss],
     policies: npt.ArrayLike,
     reference: npt.ArrayLike,
     step: float = 0.1,

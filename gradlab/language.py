@@ -14,6 +14,7 @@ from torch.func import jvp
 
 from gradlab import backprop, exact
 from gradlab.coefficients import coefficients
+from gradlab.draws import generator
 from gradlab.estimators import Estimator, log_ratios
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients
@@ -29,7 +30,7 @@ def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollou
     """All responses of a language model (`samples=None`), or that many drawn ones."""
     if samples is None:
         return Rollout.enumerated(scenario)
-    return Rollout.drawn(scenario, samples, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(12,))))
+    return Rollout.drawn(scenario, samples, generator(seed, 12))
 
 
 def extremes(

@@ -20,10 +20,10 @@ from gradlab.catalogue import ESTIMATORS, name_of
 from gradlab.estimators import Estimator
 from gradlab.lazy import callable_module
 from gradlab.moments import Loss, Moments
-from gradlab.names import check_name
+from gradlab.names import check_jobs, check_name, check_seed, several
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 
 Array = npt.NDArray[np.float64]
 
@@ -78,9 +78,9 @@ COLUMNS: dict[str, str] = {
 
 
 def measure(
-    estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
-    scenarios: Scenario | Sequence[Scenario],
-    target: str | Sequence[str] = "reverse_kl",
+    estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss],
+    scenarios: Scenario | Iterable[Scenario],
+    target: str | Iterable[str] = "reverse_kl",
     samples: int | None = None,
     seed: int = 0,
     jobs: int = 1,
@@ -104,15 +104,16 @@ def measure(
     Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
     """
     losses = by_name(estimators)
-    scenarios = list(scenarios) if isinstance(scenarios, Iterable) else [scenarios]
-    names = [target] if isinstance(target, str) else list(target)
+    scenarios = several(scenarios)
+    names = several(target)
     for name in names:
         targets.target(name)
     if not losses or not scenarios or not names:
         raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
     for scenario in scenarios:
-        if not isinstance(scenario, Scenario):
-            raise ValueError(f"scenarios must be gl.Scenario(policy, reference, behaviour), got {type(scenario).__name__}")
+        check_scenario(scenario)
+    check_seed(seed)
+    check_jobs(jobs)
     if samples is not None:
         montecarlo.check_samples(samples)
     tasks = (
@@ -129,11 +130,11 @@ def measure(
     return frame
 
 
-def by_name(estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
+def by_name(estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
     """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name."""
     if isinstance(estimators, Mapping):
         return {str(name): _loss(item) for name, item in estimators.items()}
-    items = list(estimators) if isinstance(estimators, Sequence) and not isinstance(estimators, str) else [estimators]
+    items: list[Loss | str] = several(estimators)
     named: dict[str, Loss] = {}
     for item in items:
         item = _loss(item)

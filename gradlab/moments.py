@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from gradlab.coefficients import coefficients, group_parts
 from gradlab.estimators import Estimator
 from gradlab.kernels import VOCABULARY_KERNELS
+from gradlab.names import several
 from gradlab.rollout import Rollout
 
 #: Whatever maps a rollout to per-sample losses `[n]`: an `Estimator`, a framework's loss, a user's function.
@@ -20,9 +21,9 @@ Loss = Callable[[Rollout], Tensor]
 Pull = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
 
 
-def as_losses(given: Loss | Sequence[Loss]) -> list[Loss]:
+def as_losses(given: Loss | Iterable[Loss]) -> list[Loss]:
     """One loss or several as a list. Raises `ValueError` for anything that is neither callable nor a list of callables."""
-    losses = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    losses: list[Loss] = several(given)
     for loss in losses:
         if not callable(loss):
             hint = f"; gl.ESTIMATORS[{loss!r}] looks a catalogue name up" if isinstance(loss, str) else ""

@@ -6,7 +6,7 @@ one, at a cost independent of the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import lcm
 from typing import overload
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from gradlab import backprop
+from gradlab.draws import generator
 from gradlab.estimators import Estimator
 from gradlab.moments import Gradients, Loss, Moments, as_losses, gradients
+from gradlab.names import check_whole, is_several
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 
 #: Batches of one run; the error bars come from their spread.
 BATCHES = 64
@@ -37,10 +39,10 @@ def moments(
 ) -> Moments: ...
 @overload
 def moments(
-    estimator: Sequence[Loss], scenario: Scenario, samples: int = ..., seed: int = ..., *, stream: tuple[int, ...] = ...
+    estimator: Iterable[Loss], scenario: Scenario, samples: int = ..., seed: int = ..., *, stream: tuple[int, ...] = ...
 ) -> list[Moments]: ...
 def moments(
-    estimator: Loss | Sequence[Loss],
+    estimator: Loss | Iterable[Loss],
     scenario: Scenario,
     samples: int = 10_000,
     seed: int = 0,
@@ -56,6 +58,7 @@ def moments(
     multiple of a group size.
     """
     losses = as_losses(estimator)
+    check_scenario(scenario)
     check_samples(samples)
     found: dict[int, Moments] = {}
     grouped = {e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
@@ -63,7 +66,7 @@ def moments(
         if chosen:
             run = _run([losses[e] for e in chosen], scenario, samples, seed, stream)
             found.update(zip(chosen, run, strict=True))
-    return [found[e] for e in range(len(losses))] if isinstance(estimator, Sequence) else found[0]
+    return [found[e] for e in range(len(losses))] if is_several(estimator) else found[0]
 
 
 def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: int, seed: int = 0) -> Tensor:
@@ -72,6 +75,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
     The cost does not depend on `samples`. Raises `ValueError` when the responses cannot be listed, for a group baseline,
     and unless both numbers are positive.
     """
+    check_scenario(scenario)
     check_samples(samples)
     check_samples(replicates, "replicates")
     if not _countable(scenario) or (isinstance(estimator, Estimator) and estimator.grouped):
@@ -170,14 +174,14 @@ def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
 def _divergence(scenario: Scenario, samples: int, seed: int) -> float:
     """Rao–Blackwellised: the step's whole distribution counts, only prefixes are drawn."""
     policy, sampler = scenario.policy, scenario.sampler
-    assert isinstance(policy, LanguageModel)
-    assert isinstance(sampler, LanguageModel)
+    if not isinstance(policy, LanguageModel) or not isinstance(sampler, LanguageModel):
+        raise ValueError(f"{scenario.label} has exact distances: scenario.kl() and scenario.lag()")
     check_samples(samples)
     prompts, tokens, mask = sampler.sample(samples, _rng(seed, (1,)))
     total, chunk = 0.0, max(1, 8 * CHUNK // (policy.length * policy.vocab))
     for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
-        ones = torch.ones(len(tokens[part]), dtype=torch.float64)
-        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], ones)
+        share = torch.full((len(tokens[part]),), 1 / len(tokens[part]), dtype=torch.float64)
+        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], share)
         before = (rollout.log_weight.cumsum(-1) - rollout.log_weight).exp()
         total += float((before * rollout.divergence("full")).sum())
     return total / samples
@@ -217,10 +221,9 @@ def _countable(scenario: Scenario) -> bool:
 
 
 def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, *key)))
+    return generator(seed, 2, *key)
 
 
 def check_samples(samples: int, what: str = "samples") -> None:
     """Raise `ValueError` unless `samples` is a positive whole number."""
-    if isinstance(samples, bool) or not isinstance(samples, int | np.integer) or samples < 1:
-        raise ValueError(f"{what} must be a positive whole number, got {samples!r}")
+    check_whole(what, samples)

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from gradlab.draws import generator
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario
@@ -145,7 +146,7 @@ def _drawn(scenario: Scenario, cuts: Tensor, samples: int, seed: int) -> tuple[T
     policy, reference = scenario.policy, scenario.reference
     assert isinstance(policy, LanguageModel)
     assert isinstance(reference, LanguageModel)
-    prompts, tokens, mask = policy.sample(samples, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(14,))))
+    prompts, tokens, mask = policy.sample(samples, generator(seed, 14))
     size = max(1, CHUNK // (policy.length * policy.vocab))
     found = []
     for start in range(0, samples, size):

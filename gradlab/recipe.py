@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import isfinite
 
+from gradlab.names import check_real, check_whole
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,8 +31,9 @@ class Recipe:
         for field in fields(self):
             value = getattr(self, field.name)
             whole = field.type == "int"
-            if isinstance(value, bool) or not (value > 0 and isfinite(value)) or (whole and value != int(value)):
-                raise ValueError(f"{field.name} must be a positive {'whole number' if whole else 'number'}, got {value!r}")
+            (check_whole if whole else check_real)(field.name, value)
+            if not (value > 0 and isfinite(value)):
+                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
         if self.group < 2 or self.batch % self.group or self.watch % self.group:
             raise ValueError(
                 f"batch and watch are made of groups of at least 2 responses, each compared with the others of its group: "

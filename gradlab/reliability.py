@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gradlab import montecarlo
+from gradlab.draws import generator
 from gradlab.estimators import Estimator
 from gradlab.exact import kinks
 from gradlab.moments import Gradients, Loss, Moments, gradients
@@ -188,7 +189,7 @@ def _ahead(losses: Sequence[Estimator], scenario: Scenario, samples: int, seed: 
     whole = [replace(loss, normalise="sum", baseline=None, group=None) for loss in losses]
     v, t = policy.vocab, policy.length
     count = 1 if t == 1 and not isinstance(policy, LanguageModel) else max(8, min(STEPS, TOKENS // (v * t)))
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(16,)))
+    rng = generator(seed, 16)
     drawn = Rollout.drawn(scenario, min(count, samples), rng)
     lengths = drawn.mask.sum(-1)
     steps = torch.from_numpy(rng.integers(0, lengths.numpy()))

@@ -92,7 +92,7 @@ class Rollout:
         """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy.
 
         The mask may be 0/1 numbers, and padding any token id, such as −100. Raises `ValueError` for shapes that do not fit
-        together and for a live token outside the vocabulary.
+        together, for weights that are not float64, not negative and 1 in all, and for a live token outside the vocabulary.
         """
         behaviour = logits.detach() if behaviour_logits is None else behaviour_logits
         for name, item in (("logits", logits), ("reference_logits", reference_logits), ("behaviour_logits", behaviour)):
@@ -111,10 +111,12 @@ class Rollout:
         table, reference_table, behaviour_table = (
             item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)
         )
-        return cls(
+        found = cls(
             tokens, mask, weight, contexts, table, reference_table, behaviour_table, length or tokens.shape[1], family, sampled,
             expected_length=expected_length, prompts=prompts,
         )  # fmt: skip
+        _check_weight(weight)
+        return found
 
     @classmethod
     def answered(
@@ -128,7 +130,8 @@ class Rollout:
     ) -> Rollout:
         """Given responses of a language model, with logits `[n, t, v]` of all three policies held at once: mind `n · t · v`.
 
-        prompts `[n]`, tokens and mask `[n, t]`, weight `[n]`. Raises `ValueError` when the scenario's policy is another kind.
+        prompts `[n]`, tokens and mask `[n, t]`, weight `[n]`. Raises `ValueError` when the scenario's policy is another kind,
+        and for weights that are not float64, not negative and 1 in all.
         """
         if not isinstance(scenario.policy, LanguageModel):
             raise ValueError(f"answers need the prompts of a language model, the policy is a {type(scenario.policy).__name__}")
@@ -327,3 +330,14 @@ class Rollout:
             self.tokens, self.mask, self.weight, leaves, self.reference_logits, self.behaviour_logits.detach(),
             self.family, self.length, self.sampled, self.expected_length, self.prompts,
         )  # fmt: skip
+
+
+def _check_weight(weight: Tensor) -> None:
+    """Raise `ValueError` unless `weight` is a probability of every response, in double precision."""
+    if weight.dtype != torch.float64:
+        raise ValueError(f"the weight of a rollout must be float64, got {weight.dtype}; convert it with weight.double()")
+    if bool((weight < 0).any()) or not abs(float(weight.sum()) - 1) < 1e-6:
+        raise ValueError(
+            f"the weight of a rollout holds one probability per response: none below 0, and 1 in all; got {float(weight.min()):g} "
+            f"at the least and {float(weight.sum()):g} in all; n sampled responses have 1/n each"
+        )

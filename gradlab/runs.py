@@ -47,12 +47,14 @@ UNKNOWN = Ratio(np.nan, np.nan, np.nan)
 
 
 def ends(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run of a frame of `gl.train`: `reward` and `kl` at the end, traces summed along the run."""
+    """One row per run of a frame of `gl.train`: `reward` and `kl` at the end, traces summed along the run; missing if it diverged."""
     late = frame[frame["step"] >= frame["step"].max() / 2]
     key = ["estimator", "coefficient", "epochs", "seed"]
     found = late.groupby(key, sort=False)[["reward", "kl"]].mean()
     traces = frame.groupby(key, sort=False)[["trace_cov", "trace_cov_none"]].sum()
     together: pd.DataFrame = pd.concat([found, traces], axis=1)
+    if "diverged" in frame:
+        together[frame.groupby(key, sort=False)["diverged"].any()] = np.nan
     return together.reset_index()
 
 

@@ -11,6 +11,12 @@ from torch import Tensor
 from gradlab.policies import Gaussian, LanguageModel, Policy
 
 
+def check_scenario(given: object) -> None:
+    """Raise `ValueError` unless `given` is a `Scenario`."""
+    if not isinstance(given, Scenario):
+        raise ValueError(f"a scenario is gl.Scenario(policy, reference, behaviour), got {type(given).__name__}")
+
+
 @dataclass(frozen=True, eq=False)
 class Scenario:
     """Frozen triple of policies. `behaviour=None` means on-policy: the data come from `policy` itself.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradlab import exact
 from gradlab.catalogue import CATALOGUE
+from gradlab.draws import generator
 from gradlab.measure import by_name
 from gradlab.moments import Loss, gradients, moments_of
 from gradlab.names import check_name
@@ -42,7 +43,7 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     """
     if not (np.isfinite(memory) and memory >= 1):
         raise ValueError(f"memory is a relaxation time in tokens: a finite number of at least 1, got {memory!r}")
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5,)))
+    rng = generator(seed, 5)
     p = np.exp(scale * rng.standard_normal(vocab))
     p /= p.sum()
     return Markov(np.log(p), np.log((1 - 1 / memory) * np.eye(vocab) + p / memory), length=length)
@@ -135,7 +136,7 @@ def compared(
     if samples is None:
         rollout = Rollout.enumerated(scenario)
     else:
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(6,)))
+        rng = generator(seed, 6)
         rollout = Rollout.drawn(scenario, samples, rng)
     rows = []
     for pair in pairs:

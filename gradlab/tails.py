@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gradlab import exact
 from gradlab.chisquare import chi2
+from gradlab.draws import generator
 from gradlab.policies import Bandit, Gaussian
 from gradlab.scenario import Scenario
 
@@ -216,7 +217,7 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
             )
             row |= {"via": "exact", "runs": pd.NA}
         else:
-            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(13, int(n))))
+            rng = generator(seed, 13, int(n))
             means = rng.multinomial(n, p / p.sum(), size=runs) @ value / n
             drawn = pd.DataFrame({"scenario": scenario.label, "kernel": "k3", "kl": kl, "samples": n, "mean_ratio": means / kl})
             row |= {str(key): value for key, value in over_runs(drawn, ["mean_ratio"]).iloc[0].items()}

@@ -87,6 +87,10 @@ def show(frame: pd.DataFrame) -> None:
         quotients = [_quotient(row, column) for column in ("kl_over_none", "kl_over_k2", "noise_over_none")]
         table.add_row(row["estimator"], f"{row['coefficient']:g}", f"{row['reward']:.3f}", f"{row['kl']:.3g}", *quotients)
     wide_console().print(table)
+    if lost := int(frame[frame["step"] == frame["step"].max()]["diverged"].sum()):
+        print(
+            f"{lost} of the runs diverged and are left out of what compares them; a smaller --rate or --coefficient keeps them"
+        )
 
 
 def _quotient(row: Mapping[Any, Any], column: str) -> str:

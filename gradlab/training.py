@@ -11,7 +11,7 @@ Source: REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740; clipping, Sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from gradlab import backprop
 from gradlab.coefficients import coefficients
+from gradlab.draws import generator
 from gradlab.estimators import Estimator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients, Loss, cotangent, gradients
-from gradlab.names import check_name
+from gradlab.names import check_jobs, check_name, check_real, check_seed, check_whole, several
 from gradlab.policies import LanguageModel, Policy
 from gradlab.policies.small import TASKS
 from gradlab.provenance import versions
@@ -53,14 +54,15 @@ COLUMNS: dict[str, str] = {
     "length": "mean number of tokens of a response",
     "trace_cov": "tr Cov of a response's gradient with its group's baseline, squared units of the gradient",
     "trace_cov_none": "the same at the same policy and responses without the regulariser",
+    "diverged": "whether a parameter is not finite any more, or a token has probability 0; what is measured is missing from there on",
 }
 
 
 def train(
     policy: Policy,
     reward: Reward,
-    regularisers: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
-    coefficients: float | Sequence[float] = 0.1,
+    regularisers: Loss | str | Iterable[Loss | str] | Mapping[str, Loss],
+    coefficients: float | Iterable[float] = 0.1,
     *,
     reference: Policy | None = None,
     recipe: Recipe | None = None,
@@ -73,7 +75,7 @@ def train(
     reward: maps a rollout to one reward per response, `[n]`, e.g. `lambda rollout: (rollout.tokens[:, 0] == 2).double()`; for a
     task that ships, `gl.training.task_reward("names", policy)`. reference: by default the policy as given. seed: entropy of all draws; runs
     of one number share their random streams, so that comparisons between regularisers are paired.
-    Returns one row per run and look, see `COLUMNS`; the same bytes for any `jobs`.
+    Returns one row per run and look, see `COLUMNS`; the same bytes for any `jobs`. A run that diverges is marked and the others go on.
     Raises `ValueError` for a reward or a regulariser that does not give one finite number per response, for group baselines
     (groups are the recipe's), and for coefficients that are negative or not finite.
     """
@@ -82,11 +84,18 @@ def train(
     grouped = [name for name, loss in named.items() if isinstance(loss, Estimator) and loss.grouped]
     if grouped:
         raise ValueError(f"a recipe has its own groups; regularisers with a group baseline cannot be trained with: {grouped}")
-    sizes = [float(c) for c in (coefficients if isinstance(coefficients, Sequence) else [coefficients])]
+    for size in (sizes := several(coefficients)):
+        check_real("a coefficient", size)
+    sizes = [float(size) for size in sizes]
     if not sizes or not all(np.isfinite(size) and size >= 0 for size in sizes):
         raise ValueError(f"coefficients must be numbers from 0 on, got {sizes}")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_whole("seeds", seeds)
+    check_seed(seed)
+    check_jobs(jobs)
+    if not callable(reward):
+        raise ValueError(f"reward must be a function of a rollout that returns one reward per response, got {reward!r}")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a gl.training.Recipe, got {recipe!r}")
     kinds: list[tuple[str, Loss | None, float]] = [(NONE, None, 0.0)]
     kinds += [(name, loss, size) for (name, loss), size in product(named.items(), sizes)]
     start = Scenario(policy, reference or policy, name="start")
@@ -119,23 +128,22 @@ def _run(
     start: Scenario, reward: Reward, name: str, loss: Loss | None, coefficient: float, recipe: Recipe, seed: int, number: int
 ) -> list[dict[str, Any]]:
     """Rows of one run. Draws of batches and of looks have streams of their own, so that looking changes nothing."""
-    drawing, looking = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(13, number, k))) for k in (0, 1))
+    drawing, looking = (generator(seed, 13, number, k) for k in (0, 1))
     rows = []
     with one_thread():
         for step, scenario in _steps(start, reward, loss, coefficient, recipe, drawing):
             if step % recipe.look and step != recipe.steps:
                 continue
-            seen = _look(scenario, reward, loss, coefficient, recipe, looking)
-            rows.append(
-                {"estimator": name, "coefficient": coefficient, "epochs": recipe.epochs, "seed": number, "step": step, **seen}
-            )
+            run = {"estimator": name, "coefficient": coefficient, "epochs": recipe.epochs, "seed": number, "step": step}
+            seen = {} if scenario is None else _look(scenario, reward, loss, coefficient, recipe, looking)
+            rows.append({**run, **seen, "diverged": scenario is None})
     return rows
 
 
 def _steps(
     start: Scenario, reward: Reward, loss: Loss | None, coefficient: float, recipe: Recipe, rng: np.random.Generator
-) -> Iterator[tuple[int, Scenario]]:
-    """The policy before the first batch and after every one."""
+) -> Iterator[tuple[int, Scenario | None]]:
+    """The policy before the first batch and after every one; `None` from where it diverged."""
     theta = start.policy.parameters.detach().clone().requires_grad_(True)
     optimiser = torch.optim.Adam([theta], lr=recipe.rate)
     scenario = start
@@ -151,8 +159,22 @@ def _steps(
             with torch.no_grad():
                 theta.grad = _mean(scenario.policy, batch).to(theta)
             optimiser.step()
-            scenario = replace(scenario, policy=start.policy.with_parameters(theta.detach().clone()))
+            moved = _moved(scenario, theta.detach().clone())
+            if moved is None:
+                yield from ((later, None) for later in range(step, recipe.steps + 1))
+                return
+            scenario = moved
         yield step, scenario
+
+
+def _moved(scenario: Scenario, theta: Tensor) -> Scenario | None:
+    """The scenario with the policy's parameters after a step, or `None` where nothing can be computed with them."""
+    if not np.isfinite(float(theta.sum())):
+        return None
+    try:
+        return replace(scenario, policy=scenario.policy.with_parameters(theta))
+    except ValueError:  # the policy has lost support: it is what the step changes
+        return None
 
 
 def _look(

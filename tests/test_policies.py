@@ -105,7 +105,7 @@ def test_logits_come_as_anything_and_are_copied(convert):
         (lambda: gl.Tree(LOGITS, eos=-1), "got -1"),
         (lambda: gl.Tree(LOGITS, eos=1.0), r"got 1\.0"),
         (lambda: gl.Tree(LOGITS, eos=True), "got True"),
-        (lambda: gl.Tree.random(vocab=1, length=3), "at least two tokens, got 1"),
+        (lambda: gl.Tree.random(vocab=1, length=3), "vocab must be a whole number of at least 2, got 1"),
         (lambda: gl.Tree.random(vocab=3, length=0), "length must be a positive whole number, got 0"),
         (lambda: gl.Markov(LOGITS[0], LOGITS), r"transition logits must be \[3, 3\].*got \[4, 3\]"),
         (lambda: gl.Markov(LOGITS[0, :2], LOGITS[1:]), r"transition logits must be \[2, 2\].*got \[3, 3\]"),

@@ -227,7 +227,7 @@ def test_the_same_bytes_for_any_number_of_workers(tree):
     [
         ({"coefficients": -1.0}, "from 0 on"),
         ({"coefficients": []}, "from 0 on"),
-        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"seeds": 0}, "seeds must be a positive whole number"),
         ({"regularisers": "k1-reward-loo"}, "own groups"),
         ({"regularisers": "k2"}, "unknown estimator"),
         ({"reward": lambda rollout: rollout.tokens[:, :1].double()}, "one finite number per response"),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab.draws import generator
 from gradlab.policies.causal import Pretrained
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.trunk import Trunk
@@ -90,7 +91,7 @@ def lost_mass(policy: LanguageModel, behaviour: LanguageModel, samples: int | No
             own = torch.where(mask, policy.family.log_prob(policy.table, contexts, tokens), 0.0).sum(-1).exp()
             mass = float(own[given == 0].sum()) / len(policy.prompts)
             return Mass(mass, mass, mass)
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(11,)))
+        rng = generator(seed, 11)
         weights = []
         for part in np.array_split(np.arange(samples), max(1, samples // 64)):
             prompts, tokens, mask = behaviour.sample(len(part), rng)

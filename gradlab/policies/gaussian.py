@@ -13,6 +13,7 @@ import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
+from gradlab.names import check_real
 from gradlab.policies import families
 from gradlab.policies.perturb import perturbation
 
@@ -39,6 +40,8 @@ class Gaussian:
     signature: ClassVar[tuple[Any, ...]] = ("Gaussian",)
 
     def __init__(self, mean: float, std: float) -> None:
+        check_real("Gaussian mean", mean)
+        check_real("Gaussian std", std)
         if not math.isfinite(mean):
             raise ValueError(f"Gaussian mean must be finite, got {mean!r}")
         if not (math.isfinite(std) and std > 0):

@@ -9,6 +9,9 @@ import scipy
 import torch
 from torch import Tensor
 
+from gradlab.draws import generator
+from gradlab.names import check_real
+
 
 class Perturbable(Protocol):
     """A policy that can be moved by noise."""
@@ -35,10 +38,11 @@ def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) ->
     if (scale is None) == (kl is None):
         raise ValueError(f"perturbed() takes exactly one of scale and kl, got scale={scale!r}, kl={kl!r}")
     size = kl if scale is None else scale
+    check_real("kl" if scale is None else "scale", size)
     assert size is not None
     if not (np.isfinite(size) and size >= 0):
         raise ValueError(f"perturbed() needs a finite {'kl' if scale is None else 'scale'} of at least 0, got {size!r}")
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+    rng = generator(seed, 1)
     noise = torch.from_numpy(rng.standard_normal(len(policy.parameters)))
     if scale is not None or size == 0:
         return policy.moved(size * noise)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab.draws import generator
+from gradlab.names import check_real, check_whole
 from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
 
@@ -142,14 +144,14 @@ def _table(logits: Any, dims: int, what: str) -> Tensor:
 
 
 def _check_shape(length: int, eos: int | None, vocab: int) -> None:
-    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
-        raise ValueError(f"length must be a positive whole number, got {length!r}")
+    check_whole("length", length)
     if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int | np.integer) or not 0 <= eos < vocab):
         raise ValueError(f"eos must be a token id between 0 and {vocab - 1}, or None, got {eos!r}")
 
 
 def _random(shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return scale * np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape)
+    check_real("scale", scale)
+    return scale * generator(seed).standard_normal(shape)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -165,6 +167,7 @@ class Bandit(Tabular):
     @classmethod
     def random(cls, vocab: int = 4, seed: int = 0, scale: float = 1.0) -> Bandit:
         """Gaussian logits of standard deviation `scale`."""
+        check_whole("vocab", vocab, least=2)
         return cls(_random((vocab,), scale, seed))
 
     def contexts(self, tokens: Tensor) -> Tensor:
@@ -200,9 +203,8 @@ class Tree(Tabular):
     @classmethod
     def random(cls, vocab: int = 4, length: int = 4, seed: int = 0, eos: int | None = None, scale: float = 1.0) -> Tree:
         """Gaussian logits of standard deviation `scale` at every prefix."""
+        check_whole("vocab", vocab, least=2)
         _check_shape(length, eos, vocab)
-        if vocab < 2:
-            raise ValueError(f"vocab must be at least two tokens, got {vocab!r}")
         if vocab**length * 8 > ENUMERATION_BYTES:
             raise ValueError(
                 f"a Tree of {vocab} tokens and length {length} has {vocab}^{length} logits, more than the "
@@ -239,6 +241,7 @@ class Markov(Tabular):
     @classmethod
     def random(cls, vocab: int = 4, length: int = 64, seed: int = 0, eos: int | None = None, scale: float = 1.0) -> Markov:
         """Gaussian initial and transition logits of standard deviation `scale`."""
+        check_whole("vocab", vocab, least=2)
         logits = _random((vocab + 1, vocab), scale, seed)
         return cls(logits[0], logits[1:], length=length, eos=eos)
 
