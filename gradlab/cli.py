@@ -13,18 +13,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gradlab.audit.command import audit_command
+from gradlab.measure_command import measure_command
 from gradlab.names import check_name
+from gradlab.provenance import __version__
 from gradlab.train_command import train_command
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from gradlab.scenario import Scenario
 
 app = typer.Typer(
     name="gradlab",
@@ -38,6 +35,21 @@ app = typer.Typer(
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, data and captions.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core. Same bytes for any.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Entropy of every random draw.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gradlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
 
 
 def analyses() -> dict[str, Path]:
@@ -173,51 +185,7 @@ def claims_command(
         report.show_verdicts(settled)
 
 
-class Family(StrEnum):
-    """Kinds of policy offered on the command line."""
-
-    bandit = "bandit"
-    tree = "tree"
-    markov = "markov"
-    gaussian = "gaussian"
-
-
-@app.command(name="measure")
-def measure_command(
-    estimator: Annotated[
-        list[str] | None, typer.Option("--estimator", "-e", help="Catalogue name; may be repeated. Default: all of them.")
-    ] = None,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Objective to compare with.")] = None,
-    family: Annotated[Family, typer.Option("--family", help="Kind of policy.")] = Family.tree,
-    vocab: Annotated[int, typer.Option("--vocab", min=2, help="Number of tokens.")] = 4,
-    length: Annotated[int, typer.Option("--length", min=1, help="Largest number of tokens of a response.")] = 3,
-    eos: Annotated[int | None, typer.Option("--eos", help="Token that ends a response.")] = None,
-    kl: Annotated[float, typer.Option("--kl", min=0, help="KL(policy ‖ reference) in nats.")] = 0.3,
-    lag: Annotated[float, typer.Option("--lag", min=0, help="KL(policy ‖ behaviour) in nats; 0 is on-policy.")] = 0.0,
-    scenarios: Annotated[int, typer.Option("--scenarios", min=1, help="How many random scenarios.")] = 1,
-    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses to draw; leave out for exact.")] = None,
-    jobs: Jobs = 1,
-    seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the frame to this CSV file.")] = None,
-) -> None:
-    """Measure bias, direction and noise of estimators on random policies.
-
-    Example: `gradlab measure -e k2-loss -e k3-loss --family bandit --vocab 50 --kl 1 -n 10000`
-    """
-    from gradlab import report
-    from gradlab.catalogue import ESTIMATORS
-    from gradlab.measure import measure
-
-    names = estimator or list(ESTIMATORS)
-    cases = [_scenario(family, vocab, length, eos, kl, lag, seed * 1_000_003 + i) for i in range(scenarios)]
-    frame = measure(names, cases, target=target or "reverse_kl", samples=samples, seed=seed, jobs=jobs)
-    if output is not None:
-        report.writable(output.parent)
-        with report.written(output) as part:
-            frame.to_csv(part, index=False, lineterminator="\n")
-    show(frame)
-
-
+app.command(name="measure")(measure_command)
 app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
 
@@ -279,47 +247,6 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
 
         return ("task", "stages", "what it does"), [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()]
     return ("name", "question"), [(name, _title(path)) for name, path in analyses().items()]
-
-
-def show(frame: pd.DataFrame) -> None:
-    """Print the columns of a measured frame that a person looks at first."""
-    import pandas as pd
-    from rich.table import Table
-
-    from gradlab import reliability
-    from gradlab.console import wide_console
-
-    columns = ["scenario", "estimator", "target", "bias", "cosine", "noise", "crossover"]
-    table = Table(header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column in columns[:3] else "right")
-    for row in frame.to_dict("records"):
-        cells = [row["scenario"], row["estimator"], row["target"]]
-        for column in columns[3:]:
-            low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-            ends = "" if low is None or pd.isna(low) else f" [{low:.3g}, {high:.3g}]"
-            cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
-        table.add_row(*cells)
-    wide_console().print(table)
-    if told := reliability.sentence(frame):
-        print(told)
-
-
-def _scenario(family: Family, vocab: int, length: int, eos: int | None, kl: float, lag: float, seed: int) -> Scenario:
-    from gradlab.policies import Bandit, Gaussian, Markov, Tree
-    from gradlab.scenario import Scenario
-
-    policy: Bandit | Tree | Markov | Gaussian
-    if family is Family.gaussian:
-        policy = Gaussian(0.0, 1.0)
-    elif family is Family.bandit:
-        policy = Bandit.random(vocab, seed)
-    elif family is Family.tree:
-        policy = Tree.random(vocab, length, seed, eos)
-    else:
-        policy = Markov.random(vocab, length, seed, eos)
-    behaviour = policy.perturbed(kl=lag, seed=seed + 2) if lag else None
-    return Scenario(policy, policy.perturbed(kl=kl, seed=seed + 1), behaviour)
 
 
 def _choose(scripts: dict[str, Path], only: list[str] | None) -> list[str]:

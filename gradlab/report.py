@@ -58,6 +58,16 @@ def writable(folder: Path) -> Path:
         ) from None
 
 
+def writable_file(path: Path) -> Path:
+    """A file to be written into a folder that is there. Raises `ValueError` when it cannot be; a folder misspelt is not made."""
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another with --output")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; give --output the name of a file")
+    writable(path.parent)
+    return path
+
+
 @dataclass(frozen=True)
 class Study:
     """One run of one analysis: where it writes, how large it is, how many processes it may use, and its entropy."""

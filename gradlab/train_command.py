@@ -57,7 +57,7 @@ def train_command(
     policy = small(task.value)
     names = estimator or ["k1-loss", "k2-loss", "k3-loss"]
     if output is not None:
-        report.writable(output.parent)
+        report.writable_file(output)
     frame = train(
         policy, task_reward(task.value, policy), names, coefficient or [0.1], recipe=recipe, seeds=seeds, seed=seed, jobs=jobs
     )  # fmt: skip

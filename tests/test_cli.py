@@ -116,6 +116,82 @@ def test_a_mistake_is_explained_and_exits_with_2(monkeypatch, capsys, arguments,
     assert "Traceback" not in err
 
 
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"gradlab {gl.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("measure", "--family", "bandit", "--length", 3), "a bandit has no --length; --family bandit takes --vocab"),
+        (("measure", "--family", "bandit", "--eos", 1), "a bandit has no --eos"),
+        (("measure", "--family", "gaussian", "--vocab", 3), "a gaussian has no --vocab; --family gaussian takes none of"),
+    ],
+)
+def test_a_size_that_a_family_does_not_have_is_refused(monkeypatch, capsys, arguments, said):
+    assert run(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bandit", "tree", "markov", "gaussian"])
+def test_every_family_is_measured_with_the_sizes_it_has(monkeypatch, capsys, family):
+    assert run(monkeypatch, "measure", "-e", "k2-loss", "--family", family) == 0
+    assert "kl=0.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [("measure", "-e", "k2-loss"), ("train", "-e", "k2-loss")])
+def test_a_file_into_a_folder_that_is_not_there_is_refused_before_any_work(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setattr("gradlab.measure.measure", None)
+    monkeypatch.setattr("gradlab.training.train", None)
+    assert run(monkeypatch, *command, "-o", tmp_path / "none" / "x.csv") == 2
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert run(monkeypatch, *command, "-o", tmp_path) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        (("-e", "k2-loss", "--kl", 0), ["– in 1 of 1 rows: the target's gradient is 0"]),
+        (("-e", "k2-loss", "-n", 1), ["– in 1 of 1 rows: so few responses show no spread"]),
+        (("-e", "k1-loss", "-e", "k2-loss"), ["– in 1 of 2 rows: no cosine: the mean gradient is 0"]),
+        (("-e", "k2-loss", "-n", 1000), ["– in 1 of 1 rows: no crossover: the sample does not tell the bias from 0"]),
+        (("-e", "k2-loss"), []),
+    ],
+)
+def test_a_dash_has_a_reason(monkeypatch, capsys, options, reasons):
+    assert run(monkeypatch, "measure", "--family", "bandit", *options) == 0
+    printed = capsys.readouterr().out.splitlines()
+    told = [line for line in printed if line.startswith("– in")]
+    assert [line.startswith(reason) for line, reason in zip(told, reasons, strict=True)] == [True] * len(reasons)
+    cells = [cell.strip() for line in printed if line.startswith("│") for cell in line.split("│")]
+    assert any(cell.startswith("–") for cell in cells) == bool(reasons)
+
+
+def test_a_file_without_a_function_is_answered_with_those_it_defines(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "losses.py"
+    file.write_text("raise SystemExit  # is not run\ndef k3_loss(logprob): ...\ndef _help(): ...\ndef kl(logprob): ...\n")
+    assert run(monkeypatch, "audit", file) == 2
+    assert f"{file}:FUNCTION with one of k3_loss, kl" in capsys.readouterr().err
+    file.write_text("x = 1\n")
+    assert run(monkeypatch, "audit", file) == 2
+    assert "it defines no function" in capsys.readouterr().err
+    assert run(monkeypatch, "audit", tmp_path / "none.py") == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert run(monkeypatch, "audit", "package.losses") == 2
+    assert "package.losses:FUNCTION" in capsys.readouterr().err
+
+
+def test_an_audit_that_could_not_be_written_is_not_run(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("gradlab.audit.run.audit", None)
+    (tmp_path / "losses.py").write_text("def k3_loss(logprob, ref_logprob): return (ref_logprob - logprob).exp().sum()\n")
+    assert run(monkeypatch, "audit", f"{tmp_path / 'losses.py'}:k3_loss", "-o", tmp_path / "file" / "page") == 2
+    assert "cannot write to the output folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["estimators", "targets", "kernels", "claims", "analyses"])
 def test_list_names_everything_there_is(monkeypatch, capsys, what):
     assert run(monkeypatch, "list", what) == 0

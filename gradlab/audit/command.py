@@ -59,9 +59,12 @@ def audit_command(
 
     from gradlab.audit import candidates, report
     from gradlab.audit.run import Audit
+    from gradlab.report import writable
 
     if expect is not None:
         candidates.check(expect)
+    if output is not None:
+        writable(output)
     chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
     chosen = [subject for subject in chosen if only is None or only in subject.name]
     chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
@@ -102,7 +105,7 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
     from gradlab.audit import adapters
     from gradlab.audit.batch import Subject
     from gradlab.audit.bind import bind
-    from gradlab.audit.load import load
+    from gradlab.audit.load import load, offered
 
     if installed == bool(given):
         raise ValueError(
@@ -117,6 +120,8 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
     found: list[Subject] = []
     sys.path.insert(0, "")  # as `python -m` has it: modules beside the user are found
     for address in given:
+        if ":" not in address and (address.endswith(".py") or "." in address):
+            raise ValueError(f"say which function of {address} to audit: {address}:FUNCTION{offered(address)}")
         if ":" not in address:
             found += adapters.subjects([address])
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -38,6 +39,19 @@ def load(spec: str) -> Any:
     if not callable(found) and not hasattr(found, "loss"):
         raise ValueError(f"{spec} is {type(found).__name__}, not a function")
     return found
+
+
+def offered(address: str) -> str:
+    """Which functions a file defines, read without running it, as the end of a sentence; empty where there is no such file."""
+    path = Path(address)
+    if not path.is_file():
+        return f" (there is no file {path})" if address.endswith(".py") else ""
+    try:
+        defined = [item.name for item in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(item, ast.FunctionDef)]
+    except (SyntaxError, ValueError) as error:
+        return f" (it cannot be read: {error})"
+    public = [name for name in defined if not name.startswith("_")] or defined
+    return f" with one of {', '.join(public)}" if public else " (it defines no function)"
 
 
 def version(module: str) -> tuple[str, str]:
