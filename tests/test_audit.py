@@ -351,6 +351,25 @@ def test_forms_prefer_the_composition_whose_value_agrees():
     assert gl.audit(subject_of(detached)).form.estimator == detached
 
 
+@pytest.mark.parametrize(
+    "estimator", [Estimator("k3", weight="token", differentiate_weight=True), Estimator("k2", weight="token")]
+)
+def test_values_tell_compositions_by_length_apart_too(estimator):
+    """Both have the gradient of others; what the loss is worth, divided by the length, says which it is."""
+    found = gl.audit(subject_of(replace(estimator, normalise="mean"))).form
+    assert (found.estimator, found.by_length) == (estimator, True)
+    assert len(found.twins) >= 1
+
+
+def test_a_form_with_the_wrong_sign_is_named_with_its_negative_factor():
+    def ascent(log_probs, ref_log_probs, mask):
+        return -2.5 * (0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean()
+
+    found = gl.audit(ascent).form
+    assert found.estimator == Estimator("k2")
+    assert found.factor == pytest.approx(-2.5, rel=1e-9)
+
+
 def test_compositions_are_distinct():
     listed = list(forms.compositions())
     assert len(listed) == len(set(listed)) > 200
@@ -370,6 +389,23 @@ def test_a_scale_is_reported_and_a_foreign_gradient_is_not_explained_away():
     assert verdict.scale == pytest.approx(0.04, rel=1e-12)
     assert verdict.text.startswith("equals the gradient of the reverse KL with frozen prefixes, relative error ")
     assert verdict.text.endswith(", scale 0.04")
+
+    def turned(log_probs, ref_log_probs, mask):
+        ratio = log_probs - ref_log_probs
+        return -((0.5 * ratio**2 + 0.2 * torch.sin(3 * ratio)) * mask).sum(-1).mean()
+
+    verdict = gl.audit(turned).on_policy
+    means = [engine.field(gl.audit.bind(turned), world, 1).mean for world in worlds.standard() if not world.off_policy]
+    truths = [candidates.gradients(world) for world in worlds.standard() if not world.off_policy]
+    cosines = {
+        name: np.mean([float(m @ t[name] / m.norm() / t[name].norm()) for m, t in zip(means, truths, strict=True)])
+        for name in truths[0]
+        if all(float(t[name].norm()) > 1e-12 for t in truths)
+    }
+    assert verdict.closest == max(cosines, key=lambda name: abs(cosines[name])) != max(cosines, key=cosines.get)
+    assert verdict.cosine == pytest.approx(cosines[verdict.closest], rel=1e-9)
+    assert verdict.cosine < -0.5
+
     verdict = gl.audit(foreign).on_policy
     assert verdict.name == "none"
     assert verdict.closest in candidates.CANDIDATES

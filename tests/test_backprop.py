@@ -230,6 +230,16 @@ def llama(seed: int, **fields: object) -> LanguageModel:
     return LanguageModel(made, [(1, 2)], 3, **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_what_an_rms_norm_multiplies_its_weight_with_is_what_torch_computes(dtype, eps):
+    """Inputs as small as the constant under the root, which torch takes from the precision where it is not given."""
+    constant = torch.finfo(dtype).eps if eps is None else eps
+    inputs = constant**0.5 * torch.randn(3, 4, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    norm = torch.nn.RMSNorm(8, eps=eps, dtype=dtype)
+    torch.testing.assert_close(layers.factor(norm, inputs), norm(inputs))
+
+
 def test_rms_norms_and_frozen_layers():
     scenario = gl.Scenario(llama(0, trainable=["norm.weight", "gate.weight", "down.weight"]), llama(1))
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(scenario))
