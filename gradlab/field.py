@@ -25,6 +25,7 @@ COLUMNS: dict[str, str] = {
     "kl": "KL(policy ‖ reference) before the step, nats",
     "rise": "KL after the step minus KL before, nats",
     "cosine": "cosine between the expected gradient and ∇KL(policy ‖ reference); missing when either is zero",
+    "reference": "probabilities of the reference, `(0.7 0.01 0.29)`",
 }
 
 
@@ -74,6 +75,7 @@ def field(
             columns |= {f"after_{k}": moved.exp()[:, k].numpy() for k in range(v)}
             columns |= {"kl": before.detach().numpy(), "rise": (CATEGORICAL.reverse_kl(moved, ref) - before).detach().numpy()}
             columns["cosine"] = torch.where(size > 1e-14, (gradient * truth).sum(-1) / size, torch.nan).numpy()
+            columns["reference"] = f"({' '.join(f'{probability:.6g}' for probability in q.tolist())})"
             frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 

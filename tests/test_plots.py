@@ -1,5 +1,6 @@
 """Figures from frames: what is drawn, in which colour, how large, and that the same frame gives the same bytes."""
 
+import inspect
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import gradlab as gl
-from gradlab.plots import COLUMN, HUES, PAGE, style_of, stylesheet
+from gradlab.plots import COLUMN, HUES, PAGE, style_of, styled, stylesheet
+from gradlab.plots.style import OTHERS
+
+
+def signature_of(name: str) -> inspect.Signature:
+    item = getattr(gl.plots, name)
+    return inspect.signature(item) if inspect.isfunction(item) else inspect.Signature()
+
 
 NAMES = ["k1-reward", "k2-loss", "k3-loss", "k1-loss"]
 
@@ -132,7 +140,56 @@ def test_hue_follows_the_kernel_and_lightness_the_placement() -> None:
 def test_composed_names_and_functions_have_a_colour() -> None:
     assert style_of("k2-reward-to_go").colour == style_of("k2-reward").colour != style_of("k2-loss").colour
     assert style_of("k1-loss+reward").colour not in (style_of("k1-loss").colour, style_of("k1-reward").colour)
-    assert style_of("my_loss") == style_of("another_loss")
+    assert style_of("my_loss") == style_of("another_loss"), "outside a figure"
+
+
+def test_estimators_of_the_user_have_colours_of_their_own_within_a_figure() -> None:
+    names = [f"loss {i}" for i in range(20)]
+    frame = objectives_frame()
+    frame = pd.concat([frame[frame["estimator"] == "k3-loss"].assign(estimator=name) for name in names], ignore_index=True)
+    looks = []
+
+    @styled
+    def figure(frame: pd.DataFrame) -> Figure:
+        looks.append([style_of(name) for name in frame["estimator"].unique()])
+        return Figure()
+
+    figure(frame)
+    figure(frame)
+    assert looks[0] == looks[1], "a figure does not depend on the one before"
+    assert len(set(looks[0])) == len(names)
+    assert len({look.colour for look in looks[0]}) == len(OTHERS)
+    assert style_of("loss 0") == style_of("loss 1"), "nothing is left behind"
+
+
+#: Every public function that draws a frame.
+DRAWING = [name for name in gl.plots.__all__ if signature_of(name).return_annotation == "Figure"]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_frame_that_cannot_be_drawn_is_told_what_it_lacks(name: str) -> None:
+    kinds = {"pd.DataFrame": pd.DataFrame({"nothing": [1.0]}), "Sequence[str]": ["k2-loss"], "str": "bias", "float": 1.0}
+    kinds["Sequence[tuple[str, Sequence[str]]]"] = [("group", ["k2-loss"])]
+    required = [p for p in signature_of(name).parameters.values() if p.default is p.empty]
+    given = [kinds.get(p.annotation, {"k2-loss": 1.0}) for p in required]
+    draw = getattr(gl.plots, name)
+    with pytest.raises(ValueError, match=rf"the frame has no .*; it has nothing\. What is drawn is told by plots\.{name}: "):
+        draw(*given)
+    with pytest.raises(ValueError, match=f"there is no frame to draw; plots.{name}: "):
+        draw(*[None] * len(given))
+    with pytest.raises(ValueError, match="a frame without rows"):
+        draw(*[item.head(0) if isinstance(item, pd.DataFrame) else item for item in given])
+
+
+def test_frames_of_the_package_are_drawn_as_they_come() -> None:
+    tree = gl.Tree.random(3, 2)
+    scenarios = [gl.Scenario(tree, tree.perturbed(kl=kl)) for kl in (0.1, 0.5)]
+    frame = gl.measure(["k2-loss", "k3-loss"], scenarios)
+    assert len(gl.plots.crossovers(frame).axes) == 1
+    assert len(gl.plots.crossovers(gl.measure(["k2-loss", "k3-loss"], scenarios, samples=2000)).axes) == 1
+    assert gl.plots.objectives(frame).axes
+    drawn = gl.plots.field(gl.field(["k2-loss", "k3-loss"], gl.simplex(8)[[f"policy_{v}" for v in range(3)]], [0.2, 0.3, 0.5]))
+    assert [ax.get_title(loc="left") for ax in drawn.axes] == ["a  k2-loss", "b  k3-loss", "c  k3-loss, logits"]
 
 
 #: Colour-vision deficiencies at full severity, in linear RGB: Machado, Oliveira & Fernandes (2009).

@@ -99,8 +99,11 @@ def field(frame: pd.DataFrame) -> Figure:
     """Descent directions over three-token policies, one row per reference; shaded where an exact step raises the KL.
 
     Reads `reference, grid, estimator, policy_0 … policy_2, after_0 … after_2, rise`. Rows of grid `arrows` are drawn as arrows
-    (direction only), `simplex` and `logits` are shaded, `instance` is marked; `logits` appears as a panel of its own.
+    (direction only), `simplex` and `logits` are shaded, `instance` is marked; `logits` appears as a panel of its own. A frame of
+    `gl.field` without a `grid` is drawn as all but the last.
     """
+    if "grid" not in frame:
+        frame = pd.concat([frame.assign(grid=kind) for kind in ("simplex", "arrows", "logits")], ignore_index=True)
     references, names = list(dict.fromkeys(frame["reference"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 0.35 + 1.65 * len(references)))
     grid = figure.subplots(len(references), len(names) + 1, squeeze=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -37,12 +38,17 @@ HUES: dict[str, str] = {
 }
 #: Lightness = placement: 0 is the hue itself, negative is mixed with black, positive with white.
 LIGHTNESS = {"loss": 0.0, "straight_through": 0.25, "reward": -0.45, "loss+reward": 0.5}
-#: Anything that is not an estimator of the package.
+#: What is no estimator, or stands for none.
 NEUTRAL = "#666666"
+#: Estimators that are not of the package: Paul Tol's muted palette, safe for colour-blind readers.
+OTHERS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#AA4499", "#44AA99", "#DDCC77")
 #: Truth is a reference line.
 TRUTH: dict[str, Any] = {"color": "black", "linewidth": 0.9, "zorder": 1.5}
 #: Line style = how a number was measured.
 VIA = {"exact": "-", "sampled": "--", "closed form": ":"}
+
+#: Names that are not of the package in the order in which the figure at hand met them.
+_met: ContextVar[dict[str, int] | None] = ContextVar("met", default=None)
 
 F = TypeVar("F", bound=Callable[..., Figure])
 
@@ -56,12 +62,20 @@ class Style:
 
 
 def style_of(name: str) -> Style:
-    """Colour and marker of a catalogue name, a kernel, or a composed name such as `k2-reward-to_go`; grey for others."""
+    """Colour and marker of a catalogue name, a kernel, or a composed name such as `k2-reward-to_go`.
+
+    Other names, such as those of a user's functions, get the colours of `OTHERS` in the order in which a figure meets them, and
+    another marker when those are used up; grey outside a figure.
+    """
     if name in ESTIMATORS:
         return look_of(ESTIMATORS[name])
     kernel, _, placement = name.partition("-")
     if kernel not in HUES:
-        return Style(NEUTRAL, "o")
+        met = _met.get()
+        if met is None or name == "none":
+            return Style(NEUTRAL, "o")
+        marker, colour = divmod(met.setdefault(name, len(met)), len(OTHERS))
+        return Style(OTHERS[colour], "osD^vPX*"[marker % 8])
     placed = max((p for p in LIGHTNESS if placement.startswith(p)), key=len, default="loss")
     return Style(_shade(HUES[kernel], LIGHTNESS[placed]), "o")
 
@@ -100,12 +114,29 @@ def stylesheet() -> Iterator[None]:
 
 
 def styled(function: F) -> F:
-    """Make a function draw its figure under the style sheet."""
+    """Make a function draw its figure under the style sheet, and say what is missing from a frame that it cannot draw.
+
+    Raises `ValueError` for anything but frames, for one without rows, and for one without a column that is read.
+    """
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with stylesheet():
-            return function(*args, **kwargs)
+        given = [item for item in (*args, *kwargs.values()) if isinstance(item, pd.DataFrame)]
+        reads = " ".join((function.__doc__ or "").split())
+        told = f"plots.{function.__name__}: {reads}"
+        if not given or not len(given[0]):
+            raise ValueError(f"there is {'no frame' if not given else 'a frame without rows'} to draw; {told}")
+        token = _met.set({})
+        try:
+            with stylesheet():
+                return function(*args, **kwargs)
+        except KeyError as error:
+            asked = error.args[0] if error.args else ""
+            raise ValueError(
+                f"the frame has no {asked!r}; it has {', '.join(map(str, given[0].columns))}. What is drawn is told by {told}"
+            ) from error
+        finally:
+            _met.reset(token)
 
     return wrapper  # type: ignore[return-value]
 
