@@ -6,14 +6,8 @@ A surrogate *decomposes over time* when it is a linear recursion: scalar states 
     X ← C X + (C' c) ⊗ φ_t + (C° c) ⊗ δ_t,      φ_t = ∇log π(y_t|s_t) the score,   δ_t = ∇D(s_t) of a vocabulary kernel,
 
 with `C'`, `C°` the derivatives of `C` along them; what a surrogate detaches has derivative 0. On a chain `C` is a table over
-(row, token), so with the last token as state the second moments close, each averaged over the token drawn:
-
-    E[c cᵀ]  ← C E[c cᵀ] Cᵀ
-    E[c ⊗ X] ← C E[c ⊗ X] Cᵀ + C E[c cᵀ] C'ᵀ ⊗ φ
-    E[X Xᵀ]  ← C E[X Xᵀ] Cᵀ + C E[(X·φ) cᵀ] C'ᵀ + (…)ᵀ + ‖φ‖² C' E[c cᵀ] C'ᵀ     (traced over parameters; likewise δ).
-
-The recursion runs forward: a response is collected where it ends, with its own normaliser, and a forward moment is a sum
-over pasts without subtractions. `φ` and `δ` fill one table row, so only moving `E[c ⊗ X]` costs `v² p` a step.
+(row, token), so the moments of a whole response close: pasts `E[c cᵀ]` run forward over the last token, a response is collected
+where it ends, with its own normaliser, and `gradlab.visits` sums the squared gradient over pairs of visits to one row.
 """
 
 from __future__ import annotations
@@ -32,8 +26,13 @@ from gradlab.policies import Markov
 from gradlab.recursions import NOTHING, ONE, UNITS, Recursion, Rows, Step, kernel_step, obstacle, recursion, whole_kernel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
+from gradlab.visits import Injection, Walk
 
 METHOD = "dynamic programming"
+#: `moments` is refused where its arrays `[v, v]` would need more than this.
+MEMORY_BYTES = 2**32
+#: Arrays `[v, v]` that list every step, before any recursion.
+STEP_ARRAYS = 40
 INSTEAD = "estimate it from samples (samples=…), or enumerate a short chain as gl.Tree"
 
 
@@ -48,8 +47,11 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
     * `truncate` with weight `prefix` or `sequence` (with `token` it is local),
     * `clip`, unless weight and credit are both `token`,
     * credit `sequence` with kernel `abs` or a clamp.
-    Those are not linear in anything that a step can update. Raises `ValueError` for them, for any other callable, for
-    policies that are not `Markov`, and when a moment overflows.
+    Those are not linear in anything that a step can update. With `v` tokens and length `T` the work is `v³ T`, and `v² T²` where
+    a credit looks ahead; memory is 50 (`k2` as loss) to 500 (weighted `k3` of whole responses) arrays `[v, v]` of doubles, `.5 MB`
+    each at 256 tokens, and up to 10,000 where such a weight is differentiated, which is also the slowest. Raises `ValueError`
+    for what is not covered, for policies that are not `Markov`, where memory would exceed `MEMORY_BYTES`, and when a moment
+    overflows.
     """
     _chains(scenario)
     hindrance = obstacle(estimator)
@@ -110,23 +112,38 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
 
 def _solve(e: Estimator, scenario: Scenario) -> Moments:
     """Run the estimator's recursion and read its moments off the ends."""
+    policy, _, sampler = _chains(scenario)
+    _afford(STEP_ARRAYS, policy.vocab, e)
     at = _steps(scenario)
     program = recursion(e, at)
     c, x = _needed(program)
-    cc, cx, xx = _forward(_Transition(e, scenario, at, program.rows, c, x), e, scenario)
-    g = _pick(x, *program.surrogate)
+    walk = _walk(e, scenario, at, program.rows, c, x)
+    _afford(STEP_ARRAYS + walk.arrays, policy.vocab, e)
+    one, g = _pick(c, "1"), _pick(x, *program.surrogate)
     if program.score_sum is None:
-        mean = g @ cx[0]
-        return Moments(mean, max(float(g @ xx @ g - mean @ mean), 0.0), method=METHOD)
+        mean, square = walk.mean(g, one), walk.square(torch.outer(g, g)[None])
+        return Moments(mean, max(float(square[0] - mean @ mean), 0.0), method=METHOD)
     # A centred coefficient a, score sum s and g = a s.
+    cc = _scalar_moments(program.rows, c, _emission(sampler), policy)
     a, s = _pick(c, program.coefficient), _pick(x, program.score_sum)
-    average = a @ cc[0]
-    a, g = a - average * _pick(c, "1"), g - average * s
-    centre, mean, second, spread = s @ cx[0], g @ cx[0], a @ (g @ cx), a @ cc @ a
-    m22 = g @ xx @ g - 2 * second @ centre + spread * (centre @ centre)
+    average = one @ cc @ a
+    a, g = a - average * one, g - average * s
+    centre, mean, second, spread = walk.mean(s, one), walk.mean(g, one), walk.mean(g, a), a @ cc @ a
+    square_g, square_s = walk.square(torch.stack([torch.outer(g, g), torch.outer(s, s)]))
+    m22 = square_g - 2 * second @ centre + spread * (centre @ centre)
     zeta1 = (m22 - mean @ mean) / 4
-    zeta2 = (m22 + spread * (s @ xx @ s - centre @ centre)) / 2
+    zeta2 = (m22 + spread * (square_s - centre @ centre)) / 2
     return of_group(e, mean, zeta1, zeta2, METHOD)
+
+
+def _afford(arrays: int, vocab: int, e: Estimator) -> None:
+    """Raise `ValueError` where so many arrays `[v, v]` are more than `MEMORY_BYTES`."""
+    if 8 * arrays * vocab**2 > MEMORY_BYTES:
+        raise ValueError(
+            f"the moments of {e.name} on a chain of {vocab} tokens hold at least {arrays} arrays [{vocab}, {vocab}], "
+            f"{8 * arrays * vocab**2 / 2**30:.2g} GiB, more than the {MEMORY_BYTES / 2**30:.2g} GiB allowed; take a smaller vocabulary, or "
+            "estimate them from samples (samples=…)"
+        )
 
 
 def _needed(program: Recursion) -> tuple[list[str], list[str]]:
@@ -138,67 +155,23 @@ def _needed(program: Recursion) -> tuple[list[str], list[str]]:
     return _reach(["1", program.coefficient, *pulled], rows), x
 
 
-def _forward(transition: _Transition, e: Estimator, scenario: Scenario) -> list[Tensor]:
-    """`E[c cᵀ]` `[k, k]`, `E[c ⊗ X]` `[k, m, p]`, `E[X Xᵀ]` `[m, m]` of whole responses, `X` with its normaliser."""
+def _walk(e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str], x: list[str]) -> Walk:
+    """The recursion between the states `c`, and between the gradients of the states `x`."""
     policy, _, sampler = _chains(scenario)
-    scales = {"sum": 1.0, "fixed": 1 / policy.length, "token_mean": 1 / float(sampler.occupancy().sum())}
-    state = transition.start
-    totals = [torch.zeros_like(moment[0]) for moment in state]
-    for t in range(1, policy.length + 1):
-        state = transition(state, slice(0, 1) if t == 1 else slice(1, None))
-        if t == policy.length or policy.eos is not None:
-            scale = scales.get(e.normalise, 1 / t)
-            for power, (total, moment) in enumerate(zip(totals, state, strict=True)):
-                total.add_(moment.sum(0) if t == policy.length else moment[policy.eos], alpha=scale**power)
-    return totals
-
-
-#: `E[c cᵀ]` `[row, k, k]`, `E[c ⊗ X]` `[row, k, m, p]` and `E[X Xᵀ]` `[row, m, m]` of responses about to emit from a row.
-Joint = tuple[Tensor, Tensor, Tensor]
-
-
-class _Transition:
-    """One step of the forward recursion. Its arrays run over (row, token) `[r, v]`, matrices between states come last."""
-
-    def __init__(self, e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str], x: list[str]) -> None:
-        (r, v), pi = at.table.shape, at.table.softmax(-1)
-        self.start = _start(c)[None], pi.new_zeros(1, len(c), len(x), r * v), pi.new_zeros(1, len(x), len(x))
-        self.mu = _emission(_chains(scenario)[2])[..., None, None]
-        self.c, self.x = (_matrices(rows, states, states, 0, pi) for states in (c, x))
-        #: What C' and C° inject, and the direction in the row it goes, `[r, y, v]`: φ = onehot(y) − π, and δ.
-        self.injected = [(_matrices(rows, x, c, 1, pi), torch.eye(v, dtype=pi.dtype) - pi[:, None])]
-        if e.on_vocabulary:
-            slope = at.family.slope(e.kernel, at.table, at.reference_table)
-            self.injected.append((_matrices(rows, x, c, 2, pi), slope[:, None].expand(r, v, v)))
-        self.products = [
-            (inject, other, (along * beside).sum(-1)[..., None, None])
-            for inject, along in self.injected
-            for other, beside in self.injected
-        ]
-        self.moves = [
-            (i, j, k, m, (self.mu[..., 0, 0] * self.c[..., i, k] * self.x[..., j, m]).T.contiguous())
-            for i, k in self.c.flatten(0, 1).any(0).nonzero().tolist()
-            for j, m in self.x.flatten(0, 1).any(0).nonzero().tolist()
-        ]
-
-    def __call__(self, state: Joint, part: slice) -> Joint:
-        """Draw a token from each of the rows `part`, which `state` covers; the last token is the next row."""
-        cc, cx, xx = state
-        mu, c, x, (r, v) = self.mu[part], self.c[part], self.x[part], self.mu.shape[:2]
-        moved = cx.new_zeros(v, *cx.shape[1:])
-        for i, j, k, m, move in self.moves:
-            moved[:, i, j].addmm_(move[:, part], cx[:, k, m])
-        rows = moved.view(*moved.shape[:3], r, v)[:, :, :, part]
-        own = cx.view(*cx.shape[:3], r, v)[:, :, :, part].diagonal(dim1=0, dim2=3).permute(3, 2, 0, 1)  # [r, v, k, m]
-        before, square = c @ cc[:, None], x @ xx[:, None] @ x.mT
-        for inject, along in self.injected:
-            flow = mu * (before @ inject[part].mT)  # [r, v, k, m]
-            rows += flow.permute(1, 2, 3, 0)[..., None] * along[part].transpose(0, 1)[:, None, None]
-            cross = x @ (along[part] @ own.flatten(2)).view(own.shape).mT @ inject[part].mT
-            square = square + cross + cross.mT
-        for inject, other, product in self.products:
-            square = square + product[part] * (inject[part] @ cc[:, None] @ other[part].mT)
-        return (mu * (before @ c.mT)).sum(0), moved, (mu * square).sum(0)
+    pi = at.table.softmax(-1)
+    injected = [Injection(_matrices(rows, x, c, 1, pi), 1.0, -pi)]  # the score, onehot(y) − π
+    if e.on_vocabulary:
+        injected.append(Injection(_matrices(rows, x, c, 2, pi), 0.0, at.family.slope(e.kernel, at.table, at.reference_table)))
+    lengths = torch.arange(1, policy.length + 1).to(pi.dtype)
+    constant = {"sum": 1.0, "fixed": 1 / policy.length, "token_mean": 1 / float(sampler.occupancy().sum())}
+    if policy.eos is None:
+        lengths[:] = policy.length
+    scale = torch.full_like(lengths, constant[e.normalise]) if e.normalise in constant else 1 / lengths
+    alone = all(set(rows[state]) & set(x) == {state} and rows[state][state].equals(ONE) for state in x)
+    settled = alone and (policy.eos is None or e.normalise in constant)
+    between_c, between_x = (_matrices(rows, states, states, 0, pi) for states in (c, x))
+    start = _pick(c, *(state for state in c if state in UNITS))
+    return Walk(_emission(sampler), between_c, between_x, tuple(injected), start, scale, policy.eos, settled)
 
 
 def _scalar_moments(rows: Rows, states: list[str], mu: Tensor, policy: Markov) -> Tensor:

@@ -133,6 +133,12 @@ def main() -> None:
         short, long = (seconds(partial(exact.moments, estimator, chain), repeat=3) for chain in chains.values())
         line(f"Markov, 32 tokens, length 64: exact mean and trace of {name}", 1e3 * short, "ms", "")
         line("  length 512 relative to length 64", long / short, "x", "(aim: at most 10)")
+        wide = []
+        for vocab in (128, 256):
+            chain = gl.Markov.random(vocab=vocab, length=64, seed=0)
+            wide.append(gl.Scenario(chain, chain.perturbed(scale=0.1, seed=1), chain.perturbed(scale=0.05, seed=2)))
+        narrow, wider = (seconds(partial(exact.moments, estimator, each), repeat=3) for each in wide)
+        line("  256 tokens relative to 128, length 64", wider / narrow, "x", "(aim: at most 10)")
     gradient = seconds(lambda: exact.gradient("reverse_kl", chains[64]))
     line("exact reverse-KL gradient of that chain, length 64", 1e3 * gradient, "ms", "(aim: below 5)")
 

@@ -195,6 +195,18 @@ def test_rao_blackwell_and_baselines_reduce_variance_on_a_long_chain():
     assert whole == pytest.approx(k2, rel=1e-12)  # equal sample by sample
 
 
+@pytest.mark.parametrize(
+    "e", [E("k2"), E("k1", "reward", "to_go"), E("k3", "reward", "sequence", "sequence")], ids=lambda e: e.name
+)
+def test_memory_is_bounded_before_the_work_starts(e, monkeypatch):
+    world = chains(64, 8, off_policy=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(markov, "MEMORY_BYTES", 2**17)
+        with pytest.raises(ValueError, match=r"chain of 64 tokens hold at least .* more than the .* allowed; take a smaller"):
+            markov.moments(e, world)
+    assert markov.moments(e, world).trace_cov > 0
+
+
 def test_the_reference_itself_pulls_nowhere():
     policy = gl.Markov.random(vocab=3, length=50, seed=3, eos=0)
     world = gl.Scenario(policy, policy)
