@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import gradlab as gl
-from gradlab import cli, montecarlo, reliability
+from gradlab import measure_command, montecarlo, reliability
 from gradlab.claims import settle
 from gradlab.ledger.form import Claim
 from gradlab.moments import gradients
@@ -117,10 +117,10 @@ def test_a_dropped_mode_opens_its_ends_and_settles_nothing(capsys: pytest.Captur
     assert k2.bias_high < math.inf
     assert (k2.noise_low, k2.noise_high) == OPEN["noise"]
     assert k3.unseen == pytest.approx(0.857, abs=0.001)  # unmet with probability .857, and nearly all of the second moment
-    claim = Claim("x", "", "", "", "frame", (), "bias", ">", 0.01, 0.0)
+    claim = Claim("x", "", "", "", "03_objectives", (), "bias", ">", 0.01, 0.0)
     rows = frame[frame["estimator"] == "k3-loss"]
     assert settle(claim, rows).verdict == "UNDECIDED"
-    cli.show(frame)
+    measure_command.show(frame)
     assert "2 of 3 rows are not reliable" in capsys.readouterr().out
     assert reliability.sentence(frame[frame["estimator"] == "full-loss"]) is None
 
