@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
+from gradlab import frames as files
 from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, Condition
 from gradlab.ledger.form import Relation
 from gradlab.names import check_name
@@ -115,9 +116,9 @@ def _read(folder: Path, names: set[str]) -> dict[str, pd.DataFrame]:
 
 
 def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """The saved frames of these names that are in the folder."""
-    paths = {name: Path(folder) / f"{name}.csv" for name in sorted(names)}
-    return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
+    """The saved frames of these names that are in the folder. Raises `ValueError` for a damaged one, see `gradlab.frames`."""
+    there = [name for name in sorted(names) if (Path(folder) / f"{name}.csv").is_file()]
+    return {name: files.load(Path(folder), name) for name in there}
 
 
 def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:

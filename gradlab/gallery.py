@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from gradlab.report import written
+from gradlab.files import written
 
 
 @dataclass(frozen=True)

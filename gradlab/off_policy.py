@@ -157,4 +157,6 @@ def winners(found: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.Dat
 def regrets(found: pd.DataFrame, by: Sequence[str] = ("panel",)) -> pd.DataFrame:
     """How much worse than the best an estimator is over the lags and batches of `errors`: `median` and `worst` ratio."""
     table = found.groupby([*by, "estimator"], sort=False)["regret"].agg(median="median", worst="max").reset_index()
-    return table.sort_values([*by, "worst"], kind="stable", ignore_index=True)
+    # Regrets that agree to rounding are equal, and the estimator named first comes first.
+    order = table.assign(worst=np.log(table["worst"]).round(9)).sort_values([*by, "worst"], kind="stable").index
+    return table.loc[order].reset_index(drop=True)

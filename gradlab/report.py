@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from gradlab import claims
+from gradlab import claims, frames
 from gradlab.console import wide_console
+from gradlab.files import writable as writable
+from gradlab.files import writable_file as writable_file
+from gradlab.files import written as written
 from gradlab.names import check_name
 from gradlab.provenance import versions
 
@@ -33,39 +33,6 @@ _METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
 }
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` and rename it when the block ends well, so that no file is ever half-written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def writable(folder: Path) -> Path:
-    """Create an output folder if need be. Raises `ValueError` when it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to the output folder {folder}: {error.strerror or error}; choose another with --output"
-        ) from None
-
-
-def writable_file(path: Path) -> Path:
-    """A file to be written into a folder that is there. Raises `ValueError` when it cannot be; a folder misspelt is not made."""
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another with --output")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder; give --output the name of a file")
-    writable(path.parent)
-    return path
 
 
 @dataclass(frozen=True)
@@ -89,11 +56,8 @@ class Study:
         return f"gradlab reproduce --only {self.name}{' --quick' if self.quick else ''}{seed}"
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write a frame as CSV with all digits."""
-        path = writable(self.output) / f"{name}.csv"
-        with written(path) as part:
-            frame.to_csv(part, index=False, lineterminator="\n")
-        return path
+        """Write a frame as CSV, see `gradlab.frames`."""
+        return frames.save(writable(self.output), name, frame, {"quick": self.quick, "seed": self.seed})
 
     def save_figure(self, name: str, figure: Figure, frame: pd.DataFrame, caption: str) -> Path:
         """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
@@ -110,15 +74,15 @@ class Study:
             part.write_text(f"{caption}\n\nMade by `{self.command}`, seed {self.seed}, with {stamp}.\n", encoding="utf-8")
         return folder / f"{name}.png"
 
-    def verdicts(self, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    def verdicts(self, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         """Settle the claims that these frames decide, print how many of each came out how and return them.
 
         Raises `ValueError` for a frame that decides no claim.
         """
-        settled = claims.verify(frames)
-        for name in frames:
+        settled = claims.verify(found)
+        for name in found:
             check_name("frame", name, dict.fromkeys(settled["frame"]))
-        settled = settled[settled["frame"].isin(list(frames))].reset_index(drop=True)
+        settled = settled[settled["frame"].isin(list(found))].reset_index(drop=True)
         show_verdicts(settled)
         return settled
 

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gradlab.files import writable, written
 from gradlab.provenance import versions
-from gradlab.report import writable, written
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,14 @@ def train_command(
 
     Example: `gradlab train -e k1-loss -e k2-loss -e k3-loss -b 0.1 --seeds 4 --jobs 2`
     """
+    import torch
+
     from gradlab import report
     from gradlab.policies.small import small
     from gradlab.training import task_reward, train
 
     recipe = Recipe(steps=steps, batch=batch, group=group, epochs=epochs, rate=rate, clip=clip, look=look, watch=watch)
-    policy = small(task.value)
+    policy = small(task.value, precision=torch.float64)  # runs in single precision drift apart between processors
     names = estimator or ["k1-loss", "k2-loss", "k3-loss"]
     if output is not None:
         report.writable_file(output)

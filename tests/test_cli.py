@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import gradlab as gl
-from gradlab import cli, gallery
+from gradlab import cli, files, gallery
 
 SCRIPT = """# %% [markdown]
 # # Does a planted analysis run?
@@ -75,7 +76,7 @@ def test_train_prints_and_writes_what_the_library_trains(monkeypatch, capsys, tm
     shape = {"steps": 2, "batch": 16, "group": 4, "look": 1, "watch": 16}
     options = [part for name, value in shape.items() for part in (f"--{name}", value)]
     assert run(monkeypatch, "train", "-e", "k2-loss", "-b", 0.3, "--seeds", 2, *options, "-o", file) == 0
-    policy = gl.policies.small("names")
+    policy = gl.policies.small("names", precision=torch.float64)
     recipe = gl.training.Recipe(rate=5e-4, **shape)
     expected = gl.train(policy, gl.training.task_reward("names", policy), "k2-loss", 0.3, recipe=recipe, seeds=2)
     frame = pd.read_csv(file)
@@ -260,7 +261,7 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, capsys, tmp_path
     output = tmp_path / "figures"
     assert run(monkeypatch, "reproduce", "--output", output) == 130
     assert "interrupted; finished and kept: 01_planted" in capsys.readouterr().err
-    assert sorted(path.name for path in output.iterdir()) == [".reproduced", "01_numbers.csv"]
+    assert sorted(path.name for path in output.iterdir()) == [".reproduced", "01_frames.json", "01_numbers.csv"]
 
     (scripts / "02_planted.py").write_text(SCRIPT.format(number="02", last=""), encoding="utf-8")
     assert run(monkeypatch, "reproduce", "--output", output) == 0
@@ -283,7 +284,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     target.write_text("old", encoding="utf-8")
 
     def interrupted() -> None:
-        with gl.report.written(target) as part:
+        with files.written(target) as part:
             part.write_text("half of the n", encoding="utf-8")
             raise KeyboardInterrupt
 

@@ -25,7 +25,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_files_and_captions(ran: Run) -> None:
     expected = {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf", "csv", "md")}
-    assert {path.name for path in ran.folder.iterdir()} == expected | {f"{name}.csv" for name in DATA}
+    assert {path.name for path in ran.folder.iterdir()} == expected | {"10_frames.json"} | {f"{name}.csv" for name in DATA}
     for name in FIGURES:
         text = ran.caption(name)
         assert "KL" in text

@@ -331,7 +331,7 @@ def test_the_same_frame_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
         figure, frame = draw(make()), make()
         study.save_figure("00_figure", figure, frame, "A caption.")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["00_figure.csv", "00_figure.md", "00_figure.pdf", "00_figure.png"]
+    assert files == ["00_figure.csv", "00_figure.md", "00_figure.pdf", "00_figure.png", "00_frames.json"]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     pdf = (tmp_path / "a" / "00_figure.pdf").read_bytes()
