@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from gradlab.estimators import Estimator
 from gradlab.kernels import VOCABULARY_KERNELS
 from gradlab.names import several
 from gradlab.rollout import Rollout
+from gradlab.sums import Sums, added, distinct
 
 #: Whatever maps a rollout to per-sample losses `[n]`: an `Estimator`, a framework's loss, a user's function.
 Loss = Callable[[Rollout], Tensor]
@@ -35,16 +37,22 @@ def as_losses(given: Loss | Iterable[Loss]) -> list[Loss]:
 class Moments:
     """Mean gradient `[p]` and trace of the covariance of one sample's gradient.
 
-    `samples` is `None` for exact moments. Sampled ones carry the means `[b, p]` and covariance traces `[b]` of `b`
-    independent batches, from which `gradlab.intervals` makes error bars. `method` says how they were computed.
+    `samples` is `None` for exact moments. Sampled ones carry the means `[b, p]` (as a tensor, or as sums over segments that are
+    batches) and covariance traces `[b]` of `b` independent batches, from which `gradlab.intervals` makes error bars. `method` says
+    how they were computed.
     """
 
     mean: Tensor
     trace_cov: float
     samples: int | None = None
-    batch_means: Tensor | None = None
+    batches: Tensor | Sums | None = None
     batch_traces: Tensor | None = None
     method: str = "enumeration"
+
+    @cached_property
+    def batch_means(self) -> Tensor | None:
+        """Mean gradients of the batches in full, `[b, p]`; `None` for exact moments."""
+        return self.batches.dense()[0] if isinstance(self.batches, Sums) else self.batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +84,57 @@ class Gradients:
 
     def square(self, weight: Tensor) -> Tensor:
         """`Σ_i weight_i ‖g_i‖²` of every loss, `[e]`, for weights `[n]`."""
+        return self.squares() @ weight
+
+    def squares(self, size: int = 1) -> Tensor:
+        """`‖Σ g_i‖²` of every loss over every `size` consecutive responses, `[e, n / size]`."""
         rollout = self.rollout
-        if rollout.revisits:
-            return torch.stack([weight @ self.tables(e).square().sum((-2, -1)) for e in range(len(self.score))])
+        (n, t), (r, v) = rollout.tokens.shape, rollout.table.shape
+        if size > 1 or rollout.revisits:
+            # Steps share rows. Whole tables are the shorter way where a response visits most of them.
+            if r * v <= 8 * t * size:
+                whole = (self.tables(e).view(-1, size, r, v).sum(1) for e in range(len(self.score)))
+                return torch.stack([table.square().sum((-2, -1)) for table in whole])
+            return self.sums(torch.arange(n) // size, n // size).squares()
         # No response emits twice from one row, so the steps of a response are orthogonal and their squares add up.
         scores = rollout.table, rollout.contexts, rollout.tokens
-        score, each = self.score.flatten(1), weight[:, None]
-        total = score.square() @ (rollout.family.score_norm(*scores) * each).flatten()
+        found = (self.score.square() * rollout.family.score_norm(*scores)).sum(-1)
         for losses, direct, slope in self.direct:
-            flat = direct.flatten(1)
-            along = rollout.family.score_dot(*scores, slope) * each
-            length = slope.square().sum(-1)[rollout.contexts] * each
-            total[losses] += 2 * (score[losses] * flat) @ along.flatten() + flat.square() @ length.flatten()
+            along, length = rollout.family.score_dot(*scores, slope), slope.square().sum(-1)[rollout.contexts]
+            found[losses] += (direct * (2 * self.score[losses] * along + direct * length)).sum(-1)
         for e, cotangent in self.cotangents.items():
-            total[e] = weight @ cotangent.square().sum((-2, -1))
-        return total
+            found[e] = cotangent.square().sum((-2, -1))
+        return found
+
+    def sums(self, segment: Tensor, segments: int, weight: Tensor | None = None) -> Sums:
+        """`Σ_i weight_i g_i` of every loss over the responses of every segment, for their segments `[n]` and weights `[n]`."""
+        rollout, (r, v) = self.rollout, self.rollout.table.shape
+        taken, multiples, shared = rollout.family.split(rollout.table, rollout.contexts, rollout.tokens)
+        each = torch.ones_like(self.score[0, :, :1]) if weight is None else weight[:, None]
+        keys = segment[:, None] * r + rollout.contexts
+        lines, line = distinct(keys.flatten(), segments * r)
+        rows, _ = distinct(rollout.contexts.flatten(), r)
+        score = self.score * each
+        along = score.new_zeros(len(shared) + len(self.direct), len(score), len(lines))
+        for d, multiple in enumerate(multiples):
+            along[d] = added((score * multiple).flatten(1), line, len(lines))
+        for d, (losses, direct, _) in enumerate(self.direct, len(shared)):
+            along[d, losses] = added((direct * each).flatten(1), line, len(lines))
+        found = taken & rollout.mask
+        cells, cell = distinct(keys[found] * v + rollout.tokens[found].long(), segments * r * v)
+        return Sums(
+            (segments, r, v),
+            cells,
+            added(score[:, found], cell, len(cells)),
+            lines,
+            along,
+            rows,
+            torch.cat([shared[:, rows], *(slope[None, rows] for _, _, slope in self.direct)]),
+            {
+                e: part.new_zeros(len(lines), v).index_add_(0, line, (part * each[..., None]).flatten(0, 1))
+                for e, part in self.cotangents.items()
+            },
+        )
 
     def tables(self, e: int) -> Tensor:
         """Loss `e`'s gradient at every response in full, `[n, r, v]`: the slow form, for steps that share rows."""

@@ -6,7 +6,7 @@ one, at a cost independent of the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import lcm
 from typing import overload
 
@@ -17,18 +17,21 @@ from torch import Tensor
 from gradlab import backprop
 from gradlab.draws import generator
 from gradlab.estimators import Estimator
-from gradlab.moments import Gradients, Loss, Moments, as_losses, gradients
+from gradlab.moments import Loss, Moments, as_losses, gradients
 from gradlab.names import check_whole, is_several
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, check_scenario
+from gradlab.sums import Sums, added
 
 #: Batches of one run; the error bars come from their spread.
 BATCHES = 64
 #: Draws are counted where the policy has at most this many responses.
 COUNTED_RESPONSES = 2**15
-#: Doubles held at a time for one chunk of drawn responses.
-CHUNK = 2**19
+#: Doubles of logits that are drawn from at once.
+DRAWN = 2**19
+#: Doubles held at a time for one block of drawn responses.
+CHUNK = 2**22
 #: Doubles that the batch means of a language model may take together; it gets fewer batches when it has more parameters.
 BATCH_MEANS = 2**25
 
@@ -91,7 +94,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
 
 
 def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, stream: tuple[int, ...]) -> list[Moments]:
-    """Batch by batch: sums of gradients and of squared norms over units, a unit being a response or a group of them."""
+    """Moments over units, a unit being a response or a group of them: `u` is the average gradient of one."""
     sizes = [loss.group or 1 if isinstance(loss, Estimator) else 1 for loss in losses]
     unit = lcm(*sizes)
     if samples % unit:
@@ -102,63 +105,100 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     if isinstance(scenario.policy, LanguageModel):
         most = min(most, BATCH_MEANS // (len(losses) * len(scenario.policy.parameters)))
     batches = max(8, min(most, units // 16)) if units >= 16 else units
-    shares = [unit * len(part) for part in np.array_split(np.empty(units), batches)]
-    counted = _countable(scenario) and unit == 1
+    shares = [unit * (units // batches + (b < units % batches)) for b in range(batches)]
+    rngs = [_rng(seed, (*stream, b)) for b in range(batches)]
+    counted = unit == 1 and _countable(scenario)
+    means: Tensor | Sums
     with torch.no_grad():
         if counted:
-            listed = gradients(losses, Rollout.enumerated(scenario))
-            parts = [_counted(listed, n, _rng(seed, (*stream, b))) for b, n in enumerate(shares)]
+            means, squares = _counted(losses, scenario, shares, rngs)
+        elif isinstance(scenario.policy, LanguageModel):
+            parts = [_answered(losses, scenario, n, sizes, unit, rng) for n, rng in zip(shares, rngs, strict=True)]
+            means, squares = (torch.stack([part[side] for part in parts], 1) for side in (0, 1))
         else:
-            drawn = _answered if isinstance(scenario.policy, LanguageModel) else _drawn
-            parts = [drawn(losses, scenario, n, sizes, unit, _rng(seed, (*stream, b))) for b, n in enumerate(shares)]
-    sums, squares = (torch.stack([part[side] for part in parts]) for side in (0, 1))
-    group, share = torch.tensor(sizes, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64)
-    batch_traces = _trace(sums, squares, share[:, None] / group, group)
-    mean, trace = sums.sum(0) * (group / samples)[:, None], _trace(sums.sum(0), squares.sum(0), samples / group, group)
-    batch_means = sums * (group / share[:, None])[..., None]
+            means, squares = _drawn(losses, scenario, shares, sizes, unit, rngs)
+        group, share = torch.tensor(sizes, dtype=torch.float64)[:, None], torch.tensor(shares, dtype=torch.float64)
+        if isinstance(means, Sums):
+            mean, norms = means.weighted(share / samples), means.squares()
+        else:
+            mean, norms = torch.einsum("ebp,b->ep", means, share / samples), means.square().sum(-1)
+        batch_traces = _trace(norms, squares, share / group, group)
+        trace = _trace(mean.square().sum(-1, keepdim=True), squares.sum(-1, keepdim=True), samples / group, group)
     enough = min(shares) > unit
     method = "counted" if counted else "drawn"
     return [
-        Moments(mean[e], float(trace[e]), samples, batch_means[:, e], batch_traces[:, e] if enough else None, method)
+        Moments(
+            mean[e], float(trace[e]), samples, means.only(e) if isinstance(means, Sums) else means[e],
+            batch_traces[e] if enough else None, method,
+        )
         for e in range(len(losses))
-    ]
+    ]  # fmt: skip
 
 
-def _trace(sums: Tensor, squares: Tensor, units: Tensor, group: Tensor) -> Tensor:
-    """Unbiased covariance trace per response from sums over units: `group · (Σ‖u‖² − ‖Σu‖²/k) / (k − 1)`, NaN for one."""
-    found = (group * (squares - sums.square().sum(-1) / units) / (units - 1)).clamp(min=0)
+def _trace(norms: Tensor, squares: Tensor, units: Tensor, group: Tensor) -> Tensor:
+    """Unbiased covariance trace per response: `group · (Σ‖u‖² − k‖mean‖²) / (k − 1)` over `k` units, NaN for one."""
+    found = (group * (squares - units * norms) / (units - 1)).clamp(min=0)
     return torch.where(units > 1, found, torch.nan)
 
 
-def _counted(listed: Gradients, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    weight = listed.rollout.counted(n, 1, rng)[0] * n
-    return listed.mean(weight), listed.square(weight)
+def _counted(
+    losses: Sequence[Loss], scenario: Scenario, shares: list[int], rngs: list[np.random.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Means `[e, b, p]` and sums of squares `[e, b]` of batches of counts."""
+    listed = gradients(losses, Rollout.enumerated(scenario))
+    counts = torch.cat([listed.rollout.counted(n, 1, rng) * n for n, rng in zip(shares, rngs, strict=True)])
+    share = torch.tensor(shares, dtype=torch.float64)
+    return torch.stack([listed.mean(count) for count in counts], 1) / share[:, None], listed.squares() @ counts.T
 
 
 def _drawn(
-    losses: Sequence[Loss], scenario: Scenario, n: int, sizes: list[int], unit: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sums over the units of one batch, a chunk at a time."""
-    policy = scenario.policy
+    losses: Sequence[Loss],
+    scenario: Scenario,
+    shares: list[int],
+    sizes: list[int],
+    unit: int,
+    rngs: list[np.random.Generator],
+) -> tuple[Sums, Tensor]:
+    """Means and sums of squares `[e, b]` of batches drawn one by one, a block of responses at a time."""
+    policy, sampler = scenario.policy, scenario.sampler
     assert not isinstance(policy, LanguageModel)
-    r, v = policy.table.shape
-    # Single steps take length · v doubles a response, whole gradients (where steps share rows, and in groups) take r · v.
-    per_response = max(policy.length * v, r * v if policy.revisits or unit > 1 else 0)
-    chunk = max(1, CHUNK // (per_response * unit)) * unit
-    sums = torch.zeros(len(losses), r * v, dtype=torch.float64)
-    squares = torch.zeros(len(losses), dtype=torch.float64)
-    for start in range(0, n, chunk):
-        batch = gradients(losses, Rollout.drawn(scenario, min(chunk, n - start), rng))
-        if unit == 1:
-            ones = torch.ones_like(batch.rollout.weight)
-            sums += batch.mean(ones)
-            squares += batch.square(ones)
-            continue
-        for e, size in enumerate(sizes):
-            averages = batch.tables(e).flatten(1).view(-1, size, r * v).mean(1)
-            sums[e] += averages.sum(0)
-            squares[e] += averages.square().sum()
-    return sums, squares
+    assert not isinstance(sampler, LanguageModel)
+    (r, v), t = policy.table.shape, policy.length
+    # What is drawn at once decides who gets which variate, so it depends on the policy alone, and on no other loss.
+    portion = max(1, DRAWN // (max(t * v, r * v if policy.revisits or unit > 1 else 0) * unit)) * unit
+    # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, which
+    # every block takes, should cost no more than the block.
+    others = sum(not isinstance(loss, Estimator) for loss in losses)
+    block = max(CHUNK, 16 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
+    length = float(sampler.occupancy().sum())
+    parts: list[Sums] = []
+    squares = torch.zeros(len(losses), len(shares), dtype=torch.float64)
+    for batches, counts in _blocks(shares, portion, block):
+        variates = torch.cat([sampler.variates(n, rngs[b]) for b, n in zip(batches, counts, strict=True)])
+        of = torch.tensor(batches).repeat_interleave(torch.tensor(counts))
+        found = gradients(losses, Rollout.made(scenario, variates, length))
+        parts.append(found.sums(of, len(shares), 1 / torch.tensor(shares, dtype=torch.float64)[of]))
+        if sum(len(part.cells) + len(part.lines) for part in parts[1:]) > len(parts[0].cells) + len(parts[0].lines):
+            parts = [Sums.merged(parts)]
+        for size in set(sizes):
+            chosen = [e for e, own in enumerate(sizes) if own == size]
+            squares[chosen] += added(found.squares(size)[chosen] / size**2, of[::size], len(shares))
+    return Sums.merged(parts), squares
+
+
+def _blocks(shares: list[int], portion: int, block: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Batches and numbers of responses to draw for them: portions of batches, as many as fit a block."""
+    batches: list[int] = []
+    counts: list[int] = []
+    held = 0
+    for batch, share in enumerate(shares):
+        for start in range(0, share, portion):
+            count = min(portion, share - start)
+            if batches and held + count > block:
+                yield batches, counts
+                batches, counts, held = [], [], 0
+            batches, counts, held = [*batches, batch], [*counts, count], held + count
+    yield batches, counts
 
 
 def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
@@ -178,7 +218,7 @@ def _divergence(scenario: Scenario, samples: int, seed: int) -> float:
         raise ValueError(f"{scenario.label} has exact distances: scenario.kl() and scenario.lag()")
     check_samples(samples)
     prompts, tokens, mask = sampler.sample(samples, _rng(seed, (1,)))
-    total, chunk = 0.0, max(1, 8 * CHUNK // (policy.length * policy.vocab))
+    total, chunk = 0.0, max(1, CHUNK // (policy.length * policy.vocab))
     for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
         share = torch.full((len(tokens[part]),), 1 / len(tokens[part]), dtype=torch.float64)
         rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], share)
@@ -190,13 +230,13 @@ def _divergence(scenario: Scenario, samples: int, seed: int) -> float:
 def _answered(
     losses: Sequence[Loss], scenario: Scenario, n: int, sizes: list[int], unit: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the units of one batch of a language model's answers; a unit answers one prompt."""
+    """Mean `[e, p]` and sum of squares `[e]` of one batch of a language model's answers; a unit answers one prompt."""
     policy, sampler = scenario.policy, scenario.sampler
     assert isinstance(policy, LanguageModel)
     assert isinstance(sampler, LanguageModel)
     prompts, tokens, mask = sampler.sample(n, rng, unit)
     length = float(mask.sum()) / n
-    chunk = max(1, 8 * CHUNK // (policy.length * policy.vocab * unit)) * unit
+    chunk = max(1, CHUNK // (policy.length * policy.vocab * unit)) * unit
     sums = torch.zeros(len(losses), len(policy.parameters), dtype=torch.float64)
     squares = torch.zeros(len(losses), dtype=torch.float64)
     for part in (slice(start, start + chunk) for start in range(0, n, chunk)):
@@ -207,7 +247,7 @@ def _answered(
             found = backprop.pull(policy, gradients([losses[e] for e in chosen], rollout), ones / size, unit=size)
             sums[chosen] += found.total
             squares[chosen] += found.square.sum(0) / size**2
-    return sums, squares
+    return sums * torch.tensor(sizes)[:, None] / n, squares
 
 
 def _countable(scenario: Scenario) -> bool:

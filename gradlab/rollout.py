@@ -163,13 +163,16 @@ class Rollout:
         )  # fmt: skip
 
     @classmethod
-    def _of(cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, sampled: bool) -> Rollout:
+    def _of(
+        cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, expected_length: float | None = None
+    ) -> Rollout:
+        """Responses of a table or a Gaussian; those with an expected length are samples."""
         policy = scenario.policy
         assert not isinstance(policy, LanguageModel)
         # Sampling is never differentiated, and neither is the reference: only the policy's own table may carry gradients.
         tables = policy.table, scenario.reference.table.detach(), scenario.sampler.table.detach()
         contexts = policy.contexts(tokens)
-        expected_length = float(scenario.sampler.occupancy().detach().sum()) if sampled else None
+        sampled = expected_length is not None
         return cls(
             tokens, mask, weight, contexts, *tables, policy.length, policy.family, sampled, policy.revisits, expected_length
         )  # fmt: skip
@@ -190,7 +193,7 @@ class Rollout:
         assert not isinstance(sampler, LanguageModel)
         log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
         weight = torch.where(mask, log_prob, 0.0).sum(-1).exp()
-        return cls._of(scenario, tokens, mask, weight, sampled=False)
+        return cls._of(scenario, tokens, mask, weight)
 
     @classmethod
     def _by_quadrature(cls, scenario: Scenario, log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
@@ -204,18 +207,30 @@ class Rollout:
         tokens = nodes[:, None]
         log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
         weight = widths * log_prob[:, 0].exp()
-        return cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), weight, sampled=False)
+        return cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), weight)
 
     @classmethod
     def drawn(cls, scenario: Scenario, samples: int, rng: np.random.Generator) -> Rollout:
         """`samples` independent responses of the sampler, each of weight `1/samples`."""
         if samples < 1:
             raise ValueError(f"samples must be a positive number, got {samples}")
-        weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
         if isinstance(scenario.sampler, LanguageModel):
+            weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
             return cls.answered(scenario, *scenario.sampler.sample(samples, rng), weight)
-        tokens, mask = scenario.sampler.sample(samples, rng)
-        return cls._of(scenario, tokens, mask, weight, sampled=True)
+        return cls.made(scenario, scenario.sampler.variates(samples, rng))
+
+    @classmethod
+    def made(cls, scenario: Scenario, variates: Tensor, expected_length: float | None = None) -> Rollout:
+        """The responses that the sampler makes of `variates` `[n, T]`, each of weight `1/n`; a table's or a Gaussian's.
+
+        `expected_length` saves its computation where several rollouts of one scenario are made.
+        """
+        sampler = scenario.sampler
+        assert not isinstance(sampler, LanguageModel)
+        tokens, mask = sampler.respond(variates)
+        weight = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
+        length = float(sampler.occupancy().detach().sum()) if expected_length is None else expected_length
+        return cls._of(scenario, tokens, mask, weight, length)
 
     def counted(self, samples: int, replicates: int, rng: np.random.Generator) -> Tensor:
         """Weights `[replicates, n]` that `samples` draws from this enumerated rollout would get: multinomial counts / samples.

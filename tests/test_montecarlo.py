@@ -242,46 +242,97 @@ def test_same_seed_same_bytes(world, loss):
 @pytest.mark.parametrize(("loss", "unit"), [(gl.ESTIMATORS["k2-loss"], 1), (GROUPED["loo"], 4)], ids=["single", "grouped"])
 @pytest.mark.parametrize(("vocab", "length"), [(3, 16), (6, 3)], ids=["long", "wide"])
 def test_memory_does_not_grow_with_samples(monkeypatch, vocab, length, loss, unit):
-    """The largest chunk ever drawn stays below `CHUNK` doubles, in steps as in whole gradients."""
+    """However many are drawn, no block has more responses than `CHUNK` doubles hold, and groups stay whole."""
     chain = gl.Markov.random(vocab=vocab, length=length, seed=0)
-    monkeypatch.setattr(montecarlo, "CHUNK", 2**11)
+    monkeypatch.setattr(montecarlo, "DRAWN", 2**11)
+    monkeypatch.setattr(montecarlo, "CHUNK", 2**15)
     monkeypatch.setattr(montecarlo, "BATCHES", 8)
     monkeypatch.setattr(montecarlo, "COUNTED_RESPONSES", 0)
     sizes: list[int] = []
-    original = Rollout.drawn
+    original = Rollout.made
 
-    def recorded(world: gl.Scenario, samples: int, rng: np.random.Generator) -> Rollout:
-        sizes.append(samples)
-        return original(world, samples, rng)
+    def recorded(world: gl.Scenario, variates: torch.Tensor, expected_length: float) -> Rollout:
+        sizes.append(len(variates))
+        return original(world, variates, expected_length)
 
-    monkeypatch.setattr(Rollout, "drawn", recorded)
-    largest = []
+    monkeypatch.setattr(Rollout, "made", recorded)
     for samples in (128, 1600, 3200):
         sizes.clear()
         montecarlo.moments(loss, gl.Scenario(chain, chain.perturbed(kl=0.1)), samples)
         assert sum(sizes) == samples
         assert all(size % unit == 0 for size in sizes)
-        largest.append(max(sizes))
-    assert largest[0] < largest[1] == largest[2]
-    assert largest[2] * max(vocab * length, chain.table.numel()) <= 2**11
+        assert max(sizes) * 28 * length <= 2**15
+
+
+CATALOGUE = [*gl.ESTIMATORS.values(), half_k2, E("k1", "reward", "to_go", normalise="token_mean")]
+WIDE = gl.Tree.random(vocab=7, length=3, seed=4)
+
+
+def dense(loss: Any, world: gl.Scenario, samples: int, batches: int) -> list[torch.Tensor]:
+    """Average gradients of the units of every batch as whole tables, `[units, p]`: the run's own draws, the slow way."""
+    group = getattr(loss, "group", None) or 1
+    parts = []
+    for b, share in enumerate(len(part) for part in np.array_split(np.empty(samples // group), batches)):
+        found = gradients([loss], Rollout.drawn(world, group * share, montecarlo._rng(6, (b,))))
+        parts.append(found.tables(0).flatten(1).view(-1, group, world.policy.table.numel()).mean(1))
+    return parts
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        WORLDS["gaussian"],
+        CHAIN_WORLD,
+        gl.Scenario(WIDE, WIDE.perturbed(kl=0.3, seed=1), WIDE.perturbed(kl=0.1, seed=2)),
+    ],
+    ids=["gaussian", "chain", "wide"],
+)
+def test_sums_are_those_of_whole_tables(monkeypatch, drawn, world):
+    """The whole catalogue and a user's function: means and traces, of the run and of its batches, from dense gradients."""
+    samples, batches = 648, 10  # batches of 64 or 65 responses, 16 or 17 groups
+    monkeypatch.setattr(montecarlo, "BATCHES", batches)
+    monkeypatch.setattr(montecarlo, "CHUNK", 2**16)  # several blocks
+    with torch.no_grad():
+        for loss, found in zip(CATALOGUE, montecarlo.moments(CATALOGUE, world, samples, seed=6), strict=True):
+            parts, group = dense(loss, world, samples, batches), getattr(loss, "group", None) or 1
+            units = torch.cat(parts)
+            scale = float(units.square().sum(-1).mean()) ** 0.5
+            assert_same(found.mean, units.mean(0), scale, 1e-12)
+            noise = group * float(units.var(0).sum())
+            assert found.trace_cov == pytest.approx(noise, rel=1e-11, abs=1e-13 * scale**2), loss
+            for b, part in enumerate(parts):
+                assert_same(found.batch_means[b], part.mean(0), scale, 1e-12)
+                noise = group * float(part.var(0).sum())
+                assert float(found.batch_traces[b]) == pytest.approx(noise, rel=1e-11, abs=1e-13 * scale**2), loss
+
+
+def test_sums_keep_their_digits_in_a_corner(drawn):
+    """Within 1e-9 of a corner the likeliest token pulls its own logit by 1e-9 of the others: rows still add up to 0."""
+    corner, other = (gl.Markov([size, 0, 0], size * np.eye(3), length=4) for size in (21.0, 20.0))
+    for name in ("k1-loss", "k2-loss", "k3-loss", "k1-reward-to-go", "full-loss"):
+        found = montecarlo.moments(gl.ESTIMATORS[name], gl.Scenario(corner, other), 256)
+        rows = found.batch_means.view(-1, 4, 3)
+        assert float(rows.norm()) > 0
+        assert float(rows.sum(-1).abs().max()) < 1e-14 * float(rows.abs().max())
 
 
 @pytest.mark.parametrize("losses", [[gl.ESTIMATORS["k2-loss"], half_k2], [GROUPED["loo"]]], ids=["single", "grouped"])
-def test_chunks_add_up(monkeypatch, drawn, losses):
-    """Served the same responses in larger or smaller chunks, the run gives the same result: their sample moments."""
-    pool, mask = CHAIN.sample(2048, np.random.default_rng(0))
+def test_blocks_add_up(monkeypatch, drawn, losses):
+    """Served the same responses in larger or smaller blocks, the run gives the same result: their sample moments."""
+    pool = CHAIN.variates(2048, np.random.default_rng(0))
     monkeypatch.setattr(montecarlo, "BATCHES", 8)
     found = []
-    for chunk in (2**30, 2**9, 2**7):
+    for drawn_at_once, block in ((2**30, 2**30), (2**9, 2**15), (2**7, 2**11)):
         served = 0
 
-        def serve(policy: Any, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        def serve(policy: Any, n: int, rng: np.random.Generator) -> torch.Tensor:
             nonlocal served
             served += n
-            return pool[served - n : served], mask[served - n : served]
+            return pool[served - n : served]
 
-        monkeypatch.setattr(gl.Markov, "sample", serve)
-        monkeypatch.setattr(montecarlo, "CHUNK", chunk)
+        monkeypatch.setattr(gl.Markov, "variates", serve)
+        monkeypatch.setattr(montecarlo, "DRAWN", drawn_at_once)
+        monkeypatch.setattr(montecarlo, "CHUNK", block)
         found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 2048))
     with torch.no_grad():
         served = 0

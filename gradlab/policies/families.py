@@ -46,6 +46,9 @@ class Family(Protocol):
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         """Return `‖∇ log p(token | context)‖²`, `[n, t]`."""
 
+    def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split scores into `onehot(token)`, where `taken` `[n, t]`, and `multiples` `[d, n, t]` of `directions` `[d, r, v]`."""
+
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
         """Return `⟨∇ log p(token | context), direction(context)⟩`, `[n, t]`, for row directions `[r, v]`."""
 
@@ -93,6 +96,14 @@ class Categorical:
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         p = table.softmax(-1)
         return (1 - 2 * p + p.square().sum(-1, keepdim=True)).flatten()[_flat(table, contexts, tokens)]
+
+    def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # onehot(y) − p, and onehot(m) − p for the likeliest token m, whose entry 1 − p(m) is summed: nothing cancels near 1.
+        mode, p = table.argmax(-1), table.softmax(-1)
+        taken = tokens != mode[contexts]
+        rest = p.scatter(-1, mode[:, None], 0.0)
+        likeliest = (-rest).scatter(-1, mode[:, None], rest.sum(-1, keepdim=True))
+        return taken, torch.stack([taken, ~taken]).to(table.dtype), torch.stack([-p, likeliest])
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
         centred = directions - (table.softmax(-1) * directions).sum(-1, keepdim=True)
@@ -150,6 +161,14 @@ class Normal:
 
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         return self._score(table, contexts, tokens).square().sum(-1)
+
+    def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        multiples = self._score(table, contexts, tokens).movedim(-1, 0)
+        return (
+            torch.zeros_like(tokens, dtype=torch.bool),
+            multiples,
+            torch.eye(2, dtype=table.dtype)[:, None].repeat(1, len(table), 1),
+        )
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
         return (self._score(table, contexts, tokens) * directions[contexts]).sum(-1)

@@ -83,9 +83,16 @@ class Gaussian:
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw `n` actions `[n, 1]` and their mask (all true)."""
-        draws = torch.from_numpy(rng.standard_normal((n, 1)))
+        return self.respond(self.variates(n, rng))
+
+    def variates(self, n: int, rng: np.random.Generator) -> Tensor:
+        """What `n` actions are made of: standard normal variates, `[n, 1]`."""
+        return torch.from_numpy(rng.standard_normal((n, 1)))
+
+    def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:
+        """The actions made of `variates` `[n, 1]`, and their mask (all true)."""
         mean, std = self.table[0]
-        return mean + std * draws, torch.ones(n, 1, dtype=torch.bool)
+        return mean + std * variates, torch.ones_like(variates, dtype=torch.bool)
 
     def moved(self, noise: Tensor) -> Gaussian:
         """Add noise `[2]` to the mean, in units of std, and to log std."""

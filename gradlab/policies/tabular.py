@@ -99,13 +99,22 @@ class Tabular:
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
+        return self.respond(self.variates(n, rng))
+
+    def variates(self, n: int, rng: np.random.Generator) -> Tensor:
+        """What `n` responses are made of, `[n, T]`: a uniform variate a token, drawn step by step."""
+        return torch.from_numpy(rng.random((self.length, n))).T
+
+    def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:
+        """The responses made of `variates` `[n, T]`, by inverting the distribution of each step: tokens and mask `[n, T]`."""
         cdf = self.table.softmax(-1).cumsum(-1)
-        cdf[:, -1] = 1.0  # so that no uniform draw falls behind the last token by rounding
+        cdf[:, -1] = 1.0  # so that no variate falls behind the last token by rounding
+        n = len(variates)
         tokens = torch.full((n, self.length), 0 if self.eos is None else self.eos)
         alive = torch.arange(n)
         for t in range(self.length):
             rows = self.contexts(tokens[alive, : t + 1])[:, t]
-            u = torch.from_numpy(rng.random(n))[alive]  # n draws a step whatever ended: streams stay aligned
+            u = variates[alive, t]
             drawn = torch.searchsorted(cdf[0], u, right=True) if len(cdf) == 1 else (u[:, None] >= cdf[rows]).sum(-1)
             tokens[alive, t] = drawn
             if self.eos is not None:
