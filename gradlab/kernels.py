@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradlab.accurate import excess
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -26,6 +28,12 @@ class Kernel:
     source: str
 
 
+def _from_reference(x: Tensor, log_ref: Tensor, near: Tensor, taken: Tensor | float) -> Tensor:
+    """`ref · near` where the log-ratio `x` is below 1, else `π − ref · taken`: ref underflows where `e^x` overflows."""
+    ref = log_ref.exp()
+    return torch.where(x.abs() < 1, ref * near, (log_ref + x).exp() - ref * taken)
+
+
 _SCHULMAN = "Schulman, 'Approximating KL divergence' (2020)"
 
 KERNELS: dict[str, Kernel] = {
@@ -33,19 +41,19 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         Kernel("k1", lambda x, _: x, lambda x, _: torch.ones_like(x), _SCHULMAN),
         Kernel("k2", lambda x, _: 0.5 * x.square(), lambda x, _: x, _SCHULMAN),
-        Kernel("k3", lambda x, _: torch.expm1(-x) + x, lambda x, _: -torch.expm1(-x), _SCHULMAN),
+        Kernel("k3", lambda x, _: excess(-x), lambda x, _: -torch.expm1(-x), _SCHULMAN),
         Kernel("abs", lambda x, _: x.abs(), lambda x, _: x.sign(), "verl.trainer.ppo.core_algos.kl_penalty, 'abs'"),
         Kernel(
             "k3_swapped",
-            lambda x, _: torch.expm1(x) - x,
+            lambda x, _: excess(x),
             lambda x, _: torch.expm1(x),
             "k3 with the ratio upside down; descends ½χ²(π‖ref)",
         ),
         Kernel(
             "mse_sampled",
             # π − ref − ref·ℓ, the non-negative function of log π whose derivative is the bounded coefficient π − ref.
-            lambda x, log_ref: log_ref.exp() * (torch.expm1(x) - x),
-            lambda x, log_ref: log_ref.exp() * torch.expm1(x),
+            lambda x, log_ref: _from_reference(x, log_ref, excess(x.clamp(-1, 1)), 1 + x),
+            lambda x, log_ref: _from_reference(x, log_ref, torch.expm1(x.clamp(-1, 1)), 1.0),
             "one-sample form of ½Σ(π−ref)²; arXiv 2510.01555, on bounded alternatives",
         ),
     )

@@ -23,6 +23,7 @@ from gradlab.estimators import Estimator
 from gradlab.moments import Loss, Moments, of_group
 from gradlab.names import check_name
 from gradlab.policies import Markov
+from gradlab.policies.families import CATEGORICAL
 from gradlab.recursions import NOTHING, ONE, UNITS, Recursion, Rows, Step, kernel_step, obstacle, recursion, whole_kernel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
@@ -104,7 +105,7 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
     with torch.enable_grad():
         leaf = policy.parameters.detach().requires_grad_(True)
         (found,) = torch.autograd.grad(_objective(target, policy.with_parameters(leaf), reference, sampler), leaf)
-    return found
+    return targets.balanced(found, policy)
 
 
 # ------------------------------------------------------------------------------------------------------- the forward pass
@@ -252,29 +253,30 @@ def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) 
         return _scalar_moments(rows, ["1", "k"], _emission(policy), policy)[0, 1]
     if target == "mse":  # d = π(y) − ref(y) so far, squared and summed over responses: no difference of large sums
         pi, ref = policy.table.softmax(-1), reference.table.softmax(-1)
-        rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(pi - ref)}}
+        gap = CATEGORICAL.gaps(policy.table, reference.table)
+        rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(gap)}}
         return 0.5 * _scalar_moments(rows, ["d"], _open(policy).expand_as(pi), policy)[0, 0]
     return targets.target(target).objective(policy, reference, sampler)
 
 
 def _inverse_length(policy: Markov) -> Tensor:
-    """`E[1/L]`, from the probability of ending at every step."""
+    """`E[1/L] = 1/T + Σ_t P(L = t) (1/t − 1/T)`, from the probability of ending at every step."""
+    total = 1 / policy.length + 0 * policy.table.sum()
     if policy.eos is None:
-        return 1 / policy.length + 0 * policy.table.sum()
-    p, total = _emission(policy), 0 * policy.table.sum()
+        return total
+    p = _emission(policy)
     state = p[0]
     for t in range(1, policy.length):
-        total = total + state[policy.eos] / t
+        total = total + state[policy.eos] * (1 / t - 1 / policy.length)
         state = state @ p[1:]
-    return total + state.sum() / policy.length
+    return total
 
 
 def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
     """Row `s` of `∇KL(π‖ref)` is `Σ_t d_t(s) π(y|s) (ℓ(s, y) + V_{t+1}(y) − V_t(s))`, with `d_t` the chance of emitting token
     `t` from row `s` and `V_t` the KL still to come; the sum over `t` is one matrix product."""
-    pi, p = policy.table.softmax(-1), _emission(policy)
-    log_ratio = policy.table.log_softmax(-1) - reference.table.log_softmax(-1)
-    kl, move = (p * log_ratio).sum(-1), p[1:]
+    p, log_ratio = _emission(policy), CATEGORICAL.log_ratios(policy.table, reference.table)
+    kl, move = CATEGORICAL.reverse_kl(policy.table, reference.table) * _open(policy)[:, 0], p[1:]
     visits, to_come = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length, policy.vocab)
     visits[0] = p[0]
     for t in range(1, policy.length):  # visits[t − 2] is d_t and to_come[t − 2] is V_t, both over the token before
@@ -282,4 +284,4 @@ def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
         to_come[-1 - t] = torch.addmv(kl[1:], move, to_come[-t])
     later = visits[:-1].sum(0)[:, None] * log_ratio[1:] + visits[:-1].T @ to_come[1:]
     taken = p * torch.cat([(log_ratio[0] + to_come[0])[None], later])
-    return (taken - pi * taken.sum(-1, keepdim=True)).flatten()
+    return CATEGORICAL.along_scores(taken, policy.table).flatten()

@@ -19,6 +19,10 @@ from gradlab.sums import Sums, added, distinct
 
 #: Whatever maps a rollout to per-sample losses `[n]`: an `Estimator`, a framework's loss, a user's function.
 Loss = Callable[[Rollout], Tensor]
+#: A covariance trace below this share of the mean's square is no longer `E‖g‖² − ‖E g‖²`, which would have lost three digits …
+CANCELLED = 1e-3
+#: … but a sum over responses of squared distances from the mean, where their gradients in full are no more numbers than this.
+CENTRED_DOUBLES = 2**23
 #: Weighted sums `Σ w g` `[e, p]` and `Σ w ‖g‖²` `[e]` of gradients, in the parameters of the policy.
 Pull = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
 
@@ -204,7 +208,11 @@ def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pull: Pull
     if plain:
         batch = gradients([losses[e] for e in plain], rollout)
         means, squares = pull(batch, rollout.weight)
-        traces = (squares - means.square().sum(-1)).clamp(min=0)
+        norms = means.square().sum(-1)
+        traces = (squares - norms).clamp(min=0)
+        if pull is in_logits and rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES:
+            for e in (traces < CANCELLED * norms).nonzero()[:, 0].tolist():
+                traces[e] = centred_trace(batch, e, means[e])
         moments = [Moments(mean, trace, method=method) for mean, trace in zip(means, traces.tolist(), strict=True)]
         found |= dict(zip(plain, moments, strict=True))
     for e, loss in enumerate(losses):
@@ -213,6 +221,11 @@ def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pull: Pull
             name = loss.name if isinstance(loss, Estimator) else getattr(loss, "__name__", "loss")
             raise ValueError(f"the expected gradient of {name} is not finite: the policies are so far apart that it overflows")
     return [found[e] for e in range(len(losses))]
+
+
+def centred_trace(batch: Gradients, e: int, mean: Tensor) -> Tensor:
+    """`Σ_i weight_i ‖g_i − mean‖²` of loss `e` over an enumerated rollout, from every response's gradient in full."""
+    return batch.rollout.weight @ (batch.tables(e).flatten(1) - mean).square().sum(-1)
 
 
 def group_moments(

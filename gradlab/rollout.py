@@ -275,13 +275,13 @@ class Rollout:
 
     @cached_property
     def log_ratio(self) -> Tensor:
-        """`ℓ_t = log π − log ref`, `[n, t]`."""
-        return self.log_prob - self.reference_log_prob
+        """`ℓ_t = log π − log ref`, `[n, t]`, to its own digits however close the two are."""
+        return self._live(self.family.log_ratio(self.table, self.reference_table, self.contexts, self.tokens))
 
     @cached_property
     def log_weight(self) -> Tensor:
         """`log ρ_t = log π − log μ`, `[n, t]`."""
-        return self.log_prob - self.behaviour_log_prob
+        return self._live(self.family.log_ratio(self.table, self.behaviour_table, self.contexts, self.tokens))
 
     def divergence(self, kernel: str) -> Tensor:
         """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 behind the end."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradlab.kernels import KERNELS
 from gradlab.names import check_name
 from gradlab.policies import LanguageModel, Policy
 from gradlab.rollout import Rollout
@@ -52,8 +53,10 @@ def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
 
     def objective(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
         rollout = Rollout.enumerated(Scenario(policy, reference))
-        log_prob = rollout.log_prob.sum(-1)
-        return (rollout.weight * (log_prob - log_prob.detach()).exp()) @ function(rollout)
+        log_prob, weight, values = rollout.log_prob.sum(-1), rollout.weight.detach(), function(rollout)
+        # Probabilities sum to 1, so a constant has no gradient: leaving out the likeliest response's value, none cancels.
+        usual = values[weight.argmax()].detach()
+        return usual * weight.sum() + (weight * (log_prob - log_prob.detach()).exp()) @ (values - usual)
 
     return objective
 
@@ -62,7 +65,8 @@ def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
     if policy.length == 1 and not isinstance(policy, LanguageModel):
         return policy.family.mse(policy.table, reference.table)[0]
     rollout = Rollout.enumerated(Scenario(policy, reference))
-    total = 0.5 * (rollout.log_prob.sum(-1).exp() - rollout.reference_log_prob.sum(-1).exp()).square().sum()
+    log_ratio, log_ref = rollout.log_ratio.sum(-1), rollout.reference_log_prob.sum(-1)
+    total = 0.5 * KERNELS["mse_sampled"].derivative(log_ratio, log_ref).square().sum()  # π − ref
     return total / len(policy.prompts) if isinstance(policy, LanguageModel) else total
 
 
@@ -128,4 +132,11 @@ def gradient(name: str, scenario: Scenario) -> Tensor:
         policy = scenario.policy.with_parameters(parameters)
         value = target(name).objective(policy, scenario.reference, scenario.sampler)
         (grad,) = torch.autograd.grad(value, parameters)
-    return grad
+    return balanced(grad, scenario.policy)
+
+
+def balanced(grad: Tensor, policy: Policy) -> Tensor:
+    """A target's gradient `[p]` without what rounding leaves at a table's likeliest tokens, see `Family.balanced`."""
+    if isinstance(policy, LanguageModel):
+        return grad
+    return policy.family.balanced(grad.view_as(policy.table), policy.table).flatten()

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradlab.accurate import excess, relative_to
+
 
 class Family(Protocol):
     """What gradlab needs to know of a distribution family. Shapes: table `[r, v]`, contexts and tokens `[n, t]`."""
@@ -21,6 +23,9 @@ class Family(Protocol):
 
     def log_prob(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         """Return `log p(token | context)`, `[n, t]`, differentiable with respect to the table."""
+
+    def log_ratio(self, table: Tensor, reference: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
+        """Return `log p − log ref` of every token, `[n, t]`, to its own digits; differentiable with respect to the tables."""
 
     def reverse_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         """Return `KL(p ‖ ref)` of every row, `[r]`."""
@@ -36,6 +41,9 @@ class Family(Protocol):
 
     def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
         """Return the gradient of a vocabulary kernel (`full`: reverse KL, `mse`) with respect to every row, `[r, v]`."""
+
+    def balanced(self, gradient: Tensor, table: Tensor) -> Tensor:
+        """Return a gradient `[…, r, v]` of something that depends on the distributions alone, rid of rounding where it can be."""
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         """Return `Σ_{n,t} a[e,n,t] ∇ log p(token | context)` as tables `[e, r, v]`, for coefficients `[e, n, t]`."""
@@ -61,41 +69,85 @@ class Categorical:
     def log_prob(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         return table.log_softmax(-1).flatten()[_flat(table, contexts, tokens)]
 
+    def log_ratio(self, table: Tensor, reference: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
+        return self.log_ratios(table, reference).flatten()[_flat(table, contexts, tokens)]
+
+    def log_ratios(self, table: Tensor, reference: Tensor) -> Tensor:
+        """`ℓ = log p − log ref` of every token of every row, `[r, v]`, to its own digits.
+
+        With `d` the difference of the logits less that of the likeliest token `*`, `ℓ = d + ℓ_*`, and near the reference
+        `ℓ_* = −log Σ ref e^d = −log1p Σ ref (e^d − 1)`, in which a token that takes all but 1e-12 has no part.
+        """
+        top = table.detach().argmax(-1, keepdim=True)
+        d = relative_to(top, table, reference)
+        log_p, log_ref = table.log_softmax(-1), reference.log_softmax(-1)
+        plain = (log_p - log_ref).gather(-1, top)
+        near = d.abs() < 1
+        growth = torch.where(near, log_ref.exp() * torch.expm1(d.clamp(-1, 1)), (log_p - plain).exp() - log_ref.exp())
+        small = plain.abs() < 0.5
+        total = torch.where(small, growth.sum(-1, keepdim=True), 0.0)
+        return d + torch.where(small, -torch.log1p(total), plain)
+
+    def gaps(self, table: Tensor, reference: Tensor) -> Tensor:
+        """`p − ref` of every token of every row, `[r, v]`, to its own digits."""
+        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
+        return torch.where(x.abs() < 1, ref * torch.expm1(x.clamp(-1, 1)), p - ref)
+
     def reverse_kl(self, table: Tensor, reference: Tensor) -> Tensor:
-        log_p = table.log_softmax(-1)
-        return (log_p.exp() * (log_p - reference.log_softmax(-1))).sum(-1)
+        # Σ p ℓ + ref − p, term by term p (e^{−ℓ} − 1 + ℓ): no term is negative, so none cancels another.
+        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
+        return torch.where(x.abs() < 1, p * excess(-x.clamp(-1, 1)), p * x + (ref - p)).sum(-1)
 
     def forward_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         return self.reverse_kl(reference, table)
 
     def chi2(self, table: Tensor, reference: Tensor) -> Tensor:
-        return 0.5 * torch.expm1((2 * table.log_softmax(-1) - reference.log_softmax(-1)).logsumexp(-1))
+        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
+        far = (2 * table.log_softmax(-1) - reference.log_softmax(-1)).exp() - 2 * p + ref
+        return 0.5 * torch.where(x.abs() < 1, ref * torch.expm1(x.clamp(-1, 1)).square(), far).sum(-1)
 
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
-        return 0.5 * (table.softmax(-1) - reference.softmax(-1)).square().sum(-1)
+        return 0.5 * self.gaps(table, reference).square().sum(-1)
 
     def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
-        # ∇ Σ_v f(p(v)) = p ∘ (f' − Σ p f'), with f' = ℓ + 1 for the KL and p − ref for mse; the 1 drops out.
+        # ∇ Σ_v f(p(v)) is p f' as a coefficient on the scores, with f' = ℓ + 1 for the KL and p − ref for mse; the 1 drops out.
+        pull = self.log_ratios(table, reference) if kernel == "full" else self.gaps(table, reference)
+        return self.along_scores(table.softmax(-1) * pull, table)
+
+    def along_scores(self, taken: Tensor, table: Tensor) -> Tensor:
+        """`Σ_y taken(y) (onehot(y) − p)` of every row, for coefficients `taken` `[…, r, v]`."""
         p = table.softmax(-1)
-        pull = table.log_softmax(-1) - reference.log_softmax(-1) if kernel == "full" else p - reference.softmax(-1)
-        return p * (pull - (p * pull).sum(-1, keepdim=True))
+        return self.balanced(torch.addcmul(taken, p, taken.sum(-1, keepdim=True), value=-1), table)
+
+    def balanced(self, gradient: Tensor, table: Tensor) -> Tensor:
+        # Logits are defined up to a shift, so a row sums to 0. The entry of a token that takes nearly all is a difference of
+        # nearly equal numbers, those of the others are not: it is what they leave.
+        top = table.detach().argmax(-1, keepdim=True).expand(*gradient.shape[:-1], 1)
+        return gradient.scatter_add(-1, top, -gradient.sum(-1, keepdim=True))
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         # Σ a (onehot − p) = (Σ a onehot) − p Σ a: one scatter for all estimators, then a rank-one correction per row.
         taken = coefficients.new_zeros(coefficients.shape[0], table.numel())
         taken.index_add_(1, _flat(table, contexts, tokens).flatten(), coefficients.flatten(1))
-        taken = taken.view(-1, *table.shape)
-        return torch.addcmul(taken, table.softmax(-1), taken.sum(-1, keepdim=True), value=-1)
+        return self.along_scores(taken.view(-1, *table.shape), table)
 
     def score_tables(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         taken = coefficients.new_zeros(len(tokens), table.numel())
         taken.scatter_add_(1, _flat(table, contexts, tokens), coefficients)
-        taken = taken.view(-1, *table.shape)
-        return torch.addcmul(taken, table.softmax(-1), taken.sum(-1, keepdim=True), value=-1)
+        return self.along_scores(taken.view(-1, *table.shape), table)
 
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
-        p = table.softmax(-1)
-        return (1 - 2 * p + p.square().sum(-1, keepdim=True)).flatten()[_flat(table, contexts, tokens)]
+        # (1 − p(y))² and the squares of the other tokens, of which only the likeliest can be left out of a sum beforehand.
+        p, top = table.softmax(-1), table.argmax(-1, keepdim=True)
+        square = p.square()
+        others = square.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+        rest = (others + square.gather(-1, top) - square).scatter(-1, top, others)
+        return (self.missing(table).square() + rest).flatten()[_flat(table, contexts, tokens)]
+
+    def missing(self, table: Tensor) -> Tensor:
+        """`1 − p` of every token of every row, `[r, v]`, to its own digits."""
+        p, top = table.softmax(-1), table.argmax(-1, keepdim=True)
+        return (1 - p).scatter(-1, top, p.scatter(-1, top, 0.0).sum(-1, keepdim=True))
 
     def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # onehot(y) − p, and onehot(m) − p for the likeliest token m, whose entry 1 − p(m) is summed: nothing cancels near 1.
@@ -106,7 +158,8 @@ class Categorical:
         return taken, torch.stack([taken, ~taken]).to(table.dtype), torch.stack([-p, likeliest])
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
-        centred = directions - (table.softmax(-1) * directions).sum(-1, keepdim=True)
+        centred = directions - directions.gather(-1, table.argmax(-1, keepdim=True))
+        centred = centred - (table.softmax(-1) * centred).sum(-1, keepdim=True)
         return centred.flatten()[_flat(table, contexts, tokens)]
 
 
@@ -119,10 +172,16 @@ class Normal:
         mean, std = table[contexts].unbind(-1)
         return -0.5 * ((tokens - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
 
+    def log_ratio(self, table: Tensor, reference: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
+        # ½ (z_ref − z)(z_ref + z) − log(std / std_ref), with z = (y − mean) / std.
+        (m, s), (mean, std) = table[contexts].unbind(-1), reference[contexts].unbind(-1)
+        z = (tokens - m) / s
+        apart = (z * (s - std) + (m - mean)) / std
+        return 0.5 * apart * (apart + 2 * z) - torch.log1p((s - std) / std)
+
     def reverse_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
-        log_variances = 2 * (s / std).log()
-        return 0.5 * (torch.expm1(log_variances) - log_variances + ((m - mean) / std).square())
+        return 0.5 * (excess(2 * torch.log1p((s - std) / std)) + ((m - mean) / std).square())
 
     def forward_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         return self.reverse_kl(reference, table)
@@ -130,24 +189,35 @@ class Normal:
     def chi2(self, table: Tensor, reference: Tensor) -> Tensor:
         # ∫ p²/q of two normals is finite iff p has less than twice the variance of q.
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
-        spread = 2 * std.square() - s.square()
-        log_integral = (std.square() / s).log() - 0.5 * spread.clamp(min=0).log() + (m - mean).square() / spread
+        wider = (s - std) * (s + std) / std.square()
+        spread = 1 - wider
+        log_integral = ((m - mean) / std).square() / spread - 0.5 * torch.log1p(-wider.clamp(-1, 1).square())
         return torch.where(spread > 0, 0.5 * torch.expm1(log_integral), torch.inf)
 
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
+        # (1/s + 1/σ − 2√2/b e^{−w}) / 4√π with b² = s² + σ², w = d²/2b²; the first three terms as one fraction.
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
-        both = (s.square() + std.square()).sqrt()
-        cross = (-0.5 * ((m - mean) / both).square()).exp() / (both * math.sqrt(2 * math.pi))
-        return 0.5 * ((1 / s + 1 / std) / (2 * math.sqrt(math.pi)) - 2 * cross)
+        b, gap, product = (s.square() + std.square()).sqrt(), (s - std).square(), s * std
+        widths = gap * (gap + 6 * product) / (product * b * ((s + std) * b + 8**0.5 * product))
+        means = 8**0.5 / b * -torch.expm1(-0.5 * ((m - mean) / b).square())
+        return (widths + means) / (4 * math.sqrt(math.pi))
 
     def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
+        wider = (s - std) * (s + std)
         if kernel == "full":
-            return torch.stack([(m - mean) / std.square(), s / std.square() - 1 / s], -1)
-        both = s.square() + std.square()
-        cross = (-0.5 * (m - mean).square() / both).exp() / (2 * math.pi * both).sqrt()
-        by_std = cross * s * (1 - (m - mean).square() / both) / both - 1 / (4 * math.sqrt(math.pi) * s.square())
-        return torch.stack([cross * (m - mean) / both, by_std], -1)
+            return torch.stack([(m - mean) / std.square(), wider / (s * std.square())], -1)
+        square = s.square() + std.square()
+        b, w = square.sqrt(), 0.5 * (m - mean).square() / square
+        by_mean = (-w).exp() * (m - mean) / (b * square * math.sqrt(2 * math.pi))
+        # √8 s/b³ − 1/s² as one fraction, and what e^{−w} (1 − 2w) takes off the first of the two.
+        widths = wider * (4 * s**4 + 2 * s.square() * square + square.square())
+        widths = widths / (s.square() * b * square * (8**0.5 * s**3 + b * square))
+        means = 8**0.5 * s / (b * square) * (torch.expm1(-w) - 2 * w * (-w).exp())
+        return torch.stack([by_mean, (widths + means) / (4 * math.sqrt(math.pi))], -1)
+
+    def balanced(self, gradient: Tensor, table: Tensor) -> Tensor:
+        return gradient
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         sums = coefficients.new_zeros(coefficients.shape[0], *table.shape)

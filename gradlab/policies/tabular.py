@@ -71,11 +71,7 @@ class Tabular:
 
     def kl(self: P, reference: P) -> Tensor:
         """`KL(self(y) ‖ reference(y))` of whole responses in nats, by the chain rule `Σ_rows occupancy · KL(row)`."""
-        log_p, log_ref = self.table.log_softmax(-1), reference.table.log_softmax(-1)
-        p, log_ratio = log_p.exp(), log_p - log_ref
-        # Between neighbours Σ p ℓ is what is left of terms that cancel; adding ref − p, which sums to 0, cancels them first.
-        rest = torch.where(log_ratio.abs() < 1, p * torch.expm1(-log_ratio.clamp(-1, 1)), log_ref.exp() - p)
-        return self.occupancy() @ (p * log_ratio + rest).sum(-1)
+        return self.occupancy() @ self.family.reverse_kl(self.table, reference.table)
 
     @property
     def enumerable(self) -> bool:
