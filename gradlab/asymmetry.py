@@ -218,7 +218,8 @@ def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tens
     pooled = weight.mean(0)
     pull, second = (_cells(parts[what], rollout, pooled).abs().numpy() for what in ("expected", "second"))
     largest = int(second.argmax())
-    row["largest_expected"], row["largest_second"] = pull.max() / pull.sum(), second.max() / second.sum()
+    with np.errstate(invalid="ignore"):  # of a gradient that is 0 nothing is the largest part
+        row["largest_expected"], row["largest_second"] = pull.max() / pull.sum(), second.max() / second.sum()
     row |= {"largest_token": largest, "largest_probability": float(_cells(rollout.live, rollout, rollout.weight)[largest])}
     return row
 

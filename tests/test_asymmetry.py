@@ -214,3 +214,17 @@ def test_paths_start_and_end_where_they_should():
     assert k3["probability"].iloc[-1] == pytest.approx(0.2, rel=1e-6)
     assert (k3["kl"].diff().dropna() <= 1e-15).all()
     assert np.ptp(k1["probability"]) < 1e-12
+
+
+def test_hill_of_four_numbers():
+    assert asymmetry.hill(np.exp([0.0, 3.0, 1.0, -2.0]), 2) == pytest.approx(
+        1 / 2
+    )  # log(x₁/x₃) = 3 and log(x₂/x₃) = 1, of −2 nothing
+    assert asymmetry.hill([-8.0, 4.0, 0.0, 2.0], 2) == pytest.approx(1 / (1.5 * np.log(2)))
+
+
+def test_a_token_as_likely_as_in_the_reference_is_on_no_side():
+    policy = gl.Bandit([0.0, 1.0, 2.0])
+    row = asymmetry.measure("k3-loss", gl.Scenario(policy, gl.Bandit([0.0, 1.0, 2.0]))).iloc[0]
+    assert row["under_probability"] == 0
+    assert row[["under_mass", "largest_expected", "skewness"]].isna().all()

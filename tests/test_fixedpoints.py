@@ -169,3 +169,13 @@ def test_the_same_rest_from_elsewhere():
 def test_refusals(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_distances_of_an_end_are_from_it_to_the_reference_and_the_optima():
+    place = world("bandit")
+    row = fixedpoints.measure(["k2-loss"], place, [0.5]).set_index("estimator").loc["k2-loss"]
+    end = ascent.ascend(place, gl.ESTIMATORS["k2-loss"], 0.5, points=2, tolerance=1e-3).probabilities
+    reference = place.reference.table.softmax(-1)[0].numpy()
+    best = optima.optimum(place.reference, place.reward.numpy(), 0.5, "forward_kl")
+    assert row["kl"] == pytest.approx(VALUES["reverse_kl"](end, reference), rel=1e-6)
+    assert row["kl_forward"] == pytest.approx(VALUES["reverse_kl"](end, best), rel=1e-6)

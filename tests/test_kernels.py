@@ -7,6 +7,7 @@ import torch
 import worlds
 
 import gradlab as gl
+from gradlab.exact import kinks
 from gradlab.kernels import KERNELS, VOCABULARY_KERNELS, derivative, value
 
 MP = mpmath.MPContext()
@@ -104,3 +105,12 @@ def test_vocabulary_kernels(shape):
     rows, live = rollout.contexts.numpy(), rollout.mask.numpy()
     for name, by_row in (("full", (p * np.log(p / r)).sum(-1)), ("mse", 0.5 * ((p - r) ** 2).sum(-1))):
         np.testing.assert_allclose(rollout.divergence(name), np.where(live, by_row[rows], 0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3", "abs", "k3_swapped"])
+@pytest.mark.parametrize("level", [1e-3, 0.4, 5.0])
+def test_kinks_are_where_a_clamped_value_meets_its_bound(name, level):
+    found = [x for x in kinks(gl.Estimator(name, clamp_value=level), 0.0)[0] if x != 0]
+    assert sorted(map(np.sign, found)) == [-1, 1]
+    for x in found:
+        assert abs(float(FORMULAS[name][0](MP.mpf(x), None))) == pytest.approx(level, rel=1e-9)

@@ -117,3 +117,10 @@ def test_bad_input_is_refused(scenario):
         ratios.masses(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1)), RANGES)
     with pytest.raises(ValueError, match="leave samples out"):
         ratios.masses(gl.Scenario(gl.Bandit([0.0, 1.0]), gl.Bandit([1.0, 0.0])), RANGES, samples=10)
+
+
+def test_a_token_on_the_edge_belongs_to_the_range_above():
+    policy, reference = gl.Bandit([0.0, 1.0, 2.0]), gl.Bandit([0.0, 1.0, 2.0])
+    found = ratios.masses(gl.Scenario(policy, reference), [(-np.inf, 0.0), (0.0, np.inf), (0.0, 0.1)])
+    assert found["policy"].tolist() == pytest.approx([0, 1, 1])
+    assert found["vocabulary"].tolist() == pytest.approx([0, 1, 1])
