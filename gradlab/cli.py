@@ -5,12 +5,8 @@ Each command imports what it uses, so that help is there at once and no command 
 
 from __future__ import annotations
 
-import runpy
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +15,8 @@ import typer
 
 from gradlab.audit.command import audit_command
 from gradlab.measure_command import measure_command
-from gradlab.names import check_name
 from gradlab.provenance import __version__
+from gradlab.reproduce_command import Output, analyses, reproduce, title
 from gradlab.train_command import train_command
 
 app = typer.Typer(
@@ -31,10 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, data and captions.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core. Same bytes for any.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Entropy of every random draw.")]
 
 
 def _version(asked: bool) -> None:
@@ -52,109 +44,7 @@ def options(
     """Options of every command."""
 
 
-def analyses() -> dict[str, Path]:
-    """The analysis scripts by name: those of the source tree, or those packed with the installed package."""
-    here = Path(__file__).parent
-    for folder in (here / "_analyses", here.parent / "analyses"):
-        if found := {path.stem: path for path in sorted(folder.glob("[0-9]*.py"))}:
-            return found
-    raise ValueError("no analysis scripts found beside the package; reinstall gradlab-kl")
-
-
-@app.command()
-def reproduce(
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller grids: everything in under a minute.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run one analysis, by name or number; may be repeated.")
-    ] = None,
-    jobs: Jobs = 1,
-    output: Output = Path("figures"),
-    seed: Seed = 0,
-    force: Annotated[bool, typer.Option("--force", help="Run analyses even if nothing they depend on has changed.")] = False,
-) -> None:
-    """Regenerate figures, data, captions and verdicts.
-
-    Runs the numbered analyses, `--jobs` of them at a time. Each writes its results when it has them, so an interrupted run keeps
-    what is finished, and the next run skips what is unchanged; an analysis that needs packages which are not installed is skipped,
-    too. Ends with the claims ledger as these results settle it, also
-    written to `claims.csv`, and with `index.html`, one page that shows everything.
-
-    Example: `gradlab reproduce --quick --only 03 --output /tmp/figures`
-    """
-    import joblib
-
-    from gradlab import claims, gallery, report
-    from gradlab.ledger import CLAIMS
-    from gradlab.resume import Record, Requirements
-
-    scripts = analyses()
-    chosen = _choose(scripts, only)
-    report.writable(output)
-    options = ["--seed", str(seed), "--output", str(output), *(["--quick"] if quick else [])]
-    needs = {name: Requirements.of(scripts[name]) for name in chosen}
-    for name in [name for name in chosen if needs[name].missing]:
-        if only:
-            raise ValueError(f"{name} cannot run: {needs[name].missing}")
-        print(f"{name} is skipped, and what is in {output} is left as it is: {needs[name].missing}")
-        chosen.remove(name)
-    records = {name: Record(scripts[name], output, {"quick": quick, "seed": seed, **needs[name].versions}) for name in chosen}
-    finished = [] if force else [name for name in chosen if records[name].unchanged()]
-    for name in finished:
-        print(f"{name} is unchanged; --force makes it again")
-    todo = [name for name in chosen if name not in finished]
-    try:
-        for name, seconds in _runs({name: scripts[name] for name in todo}, options, joblib.effective_n_jobs(jobs)):
-            records[name].save()
-            finished.append(name)
-            print(f"{name} took {seconds:.1f} s ({len(finished)} of {len(chosen)} done)")
-    except KeyboardInterrupt:
-        kept = ", ".join(finished) or "nothing"
-        print(f"interrupted; finished and kept: {kept}", file=sys.stderr)
-        raise
-    settled = claims.verify(claims.load(output, {claim.frame for claim in CLAIMS}))
-    with report.written(output / "claims.csv") as part:
-        settled.to_csv(part, index=False, lineterminator="\n")
-    page = gallery.write(output, settled, {name: _title(path) for name, path in scripts.items()})
-    report.show_verdicts(settled)
-    print(f"pictures, data and captions are in {output}; {page} shows them all")
-
-
-def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float]]:
-    """Run analyses, several at a time if there are `jobs` for it; yield each one's name and seconds when it is done.
-
-    Alone they run in this process, where their progress is seen; together each is a process whose output is shown at its end.
-    """
-    from rich.console import Console
-    from tqdm import tqdm
-
-    if jobs == 1:
-        arguments = sys.argv
-        for name, script in scripts.items():
-            Console().rule(name, align="left")
-            started = time.perf_counter()
-            try:
-                sys.argv = [str(script), *options]
-                runpy.run_path(str(script), run_name="__main__")
-            finally:
-                sys.argv = arguments
-            yield name, time.perf_counter() - started
-        return
-
-    def run(name: str) -> tuple[str, float, str]:
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, str(scripts[name]), *options], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(
-                f"{name} failed; run it alone with --jobs 1. It said: {done.stderr.strip() or done.stdout.strip()}"
-            )
-        return name, time.perf_counter() - started, done.stdout
-
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(run, name) for name in scripts]
-        for future in tqdm(as_completed(waiting), total=len(waiting), unit="analysis", disable=None):
-            name, seconds, printed = future.result()
-            print(printed, end="")
-            yield name, seconds
+app.command()(reproduce)
 
 
 @app.command(name="claims")
@@ -246,33 +136,13 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
         from gradlab.policies.small import STAGES, TASKS
 
         return ("task", "stages", "what it does"), [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()]
-    return ("name", "question"), [(name, _title(path)) for name, path in analyses().items()]
-
-
-def _choose(scripts: dict[str, Path], only: list[str] | None) -> list[str]:
-    if not only:
-        return list(scripts)
-    chosen = []
-    for wanted in only:
-        matches = [name for name in scripts if name == wanted or name.split("_")[0] == wanted]
-        if not matches:
-            check_name("analysis", wanted, scripts)
-        chosen += matches
-    return [name for name in scripts if name in chosen]
+    return ("name", "question"), [(name, title(path)) for name, path in analyses().items()]
 
 
 def _combination(parts: dict[str, float] | None) -> str:
     if parts is None:
         return "none of the targets"
     return " + ".join(name if c == 1 else f"{c:g}·{name}" for name, c in parts.items()).replace("+ -1·", "− ")
-
-
-def _title(script: Path) -> str:
-    """First heading of a percent script."""
-    for line in script.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# # "):
-            return line[4:]
-    return ""
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and a folder that one command writes at a time."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -44,3 +48,28 @@ def writable_file(path: Path) -> Path:
         raise ValueError(f"cannot write {path}: it is a folder; give --output the name of a file")
     writable(path.parent)
     return path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of results; the system lets go when the process ends, however it ends.
+
+    Raises `ValueError` that names the holder while another process has it.
+    """
+    inside = writable(folder / ".reproduced")
+    lock, holder = FileLock(inside / "lock"), inside / "holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        said = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+        raise ValueError(
+            f"{folder} is being written by {said}; wait until it ends, or choose another folder with --output"
+        ) from None
+    try:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        with written(holder) as part:
+            part.write_text(f"process {os.getpid()} (`{command}`, since {time.strftime('%F %T')})\n", encoding="utf-8")
+        yield
+        holder.unlink(missing_ok=True)
+    finally:
+        lock.release()

@@ -87,11 +87,12 @@ class Record:
         """Whether the recorded run had the same fingerprint and its results are all still there as it left them."""
         try:
             recorded = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            left, fingerprint = dict(recorded["results"]), recorded["fingerprint"]
+        except (OSError, ValueError, TypeError, KeyError):  # none, or one of another form: the results are made again
             return False
         results = self.results()
-        same = all(results.get(name) == digest for name, digest in recorded["results"].items())
-        return bool(recorded["results"]) and same and recorded["fingerprint"] == self.fingerprint()
+        same = all(results.get(name) == digest for name, digest in left.items())
+        return bool(left) and same and fingerprint == self.fingerprint()
 
     def save(self) -> None:
         """Record a finished run."""

@@ -1,4 +1,4 @@
-"""One torch thread everywhere: small tensors run faster so, and timings and sums do not depend on the machine's load."""
+"""One torch thread unless the environment says otherwise: small tensors run faster so, and sums do not depend on the machine's load."""
 
 import os
 
@@ -6,4 +6,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

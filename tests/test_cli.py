@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 import gradlab as gl
-from gradlab import cli, files, gallery
+from gradlab import cli, files, gallery, reproduce_command
 
 SCRIPT = """# %% [markdown]
 # # Does a planted analysis run?
@@ -39,7 +39,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for number in ("01", "02"):
         (folder / f"{number}_planted.py").write_text(SCRIPT.format(number=number, last=""), encoding="utf-8")
-    monkeypatch.setattr(cli, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
+    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
     return folder
 
 
@@ -243,15 +243,15 @@ def test_reproduce_makes_results_once_and_again_when_something_changed(monkeypat
     capsys.readouterr()
 
     assert run(monkeypatch, "reproduce", "--output", output, "--seed", 3) == 0
-    assert capsys.readouterr().out.count("is unchanged") == 2
+    assert capsys.readouterr().out.count("unchanged, made again by --force: 01_planted, 02_planted") == 1
 
     (output / "02_numbers.csv").write_text("spoilt\n", encoding="utf-8")
     assert run(monkeypatch, "reproduce", "--output", output, "--seed", 3) == 0
-    assert capsys.readouterr().out.count("is unchanged") == 1
+    assert capsys.readouterr().out.count("unchanged, made again by --force: 01_planted\n") == 1
     assert pd.read_csv(output / "02_numbers.csv").seed.tolist() == [3]
 
     assert run(monkeypatch, "reproduce", "--output", output, "--seed", 4) == 0
-    assert "is unchanged" not in capsys.readouterr().out
+    assert "made again by --force" not in capsys.readouterr().out
     assert pd.read_csv(output / "01_numbers.csv").seed.tolist() == [4]
 
 
@@ -265,7 +265,7 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, capsys, tmp_path
 
     (scripts / "02_planted.py").write_text(SCRIPT.format(number="02", last=""), encoding="utf-8")
     assert run(monkeypatch, "reproduce", "--output", output) == 0
-    assert capsys.readouterr().out.count("01_planted is unchanged") == 1
+    assert capsys.readouterr().out.count("unchanged, made again by --force: 01_planted\n") == 1
     assert (output / "02_numbers.csv").is_file()
 
 

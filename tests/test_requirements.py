@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlab import cli
+from gradlab import cli, reproduce_command
 from gradlab.resume import Requirements
 
 RAN = """# %% [markdown]
@@ -31,7 +31,7 @@ def script(folder: Path, absent: str = "surely-not-installed") -> Path:
 @pytest.fixture
 def needy(tmp_path, monkeypatch):
     path = script(tmp_path)
-    monkeypatch.setattr(cli, "analyses", lambda: {path.stem: path})
+    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path})
     return path
 
 
@@ -76,12 +76,12 @@ def test_asked_for_by_name_it_is_an_error_with_the_install_line(needy, tmp_path,
 
 def test_with_its_packages_it_runs_once_for_each_of_their_versions(tmp_path, monkeypatch, capsys):
     path = script(tmp_path, absent="numpy")
-    monkeypatch.setattr(cli, "analyses", lambda: {path.stem: path})
+    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path})
     command = ("reproduce", "--output", tmp_path / "figures")
     assert run(monkeypatch, *command) == 0
     assert (tmp_path / "figures" / "99_ran.csv").read_text(encoding="utf-8") == "ran"
     assert run(monkeypatch, *command) == 0
-    assert "99_needy is unchanged" in capsys.readouterr().out
+    assert "unchanged, made again by --force: 99_needy" in capsys.readouterr().out
     monkeypatch.setattr("gradlab.resume.version", lambda name: "999")
     assert run(monkeypatch, *command) == 0
-    assert "99_needy is unchanged" not in capsys.readouterr().out
+    assert "unchanged, made again by --force: 99_needy" not in capsys.readouterr().out
