@@ -123,7 +123,9 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
         else:
             mean, norms = torch.einsum("ebp,b->ep", means, share / samples), means.square().sum(-1)
         batch_traces = _trace(norms, squares, share / group, group)
-        trace = _trace(mean.square().sum(-1, keepdim=True), squares.sum(-1, keepdim=True), samples / group, group)
+        trace = _trace(
+            torch.linalg.vector_norm(mean, dim=-1, keepdim=True).square(), squares.sum(-1, keepdim=True), samples / group, group
+        )
     enough = min(shares) > unit
     method = "counted" if counted else "drawn"
     return [
@@ -164,12 +166,13 @@ def _drawn(
     assert not isinstance(policy, LanguageModel)
     assert not isinstance(sampler, LanguageModel)
     (r, v), t = policy.table.shape, policy.length
-    # What is drawn at once decides who gets which variate, so it depends on the policy alone, and on no other loss.
-    portion = max(1, DRAWN // (max(t * v, r * v if policy.revisits or unit > 1 else 0) * unit)) * unit
-    # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, which
-    # every block takes, should cost no more than the block.
+    # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, of which
+    # every block takes some, should cost less than the block.
     others = sum(not isinstance(loss, Estimator) for loss in losses)
-    block = max(CHUNK, 16 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
+    block = max(CHUNK, 64 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
+    # What is drawn at once decides who gets which variate of several steps, so it depends on the policy alone, and on no other loss.
+    most = block if t == 1 else DRAWN // max(t * v, r * v if policy.revisits or unit > 1 else 0)
+    portion = max(1, most // unit) * unit
     length = float(sampler.occupancy().sum())
     parts: list[Sums] = []
     squares = torch.zeros(len(losses), len(shares), dtype=torch.float64)

@@ -73,7 +73,7 @@ class Sums:
         found = self.taken.new_zeros(len(self.taken), segments)
         for e, taken in enumerate(self.taken):
             along = self.along[:, e]
-            used = [d for d in range(len(along)) if bool(along[d].any())]
+            used = _used(along)
             beyond, pulled = torch.zeros_like(taken), torch.zeros_like(along[0])
             for d in used:
                 beyond += along[d][line] * directions[d]
@@ -89,10 +89,11 @@ class Sums:
         of_lines = weight[self.lines // r]
         along = added(self.along * of_lines, self._row(), len(self.rows))
         total = added(self.taken * weight[self.cells // (r * v)], self.cells % (r * v), r * v)
-        tables = total.view(-1, r, v)
-        tables[:, self.rows] += torch.einsum("deq,dqv->eqv", along, self.directions)
-        for e, full in self.full.items():
-            tables[e].index_add_(0, self.lines % r, full * of_lines[:, None])
+        for e, table in enumerate(total.view(-1, r, v)):
+            for d in _used(along[:, e]):
+                table.index_add_(0, self.rows, along[d, e, :, None] * self.directions[d])
+            if e in self.full:
+                table.index_add_(0, self.lines % r, self.full[e] * of_lines[:, None])
         return total
 
     def dense(self) -> Tensor:
@@ -109,6 +110,11 @@ class Sums:
     def _row(self) -> Tensor:
         """Place of every line's row among `rows`."""
         return torch.searchsorted(self.rows, self.lines % self.shape[1])
+
+
+def _used(along: Tensor) -> list[int]:
+    """Directions with a multiple that is not zero, of multiples `[d, l]`: most losses have few."""
+    return [d for d, multiples in enumerate(along) if bool(multiples.any())]
 
 
 def distinct(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 import gradlab as gl
 from gradlab import backprop, exact
 from gradlab.moments import gradients
-from gradlab.policies import LanguageModel, Tree
+from gradlab.policies import Bandit, LanguageModel, Tree
 from gradlab.policies.small import TASKS
 from gradlab.policies.training import initial
 
@@ -60,6 +60,26 @@ def enumerated_reverse_kl(policy: Tree, reference: Tree) -> Callable[[], torch.T
         log_pi = table.log_softmax(-1)[rows, tokens].sum(-1)
         log_ref = reference.table.log_softmax(-1)[rows, tokens].sum(-1)
         (gradient,) = torch.autograd.grad((log_pi.exp() * (log_pi - log_ref)).sum(), table)
+        return gradient
+
+    return forward_backward
+
+
+def moved(policy: Bandit | Tree) -> gl.Scenario:
+    """A policy on a reference a little away from it."""
+    return gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+
+
+def drawn_pass(scenario: gl.Scenario, samples: int) -> Callable[[], torch.Tensor]:
+    """The floor: draw responses, then one forward and backward pass of the squared log-ratio of their tokens."""
+    policy, reference = scenario.policy, scenario.reference
+
+    def forward_backward() -> torch.Tensor:
+        tokens, _ = policy.sample(samples, np.random.default_rng(0))
+        rows = policy.contexts(tokens)
+        table = policy.table.detach().requires_grad_(True)
+        log_ratio = table.log_softmax(-1)[rows, tokens] - reference.table.log_softmax(-1)[rows, tokens]
+        (gradient,) = torch.autograd.grad(0.5 * log_ratio.square().sum(-1).mean(), table)
         return gradient
 
     return forward_backward
@@ -149,6 +169,18 @@ def main() -> None:
         gl.montecarlo.moments(catalogue[:6], drawn, samples)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     line("peak memory of 200,000 drawn responses relative to 20,000", peaks[1] / peaks[0], "x", "(aim: 1)")
+
+    chosen = [loss for loss in catalogue if not loss.grouped]
+    for what, sampled in (
+        ("Markov, 8 tokens, length 16", drawn),
+        ("Tree, 8 tokens, length 6", moved(gl.Tree.random(vocab=8, length=6, seed=0))),
+        ("Bandit, 50,000 tokens", moved(gl.Bandit.random(vocab=50_000, seed=0))),
+    ):
+        ordinary = drawn_pass(sampled, 20_000)
+        line(f"{what}: 20,000 draws and one backward pass (the floor)", 1e3 * seconds(ordinary), "ms", "")
+        for count, aim in ((1, 4), (6, 6), (28, 15)):
+            taken = against(ordinary, partial(gl.montecarlo.moments, chosen[:count], sampled, 20_000), 5)
+            line(f"  sampled means, traces and batches of {count} estimators", taken, "x", f"(aim: at most {aim})")
 
     for batch in (256, 1024):
         language_model(4, 6, batch)
