@@ -17,7 +17,7 @@ from worlds import assert_same
 
 import gradlab as gl
 from gradlab.audit import Batch, LossError, Subject, candidates, checks, curve, engine, forms, frame, hand, worlds
-from gradlab.audit.identify import identify
+from gradlab.audit.identify import Verdict, formula, identify
 from gradlab.audit.precision import PRECISIONS
 from gradlab.estimators import Estimator
 from gradlab.kernels import derivative
@@ -376,6 +376,32 @@ def test_compositions_are_distinct():
 
 
 # ---- identification -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ({"a": 2.5}, "a"),
+        ({"a": -2.5}, "−a"),
+        ({"a": 1, "b": -1}, "a − b"),
+        ({"a": -1, "b": 1 + 1e-6}, "−a + b"),
+        ({"a": 0.5, "b": 2.0}, "0.5·a + 2·b"),
+        ({"a": -0.25, "b": -3.00004}, "−0.25·a − 3·b"),
+        ({"a": -2.0, "b": 1.0002}, "−2·a + 1·b"),
+        ({"a": 1, "b": -1, "c": 0.123456}, "a − b + 0.1235·c"),
+    ],
+)
+def test_a_combination_is_written_as_a_formula(parts, text):
+    assert formula(parts) == text
+
+
+def test_only_a_positive_multiple_everywhere_descends():
+    verdict = Verdict({"reverse_kl": 0.5}, 0.0, "everywhere", "reverse_kl", 1.0, "")
+    assert verdict.descends("reverse_kl")
+    assert not verdict.descends("forward_kl")
+    for changed in ({"scope": "near"}, {"combination": {"reverse_kl": -0.5}}, {"combination": {"reverse_kl": 0.0}},
+                    {"combination": {"reverse_kl": 0.5, "forward_kl": 1.0}}, {"combination": {}}):  # fmt: skip
+        assert not replace(verdict, **changed).descends("reverse_kl")
 
 
 def test_a_scale_is_reported_and_a_foreign_gradient_is_not_explained_away():

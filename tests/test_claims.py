@@ -61,6 +61,9 @@ def made(relation: str = ">", value: float = 0.0, margin: float = 0.0, **fields:
         ("=", 0, 0.1, -0.1, 0.11, "UNDECIDED"),
         ("=", 0, 0.1, 0.11, 0.2, "FAILS"),
         ("=", 0, 0.1, -0.2, -0.11, "FAILS"),
+        # the ends of the tolerance belong to it
+        ("=", 0, 0.1, 0.1, 0.2, "UNDECIDED"),
+        ("=", 0, 0.1, -0.2, -0.1, "UNDECIDED"),
         ("=", 0, 1e-9, 3e-16, 3e-16, "HOLDS"),
         ("=", 0, 0.1, math.inf, math.inf, "FAILS"),
         ("≠", 0, 0.1, -0.1, 0.1, "FAILS"),
@@ -69,8 +72,12 @@ def made(relation: str = ">", value: float = 0.0, margin: float = 0.0, **fields:
         (">", 0, 0, math.nan, math.nan, "UNDECIDED"),
         ("=", 0, 1, 0, math.nan, "UNDECIDED"),
         ("=", 0, 1, math.nan, 0, "UNDECIDED"),
+        ("=", 0, 1, 2, math.nan, "UNDECIDED"),
+        (">", 0, 0, 1, math.nan, "UNDECIDED"),
+        (">", 0, 0, math.nan, -1, "UNDECIDED"),
         # equality within rounding is neither more nor less
         (">", 1, 0, 1 + 5e-10, 1 + 5e-10, "FAILS"),
+        (">", 0, 0, 1e-9, 1e-9, "FAILS"),
         (">", 1, 0, 1 + 2e-9, 1 + 2e-9, "HOLDS"),
         ("<", 1, 0, 1 - 5e-10, 1 - 5e-10, "FAILS"),
         ("<", 1, 0, 1 - 2e-9, 1 - 2e-9, "HOLDS"),
@@ -121,6 +128,10 @@ def test_three_way_judge(relation: str, value: float, margin: float, low: float,
         ("some", [math.nan, 0.2], "HOLDS", 0.2),
         ("some", [-0.5, math.nan, -0.9], "UNDECIDED", math.nan),
         ("every", [math.nan, -0.2], "FAILS", -0.2),
+        # a number that is not known is never the row that speaks where another can, whatever the order
+        ("every", [math.nan, 0.05, 0.5], "UNDECIDED", 0.05),
+        ("some", [0.05, math.nan, -0.9], "UNDECIDED", 0.05),
+        ("some", [math.nan, 0.05, -0.9], "UNDECIDED", 0.05),
     ],
 )
 def test_quantifiers_and_the_decisive_row(quantifier: str, biases: list[float], verdict: str, effect: float) -> None:
@@ -152,6 +163,17 @@ def test_the_row_nearest_to_the_other_side_speaks_for_every_and_the_farthest_for
 ) -> None:
     found = settle(made(relation, 0, 0.1, quantifier=quantifier), pd.DataFrame({"bias": effects}))
     assert (found.verdict, found.effect) == ("HOLDS", decisive)
+
+
+@pytest.mark.parametrize(("quantifier", "decisive"), [("every", 0.94), ("some", 1.01)])
+def test_distance_is_measured_from_the_value(quantifier: str, decisive: float) -> None:
+    found = settle(made("=", 1, 0.1, quantifier=quantifier), pd.DataFrame({"bias": [1.05, 0.94, 1.01]}))
+    assert (found.verdict, found.effect) == ("HOLDS", decisive)
+
+
+def test_an_exact_infinity_is_resolved() -> None:
+    found = settle(made(">"), pd.DataFrame({"bias": [math.inf], "via": ["exact"]}))
+    assert (found.verdict, found.effect, found.resolution) == ("HOLDS", math.inf, 0)
 
 
 def test_sampled_rows_are_judged_by_their_interval_and_exact_rows_by_the_point() -> None:
@@ -284,6 +306,13 @@ def test_no_number_of_samples_leaves_the_indifference_zone() -> None:
     assert settle(made("=", 0, 1e-9), frame.assign(via="exact")).samples_needed is None
 
 
+def test_twice_the_interval_takes_four_times_the_samples() -> None:
+    for reach in (0.1, 0.5, 2.0):
+        narrow, wide = (samples_needed(made(">", 0), 1.0, 1 - r, 1 + r, samples=10**6) for r in (reach, 2 * reach))
+        assert narrow is not None
+        assert wide == pytest.approx(4 * narrow, abs=4)
+
+
 def test_the_ledger_is_well_formed() -> None:
     ledger = gl.claims.ledger()
     assert list(ledger.columns) == ["id", "scope", "statement", "published", "source", "frame", "figure", "rule"]
@@ -349,6 +378,7 @@ def test_committed_evidence_reads_well() -> None:
 
 def test_without_frames_everything_is_open_and_only_restricts() -> None:
     everything = verify({})
+    assert list(everything.columns) == [*gl.claims.ledger().columns, *(f.name for f in dataclasses.fields(gl.claims.Verdict))]
     assert set(everything["verdict"]) == {"OPEN"}
     assert len(everything) == len(CLAIMS)
     some = verify({}, only=["value-k1", "clamp"])

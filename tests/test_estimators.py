@@ -13,6 +13,7 @@ import worlds
 
 import gradlab as gl
 from gradlab.coefficients import coefficients
+from gradlab.estimators import raw_weights
 from gradlab.moments import cotangent
 
 #: Values of every field, the default first; `group` follows from the baseline.
@@ -108,6 +109,19 @@ def test_coefficients_are_autograd_of_the_surrogate(shape, off_policy):
         assert not found[~rollout.mask].any()
         moving += bool(autograd.norm() > 1e-2)
     assert moving > 0.85 * len(estimators)
+
+
+@pytest.mark.parametrize("weight", ["token", "prefix", "sequence"])
+def test_a_ratio_on_the_edge_of_the_clip_is_not_clipped(weight):
+    rollout = gl.Rollout.drawn(worlds.scenario("tree", off_policy=True), 24, np.random.default_rng(0))
+    weights = gl.Estimator("k1", "reward", weight=weight)
+    ratios = {float(w) for w in raw_weights(weights, rollout).unique() if 0.5 <= w < 2 and w != 1}  # 1 ± ε is exact there
+    assert min(ratios) < 1 < max(ratios)
+    for ratio in ratios:
+        clip = abs(ratio - 1)
+        assert ratio in (1 + clip, 1 - clip)
+        e = gl.Estimator("k1", "reward", "return", weight=weight, clip=clip)
+        worlds.assert_same(by_hand(e, rollout), cotangent(e, rollout), tolerance=1e-12, what=e.name)
 
 
 def test_coefficients_on_a_weighted_rollout():
@@ -227,7 +241,7 @@ def test_moments_of_a_list_are_those_of_its_members():
         ({"weight": "sequnce"}, "unknown weight 'sequnce'; did you mean 'sequence'"),
         ({"weight": True}, "unknown weight True"),
         ({"normalise": "token mean"}, "unknown normalise 'token mean'; did you mean 'token_mean'"),
-        ({"placement": "reward", "credit": "return", "baseline": "leave_one", "group": 2}, "did you mean 'leave_one_out'"),
+        ({"placement": "reward", "credit": "return", "baseline": "leave_one", "group": 2}, "unknown baseline 'leave_one'; did"),
         ({"placement": "straight_through", "gradient_kernel": "k4"}, "unknown gradient_kernel 'k4'"),
         ({"placement": "straight_through", "gradient_kernel": "full"}, "unknown gradient_kernel 'full'"),
         ({"credit": "to_go"}, "credit='to_go' has no meaning with placement='loss'"),
