@@ -178,7 +178,7 @@ def _sampled(means: Array, variances: Array | None, truth: Array, samples: int, 
 def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int, seed: int, index: int) -> tuple[Array, Array]:
     """Means and variances of the kernels' values in independent batches, each `[e, B]`."""
     montecarlo.check_samples(samples)
-    parts = [len(part) for part in np.array_split(np.empty(samples), max(1, min(montecarlo.BATCHES, samples // 16)))]
+    parts = montecarlo.shared(samples, max(1, min(montecarlo.BATCHES, samples // 16)))
     means, variances = [], []
     with torch.no_grad():
         for batch, size in enumerate(parts):

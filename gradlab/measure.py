@@ -110,12 +110,14 @@ def measure(
         targets.target(name)
     if not losses or not scenarios or not names:
         raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
-    for scenario in scenarios:
-        check_scenario(scenario)
     check_seed(seed)
     check_jobs(jobs)
     if samples is not None:
         montecarlo.check_samples(samples)
+    for scenario in scenarios:
+        check_scenario(scenario)
+        if samples is not None:
+            montecarlo.check_reach(samples, scenario, losses.values())
     tasks = (
         joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, level, anytime)
         for index, scenario in enumerate(tqdm(scenarios, desc="measure", unit="scenario", disable=None, delay=2))

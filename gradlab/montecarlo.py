@@ -28,6 +28,8 @@ from gradlab.sums import Sums, added
 BATCHES = 64
 #: Draws are counted where the policy has at most this many responses.
 COUNTED_RESPONSES = 2**15
+#: Tokens of one run that are drawn one by one: hours of work. Those of a language model take longer, and its batches are held.
+DRAWN_TOKENS, ANSWERED_TOKENS = 2**34, 2**27
 #: Doubles of logits that are drawn from at once.
 DRAWN = 2**19
 #: Doubles held at a time for one block of drawn responses.
@@ -58,7 +60,7 @@ def moments(
     run of their own. `trace_cov` is the unbiased sample covariance; `batch_means` and `batch_traces` feed
     `gradlab.intervals`. The same `seed` (and `stream`, which tells runs of one seed apart) gives the same bytes. Memory
     depends on the policy, not on `samples`. Raises `ValueError` when `samples` is not a positive whole number, or not a
-    multiple of a group size.
+    multiple of a group size, and when so many would have to be drawn one by one that it takes days.
     """
     losses = as_losses(estimator)
     check_scenario(scenario)
@@ -99,15 +101,17 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     unit = lcm(*sizes)
     if samples % unit:
         raise ValueError(f"samples must be a multiple of the group size {unit} of the estimators, got {samples}")
+    counted = unit == 1 and _countable(scenario)
+    if not counted:
+        _check_drawn(samples, scenario)
     units = samples // unit
     # Batches of one where two each would be too few; at least 8 of nearly equal size otherwise.
     most = BATCHES
     if isinstance(scenario.policy, LanguageModel):
         most = min(most, BATCH_MEANS // (len(losses) * len(scenario.policy.parameters)))
     batches = max(8, min(most, units // 16)) if units >= 16 else units
-    shares = [unit * (units // batches + (b < units % batches)) for b in range(batches)]
+    shares = [unit * share for share in shared(units, batches)]
     rngs = [_rng(seed, (*stream, b)) for b in range(batches)]
-    counted = unit == 1 and _countable(scenario)
     means: Tensor | Sums
     with torch.no_grad():
         if counted:
@@ -135,6 +139,11 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
         )
         for e in range(len(losses))
     ]  # fmt: skip
+
+
+def shared(samples: int, batches: int) -> list[int]:
+    """Sizes of batches that differ by at most one, the larger ones first."""
+    return [samples // batches + (b < samples % batches) for b in range(batches)]
 
 
 def _trace(norms: Tensor, squares: Tensor, units: Tensor, group: Tensor) -> Tensor:
@@ -268,5 +277,23 @@ def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:
 
 
 def check_samples(samples: int, what: str = "samples") -> None:
-    """Raise `ValueError` unless `samples` is a positive whole number."""
+    """Raise `ValueError` unless `samples` is a positive whole number, and one that doubles count exactly."""
     check_whole(what, samples)
+    if samples > 2**53:
+        raise ValueError(f"{what} must be at most 2^53, up to which double precision counts exactly, got {samples}")
+
+
+def check_reach(samples: int, scenario: Scenario, losses: Iterable[Loss]) -> None:
+    """Raise `ValueError` when `moments` of the losses would have to draw so many responses one by one that it takes days."""
+    if not _countable(scenario) or any(isinstance(loss, Estimator) and loss.grouped for loss in losses):
+        _check_drawn(samples, scenario)
+
+
+def _check_drawn(samples: int, scenario: Scenario) -> None:
+    most = (ANSWERED_TOKENS if isinstance(scenario.policy, LanguageModel) else DRAWN_TOKENS) // scenario.policy.length
+    if samples > most:
+        raise ValueError(
+            f"samples={samples} is more than the {most} responses of {scenario.label} that are drawn one by one in a run, which "
+            "takes hours; take fewer, or average runs of several seeds (draws are counted, whatever their number, where at most "
+            f"{COUNTED_RESPONSES} responses can be listed and no estimator compares the responses of a group)"
+        )

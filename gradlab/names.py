@@ -7,6 +7,9 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
+#: Bytes that the responses of one call may take.
+HELD = 2**34
+
 
 def check_name(what: str, given: object, allowed: Iterable[str]) -> None:
     """Raise `ValueError` when `given` is not among `allowed`, naming the nearest."""
@@ -23,6 +26,15 @@ def check_whole(what: str, given: object, least: int = 1) -> None:
     if isinstance(given, bool) or not isinstance(given, Integral) or int(given) < least:
         kind = {0: "a whole number from 0 on", 1: "a positive whole number"}.get(least, f"a whole number of at least {least}")
         raise ValueError(f"{what} must be {kind}, got {given!r}")
+
+
+def check_held(samples: int, numbers: int) -> None:
+    """Raise `ValueError` when `samples` responses of so many doubles each are more than is held at once."""
+    if samples * numbers * 8 > HELD:
+        raise ValueError(
+            f"{samples} responses are more than the {HELD // (8 * numbers)} that are held at once, in {HELD / 2**30:g} GiB; "
+            "draw fewer, or several times with other seeds"
+        )
 
 
 def check_seed(given: object) -> None:

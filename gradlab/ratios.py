@@ -66,8 +66,8 @@ def masses(
             live = torch.ones(len(weight), dtype=torch.float64)
             found = _counts(table, reference_table, cuts, live[:, None])
         else:
-            weight = torch.ones(samples, 1, dtype=torch.float64)
             found, live = _drawn(scenario, cuts, samples, seed)
+            weight = torch.ones(samples, 1, dtype=torch.float64)
     rows: dict[str, Any] = {"scenario": scenario.label, "low": ends[:, 0], "high": ends[:, 1]}
     # A range is the bins between its ends; bin k lies below cut k.
     first, last = (torch.searchsorted(cuts, ends.T.contiguous()) + 1).unbind()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab.names import check_held
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
@@ -215,6 +216,7 @@ class Rollout:
         if samples < 1:
             raise ValueError(f"samples must be a positive number, got {samples}")
         if isinstance(scenario.sampler, LanguageModel):
+            check_held(samples, 3 * scenario.sampler.length * scenario.sampler.vocab)
             weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
             return cls.answered(scenario, *scenario.sampler.sample(samples, rng), weight)
         return cls.made(scenario, scenario.sampler.variates(samples, rng))

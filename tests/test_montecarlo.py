@@ -6,16 +6,18 @@ Statistical tests fail at a significance of about 1e-4 each (z above 4, or p bel
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from test_backprop import network
 from worlds import assert_same, scenario
 
 import gradlab as gl
-from gradlab import Rollout, intervals, markov, montecarlo
+from gradlab import Rollout, intervals, markov, montecarlo, ratios
 from gradlab.moments import gradients
 
 SURE = 1e-4
@@ -314,6 +316,41 @@ def test_sums_keep_their_digits_in_a_corner(drawn):
         rows = found.batch_means.view(-1, 4, 3)
         assert float(rows.norm()) > 0
         assert float(rows.sum(-1).abs().max()) < 1e-14 * float(rows.abs().max())
+
+
+def test_counted_draws_have_no_limit():
+    """A trillion draws are counted at once, and the mean is as close to the exact one as they say."""
+    world, loss = scenario("tree"), gl.ESTIMATORS["k2-loss"]
+    found, exact = montecarlo.moments(loss, world, 10**12), gl.exact.moments(loss, world)
+    off = float((found.mean - exact.mean).norm())
+    assert 0 < off < 4.5 * math.sqrt(exact.trace_cov / 10**12)
+    assert gl.components(loss, world, samples=10**12)["samples"].eq(10**12).all()
+    with pytest.raises(ValueError, match="counts exactly"):
+        montecarlo.moments(loss, world, 2**53 + 1)
+
+
+LANGUAGE = gl.LanguageModel(network(0, vocab=3), [(0,)], 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda n: montecarlo.moments(GROUPED["loo"], scenario("tree"), n), "one by one"),
+        (lambda n: gl.measure("k2-loss", gl.Scenario(gl.Gaussian(0.0, 1.0), gl.Gaussian(0.1, 1.0)), samples=n), "one by one"),
+        (lambda n: gl.measure(["k2-loss", GROUPED["loo"]], [scenario("bandit"), scenario("tree")], samples=n), "one by one"),
+        (lambda n: gl.measure("k2-loss", gl.Scenario(LANGUAGE, LANGUAGE), samples=n), "one by one"),
+        (lambda n: Rollout.drawn(scenario("tree"), n, np.random.default_rng()), "held at once"),
+        (lambda n: Rollout.drawn(gl.Scenario(LANGUAGE, LANGUAGE), n, np.random.default_rng()), "held at once"),
+        (lambda n: ratios.masses(gl.Scenario(LANGUAGE, LANGUAGE), [(-1.0, 1.0)], n), "held at once"),
+        (lambda n: gl.components.values("k2", scenario("tree"), samples=n), "held at once"),
+        (lambda n: gl.Gaussian(0.0, 1.0).sample(n, np.random.default_rng()), "held at once"),
+    ],
+)
+def test_more_draws_than_can_be_made_are_refused_at_once(call, message):
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        call(10**12)
+    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("losses", [[gl.ESTIMATORS["k2-loss"], half_k2], [GROUPED["loo"]]], ids=["single", "grouped"])

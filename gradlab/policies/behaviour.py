@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradlab.draws import generator
+from gradlab.names import check_held, check_whole
 from gradlab.policies.causal import Pretrained
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.trunk import Trunk
@@ -91,6 +92,8 @@ def lost_mass(policy: LanguageModel, behaviour: LanguageModel, samples: int | No
             own = torch.where(mask, policy.family.log_prob(policy.table, contexts, tokens), 0.0).sum(-1).exp()
             mass = float(own[given == 0].sum()) / len(policy.prompts)
             return Mass(mass, mass, mass)
+        check_whole("samples", samples)
+        check_held(samples, 1)
         rng = generator(seed, 11)
         weights = []
         for part in np.array_split(np.arange(samples), max(1, samples // 64)):

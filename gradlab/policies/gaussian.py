@@ -13,7 +13,7 @@ import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from gradlab.names import check_real
+from gradlab.names import check_held, check_real
 from gradlab.policies import families
 from gradlab.policies.perturb import perturbation
 
@@ -87,6 +87,7 @@ class Gaussian:
 
     def variates(self, n: int, rng: np.random.Generator) -> Tensor:
         """What `n` actions are made of: standard normal variates, `[n, 1]`."""
+        check_held(n, 4)
         return torch.from_numpy(rng.standard_normal((n, 1)))
 
     def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:

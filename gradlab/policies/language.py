@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab.names import check_held
 from gradlab.policies import families, trees
 from gradlab.policies.actions import check_actions, inverted, nucleus
 from gradlab.policies.parameterised import Parameterised
@@ -219,6 +220,7 @@ class LanguageModel(Parameterised):
         """
         if n % group:
             raise ValueError(f"{n} responses cannot be split into groups of {group} that share a prompt")
+        check_held(n, 3 * self.length)
         prompts = torch.from_numpy(rng.integers(len(self.prompts), size=n // group)).repeat_interleave(group)
         tokens = self._blank(n, self.length)
         with torch.no_grad():

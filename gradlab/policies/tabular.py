@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradlab.draws import generator
-from gradlab.names import check_real, check_whole
+from gradlab.names import check_held, check_real, check_whole
 from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
 
@@ -99,6 +99,7 @@ class Tabular:
 
     def variates(self, n: int, rng: np.random.Generator) -> Tensor:
         """What `n` responses are made of, `[n, T]`: a uniform variate a token, drawn step by step."""
+        check_held(n, 4 * self.length)
         return torch.from_numpy(rng.random((self.length, n))).T
 
     def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:
