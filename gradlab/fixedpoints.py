@@ -14,6 +14,7 @@ from gradlab.ascent import Array, FixedPoint, World, ascend
 from gradlab.estimators import Estimator
 from gradlab.measure import by_name
 from gradlab.optima import optimum
+from gradlab.parallel import spread
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -65,7 +66,7 @@ def measure(
             raise ValueError(f"{name} is a function: exact ascent differentiates its expectation, which needs a gl.Estimator")
     work = [*((world, None, 0.0) for world in listed), *((world, loss, c) for world, _, loss, c in tasks)]
     calls = (joblib.delayed(_ended)(*item) for item in tqdm(work, desc="fixed points", disable=None, delay=2))
-    ends: list[FixedPoint] = joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(calls)
+    ends: list[FixedPoint] = spread(calls, jobs)
     free = dict(zip((world.name for world in listed), ends, strict=False))
     rows = [_row(world, UNREGULARISED, 0.0, free[world.name], free[world.name]) for world in listed]
     rows += [_row(w, name, c, end, free[w.name]) for (w, name, _, c), end in zip(tasks, ends[len(listed) :], strict=True)]

@@ -21,6 +21,7 @@ from gradlab.estimators import Estimator
 from gradlab.lazy import callable_module
 from gradlab.moments import Loss, Moments
 from gradlab.names import check_jobs, check_name, check_seed, several
+from gradlab.parallel import spread
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.provenance import versions
 from gradlab.scenario import Scenario, check_scenario
@@ -94,9 +95,10 @@ def measure(
     A language model has its parameters' gradients compared. Where its responses cannot be listed the target's gradient is
     estimated too, by an unbiased estimator (`UNBIASED`) from the same draws, and so is the `kl`: bias, cosine and noise, with
     intervals that allow for it, are about the difference of the two.
-    jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used). The
-    result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that stay valid when
-    the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed beforehand.
+    jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used, see
+    `gradlab.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that
+    stay valid when the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed
+    beforehand.
     Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
@@ -122,8 +124,7 @@ def measure(
         joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, level, anytime)
         for index, scenario in enumerate(tqdm(scenarios, desc="measure", unit="scenario", disable=None, delay=2))
     )
-    # jobs=1 leaves the choice to a surrounding joblib.parallel_config, whose default is one process.
-    rows = joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(tasks)
+    rows = spread(tasks, jobs)
     frame = pd.DataFrame([row for part in rows for row in part], columns=list(COLUMNS))
     frame["samples"] = frame["samples"].astype("Int64")
     frame["vocab"] = frame["vocab"].astype("Int64")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from gradlab import exact
 from gradlab.chisquare import chi2
 from gradlab.draws import generator
+from gradlab.parallel import spread
 from gradlab.policies import Bandit, Gaussian
 from gradlab.scenario import Scenario
 
@@ -130,7 +131,7 @@ def running(
         joblib.delayed(_run)(kernels, scenario, sizes, np.random.SeedSequence(seed, spawn_key=(12, run)))
         for run in tqdm(range(runs), desc="running means", unit="run", disable=None, delay=2)
     )
-    found = joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(tasks)
+    found = spread(tasks, jobs)
     common = {"scenario": scenario.label, "via": "sampled", "kl": scenario.kl()}
     rows = [{**common, "run": run, **row} for run, part in enumerate(found) for row in part]
     return pd.DataFrame(rows)

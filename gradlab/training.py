@@ -31,6 +31,7 @@ from gradlab.estimators import Estimator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients, Loss, cotangent, gradients
 from gradlab.names import check_jobs, check_name, check_real, check_seed, check_whole, several
+from gradlab.parallel import spread
 from gradlab.policies import LanguageModel, Policy
 from gradlab.policies.small import TASKS
 from gradlab.provenance import versions
@@ -104,7 +105,7 @@ def train(
         joblib.delayed(_run)(start, reward, name, loss, size, recipe, seed, number)
         for (name, loss, size), number in tqdm(runs, desc="train", unit="run", disable=None, delay=2)
     )
-    rows = [row for part in joblib.Parallel(n_jobs=None if jobs == 1 else jobs)(tasks) for row in part]
+    rows = [row for part in spread(tasks, jobs) for row in part]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs.update(seed=seed, **versions())
     return frame

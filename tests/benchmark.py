@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import distributed
+import joblib
 import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
@@ -123,6 +125,21 @@ def language_model(length: int, prompt: int, batch: int) -> None:
     line("  six estimators by vmap(grad)", against(ordinary, each_sample, 5), "x", "")
 
 
+def on_workers() -> None:
+    """The same frame on two worker processes of joblib and of a local dask cluster."""
+    trees = [gl.Tree.random(vocab=6, length=5, seed=seed) for seed in range(16)]
+    scenarios = [gl.Scenario(tree, tree.perturbed(kl=0.3, seed=1)) for tree in trees]
+
+    def on_dask() -> None:
+        with joblib.parallel_config(backend="dask"):
+            gl.measure(["k2-loss", "k3-loss", "k1-reward-to-go"], scenarios)
+
+    options = {"processes": True, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster):
+        taken = against(lambda: gl.measure(["k2-loss", "k3-loss", "k1-reward-to-go"], scenarios, jobs=2), on_dask, 5)
+    line("a frame on a local dask cluster, relative to joblib's processes", taken, "x", "(aim: at most 1.2)")
+
+
 def line(what: str, value: float, unit: str, aim: str) -> None:
     print(f"{what:<86} {value:9.3g} {unit:<8} {aim}")
 
@@ -181,6 +198,8 @@ def main() -> None:
         for count, aim in ((1, 4), (6, 6), (28, 15)):
             taken = against(ordinary, partial(gl.montecarlo.moments, chosen[:count], sampled, 20_000), 5)
             line(f"  sampled means, traces and batches of {count} estimators", taken, "x", f"(aim: at most {aim})")
+
+    on_workers()
 
     for batch in (256, 1024):
         language_model(4, 6, batch)

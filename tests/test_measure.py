@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+import platform
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from scipy import stats
 from worlds import scenario
 
 import gradlab as gl
-from gradlab import Rollout, intervals, montecarlo
+from gradlab import Rollout, intervals, montecarlo, parallel
 
 module = importlib.import_module("gradlab.measure")
 
@@ -303,6 +304,41 @@ def test_same_bytes_twice_and_whatever_the_threads(one_process):
 
 def test_same_bytes_on_two_processes(one_process):
     assert frames(jobs=2) == one_process
+
+
+def page_faults() -> int:
+    """Pages that the system maps into this process while 8 MiB are taken and given back fifty times."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        torch.ones(2**20, dtype=torch.float64)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+def on_each_worker(client: Any) -> list[int]:
+    workers = client.scheduler_info()["workers"]
+    return [client.submit(page_faults, workers=[address], pure=False).result() for address in workers]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="thresholds are those of glibc")
+def test_workers_of_dask_use_memory_again(dask_cluster):
+    before = on_each_worker(dask_cluster)
+    with joblib.parallel_config(backend="dask"):
+        gl.measure("k2-loss", [BANDIT] * 8)
+    assert dask_cluster.run(lambda: parallel.keep_memory.cache_info().currsize) == dict.fromkeys(
+        dask_cluster.scheduler_info()["workers"], 1
+    )
+    after = on_each_worker(dask_cluster)
+    assert max(after) < min(before) / 5, (before, after)
+
+
+def test_only_the_setting_of_dask_is_replaced(monkeypatch):
+    for value in (None, "-1", "1000000"):
+        monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+        if value:
+            monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", value)
+        monkeypatch.setattr(parallel.ctypes, "CDLL", lambda name: pytest.fail("a setting of the user's was replaced"))
+        assert not parallel.keep_memory.__wrapped__()
 
 
 def test_same_bytes_on_a_dask_cluster(one_process, dask_cluster):

@@ -59,6 +59,7 @@ def audit_command(
 
     from gradlab.audit import candidates, report
     from gradlab.audit.run import Audit
+    from gradlab.parallel import spread
     from gradlab.report import writable
 
     if expect is not None:
@@ -71,7 +72,7 @@ def audit_command(
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    results = list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(_attempt)(subject, top_p) for subject in progress))
+    results = spread((joblib.delayed(_attempt)(subject, top_p) for subject in progress), jobs)
     audits = [result for result in results if isinstance(result, Audit)]
     problems = [result for result in results if isinstance(result, ValueError)]
     if not audits:

@@ -13,6 +13,7 @@ import pandas as pd
 from gradlab.audit import adapters
 from gradlab.audit.batch import Subject
 from gradlab.audit.run import Audit, audit, frame
+from gradlab.parallel import spread
 
 #: What one may want to descend, and on whose data: the sequence reverse KL, or what a token-level loss can have of it.
 GOALS = (
@@ -29,7 +30,7 @@ ALIKE = 1e-5
 
 def audits(subjects: Sequence[Subject], jobs: int = 1) -> list[Audit]:
     """Audit every subject, `jobs` at a time; the same result for any number of them."""
-    return list(joblib.Parallel(n_jobs=jobs)(joblib.delayed(audit)(subject) for subject in subjects))
+    return spread((joblib.delayed(audit)(subject) for subject in subjects), jobs)
 
 
 def configurations(audited: Sequence[Audit]) -> pd.DataFrame:
