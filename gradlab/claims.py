@@ -7,7 +7,7 @@ run that cannot tell comes out UNDECIDED, with the number of samples that could.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from scipy.special import ndtri
 from gradlab import frames as files
 from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, Condition
 from gradlab.ledger.form import Relation
-from gradlab.names import check_name
+from gradlab.names import check_name, several
 
 VerdictName = Literal["HOLDS", "FAILS", "UNDECIDED", "OPEN"]
 #: Relations that hold where another fails, and the other way round.
@@ -79,16 +79,19 @@ def ledger() -> pd.DataFrame:
     return pd.DataFrame([[getattr(claim, column) for column in columns] for claim in CLAIMS], columns=list(columns))
 
 
-def verify(frames: Mapping[str, pd.DataFrame] | Path | str, only: Sequence[str] | None = None) -> pd.DataFrame:
+def verify(frames: Mapping[str, pd.DataFrame] | Path | str, only: str | Iterable[str] | None = None) -> pd.DataFrame:
     """Settle the ledger with measured frames, or with a folder of their CSV files.
 
     Returns the ledger with the columns of `Verdict`; a claim whose frame is not there is OPEN. `only` restricts it to some
     ids or topics. Raises `ValueError` for an unknown id, for a folder that does not exist or holds none of the frames, and for a
     frame without the columns or rows a claim needs.
     """
+    only = None if only is None else several(only)
     for name in only or ():
         check_name("claim", name, dict.fromkeys([*PUBLISHED, *STATEMENTS]))
     chosen = [i for i, claim in enumerate(CLAIMS) if only is None or claim.id in only or claim.topic in only]
+    if not isinstance(frames, str | Path | Mapping):
+        raise ValueError(f"frames must be a folder, or a mapping from names to frames, got {frames!r}")
     if isinstance(frames, str | Path):
         frames = _read(Path(frames), {CLAIMS[i].frame for i in chosen})
     verdicts = [settle(CLAIMS[i], frames[CLAIMS[i].frame]) if CLAIMS[i].frame in frames else Verdict("OPEN") for i in chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradlab import exact
-from gradlab.catalogue import ESTIMATORS, name_of
+from gradlab.catalogue import ESTIMATORS
 from gradlab.estimators import CREDITS, PLACEMENTS, WEIGHTS, Estimator
 from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
-from gradlab.measure import one_thread
-from gradlab.moments import gradients
-from gradlab.names import check_name
+from gradlab.measure import by_name, one_thread
+from gradlab.moments import Loss, gradients
+from gradlab.names import check_name, several
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 
 #: A relative bias below this is none: rounding is about 1e-15, and a difference of objectives is not this small by chance.
 UNBIASED = 1e-10
@@ -116,17 +116,19 @@ def described(estimators: Mapping[str, Estimator]) -> pd.DataFrame:
 
 
 def against(
-    estimators: Mapping[str, Estimator] | Iterable[Estimator],
-    scenarios: Sequence[Scenario],
-    goals: Sequence[str] = tuple(GOALS),
+    estimators: Mapping[str, Loss] | Iterable[Loss | str] | Loss | str,
+    scenarios: Scenario | Iterable[Scenario],
+    goals: str | Iterable[str] = tuple(GOALS),
 ) -> pd.DataFrame:
     """Exact bias and noise of every estimator against every goal (`GOALS`) in every scenario, with the columns of `COLUMNS`.
 
     Raises `ValueError` for an unknown goal, and where the estimator has no exact moments.
     """
-    if unknown := [goal for goal in goals if goal not in GOALS]:
-        raise ValueError(f"unknown goals {unknown}; known: {', '.join(GOALS)}")
-    named = dict(estimators) if isinstance(estimators, Mapping) else {name_of(e): e for e in estimators}
+    goals, scenarios, named = several(goals), several(scenarios), by_name(estimators)
+    for goal in goals:
+        check_name("goal", goal, GOALS)
+    for scenario in scenarios:
+        check_scenario(scenario)
     parts = []
     for scenario in tqdm(scenarios, desc="search", unit="scenario", disable=None, delay=2):
         with one_thread():
