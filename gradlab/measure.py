@@ -32,6 +32,8 @@ Array = npt.NDArray[np.float64]
 BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 #: A gradient smaller than this share of its own scale is rounding, not a direction.
 ROUNDING = 1e-12
+#: A relative bias smaller than this, or than so many units in the last place of the policy's precision, is rounding: exactly, 0.
+NO_BIAS, UNITS = 1e2 * ROUNDING, 1e2
 #: Doubles of batch means that are compared with their targets at a time.
 TOGETHER = 2**20
 
@@ -67,8 +69,8 @@ COLUMNS: dict[str, str] = {
     "noise_high": "upper end of the interval of noise (sampled only)",
     "trace_cov": "tr Cov(g) of a single response, squared units of the gradient",
     **{f"rmse_at_{n}": f"√(bias² + noise/{n}), relative root mean squared error of a batch of {n}" for n in BATCH_SIZES},
-    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased (missing where a sample's "
-    "bias is floored at 0)",
+    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased but for rounding (missing "
+    "where a sample's bias is floored at 0)",
     "crossover_low": "lower end of the interval of crossover, from those of noise and bias (sampled only)",
     "crossover_high": "upper end of the interval of crossover; inf where bias is not told from 0 (sampled only)",
     "reliable": "whether the sample is large enough for its intervals to hold; where not, ends that are not known are open "
@@ -189,7 +191,8 @@ def _rows(
         else:
             truths = [exact.gradient(name, scenario) for name in names]
             if samples is None:
-                rows = [[_exact(run, truth) for truth in truths] for run in found]
+                unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
+                rows = [[_exact(run, truth, unbiased) for truth in truths] for run in found]
             else:
                 rows = _sampled(found, truths, level, anytime)
         finished = []
@@ -230,19 +233,21 @@ def _stands_in(loss: Loss, target: str, scenario: Scenario) -> bool:
     return plain(loss) == plain(_unbiased(target))
 
 
-def _exact(moments: Moments, gradient: Tensor) -> dict[str, Any]:
+def _exact(moments: Moments, gradient: Tensor, unbiased: float) -> dict[str, Any]:
+    """A row's exact columns; a relative bias of at most `unbiased` is rounding, and is 0."""
     size, norm = float(gradient.norm()), float(moments.mean.norm())
     spread = moments.trace_cov if np.isfinite(moments.trace_cov) else 0.0
     scale = (spread + norm**2) ** 0.5
     zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING
-    nan = float("nan")
+    nan, gap = float("nan"), float((moments.mean - gradient).norm())
+    gap = 0.0 if gap <= unbiased * size else gap
     return {
         "via": "exact",
         "method": moments.method,
         "samples": None,
         "gradient_norm": norm,
         "target_norm": size,
-        "bias": nan if zero_target else float((moments.mean - gradient).norm()) / size,
+        "bias": nan if zero_target else gap / size,
         "cosine": nan if zero_mean or zero_target else float(moments.mean @ gradient) / (norm * size),
         "noise": nan if zero_target else moments.trace_cov / size**2,
         "trace_cov": moments.trace_cov,
@@ -373,16 +378,16 @@ def _errors(row: dict[str, Any]) -> dict[str, Any]:
     bias, noise = row["bias"], row["noise"]
     rmse = {f"rmse_at_{n}": float(np.sqrt(bias**2 + noise / n)) for n in BATCH_SIZES}
     if row["via"] == "exact":
-        crossover = float("inf") if bias <= 1e2 * ROUNDING else noise / bias**2 if np.isfinite(bias) else float("nan")
+        crossover = float("inf") if bias == 0 else noise / bias**2 if np.isfinite(bias) else float("nan")
         return row | rmse | {"crossover": crossover}
     # On the log scale the ends are sums of those of two intervals, whose errors never add up to more. No sample shows that a bias
     # is 0: where its estimate, or its lower end, is 0 but for rounding there is nothing to divide by, and no upper end.
     nan, inf = float("nan"), float("inf")
     lowest, highest = row.get("bias_low", nan), row.get("bias_high", nan)
     ends = {
-        "crossover": noise / bias**2 if bias > 1e2 * ROUNDING else nan,
+        "crossover": noise / bias**2 if bias > NO_BIAS else nan,
         "crossover_low": row.get("noise_low", nan) / highest**2 if highest > 0 else nan,
-        "crossover_high": inf if lowest <= 1e2 * ROUNDING else row.get("noise_high", nan) / lowest**2,
+        "crossover_high": inf if lowest <= NO_BIAS else row.get("noise_high", nan) / lowest**2,
     }
     return row | rmse | ends
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from gradlab import exact
 from gradlab.chisquare import chi2
 from gradlab.draws import generator
+from gradlab.moments import CANCELLED
 from gradlab.parallel import spread
 from gradlab.policies import Bandit, Gaussian
 from gradlab.scenario import Scenario
@@ -40,12 +41,15 @@ def k3_variance(scenario: Scenario) -> float:
     """`Var k3 = χ²(ref‖π) + Var ℓ − 2 [KL(π‖ref) + KL(ref‖π)]`, one step; the closed form beside `exact.value_moments`.
 
     From `k3 = δ − 1 + ℓ` and `E_π[δ ℓ] = −KL(ref‖π)`. For Gaussians `inf` iff `σ² ≤ σ_ref²/2` (arXiv 2510.01555, App. I).
+    Near the reference, where the terms cancel to a share of about KL, it is the moment itself.
     Raises `ValueError` for responses of several steps.
     """
     if scenario.policy.length != 1:
         raise ValueError(f"the closed form is for one step, got responses of {scenario.policy.length}; see exact.value_moments")
     both = scenario.kl() + exact.objective("forward_kl", scenario)
-    return chi2(scenario) + exact.value_moments("k1", scenario).variance - 2 * both
+    ratios = chi2(scenario)
+    found = ratios + exact.value_moments("k1", scenario).variance - 2 * both
+    return found if found == np.inf or found > CANCELLED * ratios else exact.value_moments("k3", scenario).variance
 
 
 def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:

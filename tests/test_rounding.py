@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mpmath as mp
 import numpy as np
 import oracles_rounding as oracle
+import pandas as pd
 import pytest
+import torch
 
 import gradlab as gl
+from gradlab import tails
 
 #: Largest relative error of a value, of a covariance trace, and of a gradient (its norm), anywhere below.
 TOLERANCE = 1e-11
@@ -118,3 +122,97 @@ def test_moments_of_estimators(world: tuple[gl.Scenario, oracle.World], estimato
         assert _relative(found.trace_cov, [trace]) < TOLERANCE * lost
     else:  # a step's divergence as loss is the same for every response of one step
         assert found.trace_cov < 1e-24 * square
+
+
+@pytest.mark.parametrize("tables", [CORNERS["all but 3e-12"], CORNERS["all but 1e-9"], CORNERS["a token of 1e-12"]])
+def test_an_unbiased_estimator_has_no_crossover_near_a_corner(tables: tuple[list[float], list[float]]) -> None:
+    """The divergence of one step, differentiated, is the gradient of reverse KL itself."""
+    row = gl.measure("full-loss", _bandit(*tables)[0]).iloc[0]
+    assert row["bias"] == 0
+    assert row["crossover"] == math.inf
+
+
+@pytest.mark.parametrize("kl", [1e-4, 1e-8, 1e-12])
+def test_value_and_variance_of_k3_near_the_reference(kl: float) -> None:
+    mp.mp.dps = oracle.DIGITS
+    shift = (2 * kl) ** 0.5
+    scenario, world = _bandit([0.0, 0.0, 1.0], [shift, 0.0, 1.0])
+    values = [oracle.kernel("k3", mp.log(p / q), q)[0] for p, q in zip(world.p[0], world.q[0], strict=True)]
+    mean = mp.fsum(p * k for p, k in zip(world.p[0], values, strict=True))
+    variance = mp.fsum(p * (k - mean) ** 2 for p, k in zip(world.p[0], values, strict=True))
+    assert _relative(scenario.kl(), [mean]) < TOLERANCE
+    assert _relative(tails.k3_variance(scenario), [variance]) < TOLERANCE
+    # Of one width, k3 is e^{−ℓ} − 1 + ℓ of a normal ℓ of variance d²: e^{d²} − 1 − d².
+    d2 = mp.mpf(shift) ** 2
+    scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(shift, 1))
+    assert _relative(scenario.kl(), [d2 / 2]) < TOLERANCE
+    assert _relative(tails.k3_variance(scenario), [mp.expm1(d2) - d2]) < TOLERANCE
+
+
+GAUSSIANS = {f"{d:g} apart": ((0.0, 1.0), (d, 1.0 + d / 2)) for d in (1e-12, 1e-8, 1e-4)} | {
+    "a narrow reference": ((0.0, 1.0), (0.2, 0.69)),
+    "a wide reference": ((0.3, 0.8), (0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("pair", GAUSSIANS.values(), ids=GAUSSIANS)
+def test_values_and_slopes_of_gaussians(pair: tuple[tuple[float, float], tuple[float, float]]) -> None:
+    mp.mp.dps = oracle.DIGITS
+    (m, s), (mean, std) = ([mp.mpf(x) for x in each] for each in pair)
+    both, gap = s**2 + std**2, m - mean
+    cross = mp.exp(-(gap**2) / both / 2) / mp.sqrt(2 * mp.pi * both)
+    root = mp.sqrt(mp.pi)
+    truths = {  # value, by mean, by standard deviation
+        "reverse_kl": ((s**2 + gap**2) / std**2 / 2 - mp.mpf(1) / 2 - mp.log(s / std), gap / std**2, s / std**2 - 1 / s),
+        "forward_kl": (
+            (std**2 + gap**2) / s**2 / 2 - mp.mpf(1) / 2 - mp.log(std / s),
+            gap / s**2,
+            1 / s - (std**2 + gap**2) / s**3,
+        ),
+        "mse": (
+            (1 / s + 1 / std) / (4 * root) - cross,
+            cross * gap / both,
+            cross * s * (1 - gap**2 / both) / both - 1 / (4 * root * s**2),
+        ),
+    }
+    scenario = gl.Scenario(*(gl.Gaussian(*each) for each in pair))
+    for target, (value, *slope) in truths.items():
+        assert _relative(gl.exact.objective(target, scenario), [value]) < TOLERANCE, target
+        assert _relative(gl.exact.gradient(target, scenario), slope) < TOLERANCE, target
+
+
+def test_a_kernel_of_a_gaussian_does_not_overflow_where_the_reference_vanishes() -> None:
+    """`ref (e^ℓ − 1)` is π − ref: integrated by mpmath, for N(0, 1) and N(.2, .69²)."""
+    mp.mp.dps = 20
+
+    def density(x: mp.mpf, mean: float, std: float) -> mp.mpf:
+        return mp.exp(-(((x - mean) / std) ** 2) / 2) / (std * mp.sqrt(2 * mp.pi))
+
+    def integral(power: int, f: Callable[[mp.mpf], mp.mpf]) -> mp.mpf:
+        def at(x: mp.mpf) -> mp.mpf:
+            p = density(x, 0, 1)
+            return p * (p - density(x, 0.2, 0.69)) ** power * f(x)
+
+        return mp.quad(at, [-30, -8, -2, 0, 2, 8, 30])
+
+    mean = [integral(1, lambda x: x), integral(1, lambda x: x**2 - 1)]
+    square = integral(2, lambda x: x**2 + (x**2 - 1) ** 2)
+    found = gl.exact.moments(gl.ESTIMATORS["mse-sampled-loss"], gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(0.2, 0.69)))
+    assert _relative(found.mean, mean) < TOLERANCE
+    assert _relative(found.trace_cov, [square - mp.fsum(x**2 for x in mean)]) < TOLERANCE
+    assert [round(float(x), 5) for x in mean] == [-0.04389, 0.07246]
+
+
+def test_what_single_precision_rounds_is_no_bias() -> None:
+    """A network in float32 whose gradients differ from those of the target in the last places, and one bias that is none of that."""
+    unbiased = ["k1-reward-to-go", "full-both", "k3-loss-prefix"]
+
+    def measured(precision: torch.dtype) -> pd.DataFrame:
+        at = (gl.policies.small("addition", stage, ["12+34="], precision=precision) for stage in ("few", "reference"))
+        return gl.measure([*unbiased, "k2-loss"], gl.Scenario(*at)).set_index("estimator")
+
+    single, double = measured(torch.float32), measured(torch.float64)
+    assert (single.loc[unbiased, "bias"] == 0).all()
+    assert np.isinf(single.loc[unbiased, "crossover"]).all()
+    assert 0 < single.loc["k2-loss", "bias"] == pytest.approx(double.loc["k2-loss", "bias"], rel=1e-3)
+    assert single.loc["k2-loss", "crossover"] == pytest.approx(double.loc["k2-loss", "crossover"], rel=1e-3)
