@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import expm1, log, log1p
 from typing import overload
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradlab import backprop, markov, targets
 from gradlab.estimators import Estimator, kernel_values
-from gradlab.moments import Loss, Moments, as_losses, gradients, moments_of
+from gradlab.moments import Loss, Moments, as_losses, gradients, moments_in_parts, moments_of
 from gradlab.names import is_several
 from gradlab.policies import Gaussian, LanguageModel, Markov
 from gradlab.policies.gaussian import ORDER, REACH
@@ -25,6 +25,10 @@ from gradlab.scenario import Scenario, check_scenario
 
 #: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
 BORDER = 5e-4
+#: Responses of a table that are worked on at once: what they need stays in the processor's caches.
+WHOLE_RESPONSES = 2**13
+#: Moments are refused where the mean gradients of all estimators would need more than this.
+MOMENT_BYTES = 2**32
 #: `covariance` is refused when it would hold more numbers than this (half a GiB).
 COVARIANCE_DOUBLES = 2**26
 
@@ -63,8 +67,10 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
 
     `E_μ[g]` and `E_μ‖g‖² − ‖E_μ g‖²`, with `g` the gradient of the per-sample surrogate and `μ` the sampler. An estimator is
     an `Estimator` or any callable from a rollout to per-sample losses `[n]` (callables need a policy that can be enumerated).
-    On a `Gaussian` a covariance trace that diverges is `inf`. Raises `ValueError` when there are too many responses to
-    enumerate or, on `Markov`, when the estimator does not decompose over time.
+    On a `Gaussian` a covariance trace that diverges is `inf`. A table's responses are visited some at a time, up to 8 million of
+    them: memory is that of the mean gradients, `8 p` bytes for each estimator and 8 more.
+    Raises `ValueError` when there are too many responses to enumerate or, on `Markov`, when the estimator does not decompose
+    over time.
     """
     losses = as_losses(estimator)
     check_scenario(scenario)
@@ -75,9 +81,49 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
             found = _by_quadrature(losses, scenario)
         elif isinstance(scenario.policy, LanguageModel):
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
-        else:
+        elif scenario.policy.vocab**scenario.policy.length <= WHOLE_RESPONSES:
             found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+        else:
+            found = _in_parts(losses, scenario)
     return found if is_several(estimator) else found[0]
+
+
+def _in_parts(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+    """Moments on a table with many responses, some of them at a time."""
+    policy = scenario.policy
+    needed = 8 * (len(losses) + 8) * policy.table.numel()
+    if needed > MOMENT_BYTES:
+        raise ValueError(
+            f"the mean gradients of {len(losses)} estimators in {policy.table.numel():,} parameters take {needed / 2**30:.2g} GiB, "
+            f"more than the {MOMENT_BYTES / 2**30:.2g} GiB allowed; give fewer estimators at a time, or samples=…"
+        )
+    r, v = policy.table.shape
+    size, occupancy = max(1, WHOLE_RESPONSES * policy.length // v), scenario.sampler.occupancy().detach()
+    found: dict[int, Moments] = {}
+
+    def steps() -> Iterator[tuple[Rollout, Tensor, float]]:
+        for start in range(0, r, size):
+            rows = slice(start, min(start + size, r))
+            yield Rollout.steps(scenario, rows, occupancy), torch.arange(r)[rows], 1.0
+
+    alone = [e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and _stands_alone(loss, scenario)]
+    whole = [e for e in range(len(losses)) if e not in alone]
+    for chosen, parts in ((alone, steps), (whole, lambda: Rollout.parts(scenario, WHOLE_RESPONSES))):
+        if chosen:
+            found |= dict(zip(chosen, moments_in_parts([losses[e] for e in chosen], parts, r, "enumeration"), strict=True))
+    return [found[e] for e in range(len(losses))]
+
+
+def _stands_alone(e: Estimator, scenario: Scenario) -> bool:
+    """Whether a step's gradient is the same whatever the rest of its response, so that one sum over prefixes gives both moments."""
+    policy = scenario.policy
+    return (
+        e.credit == "token"
+        and e.weight in ("none", "token")
+        and not e.grouped
+        and not policy.revisits
+        and (e.normalise != "mean" or policy.length == 1)
+    )
 
 
 def covariance(estimator: Loss, scenario: Scenario) -> Tensor:

@@ -27,6 +27,11 @@ CENTRED_DOUBLES = 2**23
 Pull = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
 
 
+#: An enumerated rollout, one part after the other: each with the rows of the whole table that it holds (`None` where it is whole),
+#: and the factor that makes its weights those of the whole.
+Parts = Callable[[], Iterable[tuple[Rollout, Tensor | None, float]]]
+
+
 def as_losses(given: Loss | Iterable[Loss]) -> list[Loss]:
     """One loss or several as a list. Raises `ValueError` for anything that is neither callable nor a list of callables."""
     losses: list[Loss] = several(given)
@@ -196,25 +201,59 @@ def in_logits(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
     return batch.mean(weight), batch.square(weight)
 
 
+def total(parts: Parts, batch: Callable[[Rollout], Gradients], pull: Pull, rows: int = 0) -> tuple[Tensor, Tensor]:
+    """`Σ_i weight_i g_i` `[e, p]` and `Σ_i weight_i ‖g_i‖²` `[e]` over all parts of a rollout whose whole table has `rows` rows."""
+    sums = squares = None
+    for rollout, own, share in parts():
+        found, square = pull(batch(rollout), share * rollout.weight)
+        if own is None:
+            return found, square
+        found = found.view(len(found), len(own), -1)
+        sums = found.new_zeros(len(found), rows, found.shape[-1]) if sums is None else sums
+        for each, part in zip(sums, found, strict=True):  # a loss at a time: rows of one table lie close together
+            each.index_add_(0, own, part)
+        squares = square if squares is None else squares + square
+    assert sums is not None
+    assert squares is not None
+    return sums.flatten(1), squares
+
+
+def moments_in_parts(losses: Sequence[Loss], parts: Parts, rows: int, method: str) -> list[Moments]:
+    """`moments_of` where an enumerated rollout is never held whole: of responses to no prompt, in the logits of `rows` rows."""
+    return _moments(losses, [parts], rows, method, in_logits)
+
+
 def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pull: Pull = in_logits) -> list[Moments]:
     """Exact moments of every loss over an enumerated rollout, in the parameters that `pull` leads to.
 
     Grouped estimators are averaged over all groups in closed form, see `group_moments`.
     Raises `ValueError` when a mean overflows float64.
     """
+    found = _moments(losses, [_whole(part) for part in rollout.by_prompt()], 0, method, pull, _whole(rollout))
+    in_full = rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES
+    for e, loss in enumerate(losses):
+        lost = found[e].trace_cov < CANCELLED * float(found[e].mean.square().sum())
+        if pull is in_logits and in_full and lost and not (isinstance(loss, Estimator) and loss.grouped):
+            found[e] = replace(found[e], trace_cov=float(centred_trace(gradients([loss], rollout), 0, found[e].mean)))
+    return found
+
+
+def _whole(rollout: Rollout) -> Parts:
+    return lambda: [(rollout, None, 1.0)]
+
+
+def _moments(
+    losses: Sequence[Loss], prompts: Sequence[Parts], rows: int, method: str, pull: Pull, parts: Parts | None = None
+) -> list[Moments]:
+    """Moments over `parts`, of grouped estimators over those of every prompt (of the one there is, without `parts`)."""
     groups = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
     plain = [e for e in range(len(losses)) if e not in groups]
-    found = group_moments(groups, rollout, method, pull)
+    found = group_moments(groups, prompts, rows, method, pull)
     if plain:
-        batch = gradients([losses[e] for e in plain], rollout)
-        means, squares = pull(batch, rollout.weight)
-        norms = means.square().sum(-1)
-        traces = (squares - norms).clamp(min=0)
-        if pull is in_logits and rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES:
-            for e in (traces < CANCELLED * norms).nonzero()[:, 0].tolist():
-                traces[e] = centred_trace(batch, e, means[e])
-        moments = [Moments(mean, trace, method=method) for mean, trace in zip(means, traces.tolist(), strict=True)]
-        found |= dict(zip(plain, moments, strict=True))
+        chosen = [losses[e] for e in plain]
+        means, squares = total(parts or prompts[0], lambda part: gradients(chosen, part), pull, rows)
+        for e, mean, square in zip(plain, means, squares.tolist(), strict=True):
+            found[e] = Moments(mean, max(square - float(mean.square().sum()), 0.0), method=method)
     for e, loss in enumerate(losses):
         # A sum is finite only if every term is.
         if not math.isfinite(float(found[e].mean.sum())):
@@ -229,9 +268,9 @@ def centred_trace(batch: Gradients, e: int, mean: Tensor) -> Tensor:
 
 
 def group_moments(
-    estimators: Mapping[int, Estimator], rollout: Rollout, method: str, pull: Pull = in_logits
+    estimators: Mapping[int, Estimator], prompts: Sequence[Parts], rows: int, method: str, pull: Pull
 ) -> dict[int, Moments]:
-    """Exact moments of estimators that compare the `G` responses of a group.
+    """Exact moments of estimators that compare the `G` responses of a group, from the responses to every prompt.
 
     With `c` a response's coefficient and `s` its weighted score sum, leave-one-out averages to the U-statistic
     `(G(G−1))⁻¹ Σ_{i≠j} (c_i − c_j) s_i`, the sample covariance of `c` and `s`; the group mean is `1 − 1/G` times that. Its
@@ -244,7 +283,7 @@ def group_moments(
     for e, estimator in estimators.items():
         alone = replace(estimator, baseline=None, group=None)
         if alone not in statistics:
-            statistics[alone] = [_covariance_statistics(alone, part, pull) for part in rollout.by_prompt()]
+            statistics[alone] = [_covariance_statistics(alone, parts, rows, pull) for parts in prompts]
         found[e] = _over_prompts([of_group(estimator, *each, method) for each in statistics[alone]], estimator.group or 1)
     return found
 
@@ -268,13 +307,19 @@ def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Ten
     return Moments(shrink * covariance, max(float(shrink**2 * size * variance), 0.0), method=method)
 
 
-def _covariance_statistics(estimator: Estimator, rollout: Rollout, pull: Pull) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance_statistics(estimator: Estimator, parts: Parts, rows: int, pull: Pull) -> tuple[Tensor, Tensor, Tensor]:
     """`Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂` of the kernel `½ (c − c')(s − s')`."""
-    c, s = group_parts(estimator, rollout)
-    a = (c - rollout.weight @ c)[:, None]
-    stacked = Gradients(rollout, torch.stack([s.expand_as(rollout.log_prob), a * s, a * a * s]))
-    (centre, covariance, second), (square_s, square_as, _) = pull(stacked, rollout.weight)
-    spread = rollout.weight @ a.square()[:, 0]
+    average = sum(share * (rollout.weight @ group_parts(estimator, rollout)[0]) for rollout, _, share in parts())
+    spread = sum(
+        share * (rollout.weight @ (group_parts(estimator, rollout)[0] - average).square()) for rollout, _, share in parts()
+    )
+
+    def stacked(rollout: Rollout) -> Gradients:
+        c, s = group_parts(estimator, rollout)
+        a = (c - average)[:, None]
+        return Gradients(rollout, torch.stack([s.expand_as(rollout.log_prob), a * s, a * a * s]))
+
+    (centre, covariance, second), (square_s, square_as, _) = total(parts, stacked, pull, rows)
     m22 = square_as - 2 * second @ centre + spread * (centre @ centre)
     zeta1 = (m22 - covariance @ covariance) / 4
     zeta2 = (m22 + spread * (square_s - centre @ centre)) / 2

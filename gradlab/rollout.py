@@ -7,7 +7,7 @@ share of a multinomial draw; nothing downstream needs to know which.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradlab.names import check_held
-from gradlab.policies import Gaussian, LanguageModel
+from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
 from gradlab.scenario import Scenario
@@ -195,6 +195,47 @@ class Rollout:
         log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
         weight = torch.where(mask, log_prob, 0.0).sum(-1).exp()
         return cls._of(scenario, tokens, mask, weight)
+
+    @classmethod
+    def parts(cls, scenario: Scenario, size: int) -> Iterator[tuple[Rollout, Tensor, float]]:
+        """`enumerated` for a table, at most `size` responses at a time: each part with the rows `[q]` of the table that it
+        visits, which are all that it holds, and its probability, by which its weights are divided.
+
+        Raises `ValueError` as `Tabular.parts` does.
+        """
+        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
+        assert isinstance(policy, Tabular)
+        tables = policy.table, reference.table.detach(), sampler.table.detach()
+        expected_length = float(sampler.occupancy().detach().sum())
+        for tokens, mask in policy.parts(size):
+            rows, contexts = policy.visited(tokens)
+            table, reference_table, own = (table[rows] for table in tables)
+            weight = torch.where(mask, policy.family.log_prob(own, contexts, tokens), 0.0).sum(-1).exp()
+            share = float(weight.sum())
+            found = cls(
+                tokens, mask, weight / share, contexts, table, reference_table, own, policy.length, policy.family,
+                revisits=policy.revisits, expected_length=expected_length,
+            )  # fmt: skip
+            yield found, rows, share
+
+    @classmethod
+    def steps(cls, scenario: Scenario, rows: slice, occupancy: Tensor) -> Rollout:
+        """Every token of some `rows` of a table as a response of one token, weighted by how often the sampler emits it there.
+
+        Sums over it are those over the steps of whole responses, for what a step says without the others of its response.
+        occupancy: the sampler's, `[rows]`.
+        """
+        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
+        assert isinstance(policy, Tabular)
+        tables = policy.table[rows], reference.table[rows].detach(), sampler.table[rows].detach()
+        weight = (occupancy[rows, None] * tables[2].softmax(-1)).flatten()
+        contexts, tokens = (
+            index.reshape(-1, 1) for index in torch.meshgrid(*map(torch.arange, tables[0].shape), indexing="ij")
+        )
+        return cls(
+            tokens, torch.ones_like(tokens, dtype=torch.bool), weight, contexts, *tables, policy.length, policy.family,
+            revisits=policy.revisits, expected_length=float(occupancy.sum()),
+        )  # fmt: skip
 
     @classmethod
     def _by_quadrature(cls, scenario: Scenario, log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:

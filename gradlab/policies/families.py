@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradlab.accurate import excess, relative_to
+from gradlab.policies.softmax import compared, rows
 
 
 class Family(Protocol):
@@ -67,43 +68,46 @@ class Categorical:
     name = "categorical"
 
     def log_prob(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
-        return table.log_softmax(-1).flatten()[_flat(table, contexts, tokens)]
+        return rows(table).log_p.flatten()[_flat(table, contexts, tokens)]
 
     def log_ratio(self, table: Tensor, reference: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         return self.log_ratios(table, reference).flatten()[_flat(table, contexts, tokens)]
 
     def log_ratios(self, table: Tensor, reference: Tensor) -> Tensor:
-        """`ℓ = log p − log ref` of every token of every row, `[r, v]`, to its own digits.
+        """`ℓ = log p − log ref` of every token of every row, `[r, v]`, to its own digits."""
+        return compared(table, reference, self._log_ratios)
+
+    def _log_ratios(self, table: Tensor, reference: Tensor) -> Tensor:
+        """The ratios of `log_ratios`, without digits lost.
 
         With `d` the difference of the logits less that of the likeliest token `*`, `ℓ = d + ℓ_*`, and near the reference
         `ℓ_* = −log Σ ref e^d = −log1p Σ ref (e^d − 1)`, in which a token that takes all but 1e-12 has no part.
         """
-        top = table.detach().argmax(-1, keepdim=True)
+        (log_p, _, top), (log_ref, ref, _) = rows(table), rows(reference)
         d = relative_to(top, table, reference)
-        log_p, log_ref = table.log_softmax(-1), reference.log_softmax(-1)
         plain = (log_p - log_ref).gather(-1, top)
         near = d.abs() < 1
-        growth = torch.where(near, log_ref.exp() * torch.expm1(d.clamp(-1, 1)), (log_p - plain).exp() - log_ref.exp())
+        growth = torch.where(near, ref * torch.expm1(d.clamp(-1, 1)), (log_p - plain).exp() - ref)
         small = plain.abs() < 0.5
         total = torch.where(small, growth.sum(-1, keepdim=True), 0.0)
         return d + torch.where(small, -torch.log1p(total), plain)
 
     def gaps(self, table: Tensor, reference: Tensor) -> Tensor:
         """`p − ref` of every token of every row, `[r, v]`, to its own digits."""
-        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
+        x, p, ref = self.log_ratios(table, reference), rows(table).p, rows(reference).p
         return torch.where(x.abs() < 1, ref * torch.expm1(x.clamp(-1, 1)), p - ref)
 
     def reverse_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         # Σ p ℓ + ref − p, term by term p (e^{−ℓ} − 1 + ℓ): no term is negative, so none cancels another.
-        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
+        x, p, ref = self.log_ratios(table, reference), rows(table).p, rows(reference).p
         return torch.where(x.abs() < 1, p * excess(-x.clamp(-1, 1)), p * x + (ref - p)).sum(-1)
 
     def forward_kl(self, table: Tensor, reference: Tensor) -> Tensor:
         return self.reverse_kl(reference, table)
 
     def chi2(self, table: Tensor, reference: Tensor) -> Tensor:
-        x, p, ref = self.log_ratios(table, reference), table.softmax(-1), reference.softmax(-1)
-        far = (2 * table.log_softmax(-1) - reference.log_softmax(-1)).exp() - 2 * p + ref
+        x, p, ref = self.log_ratios(table, reference), rows(table).p, rows(reference).p
+        far = (2 * rows(table).log_p - rows(reference).log_p).exp() - 2 * p + ref
         return 0.5 * torch.where(x.abs() < 1, ref * torch.expm1(x.clamp(-1, 1)).square(), far).sum(-1)
 
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
@@ -112,17 +116,17 @@ class Categorical:
     def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
         # ∇ Σ_v f(p(v)) is p f' as a coefficient on the scores, with f' = ℓ + 1 for the KL and p − ref for mse; the 1 drops out.
         pull = self.log_ratios(table, reference) if kernel == "full" else self.gaps(table, reference)
-        return self.along_scores(table.softmax(-1) * pull, table)
+        return self.along_scores(rows(table).p * pull, table)
 
     def along_scores(self, taken: Tensor, table: Tensor) -> Tensor:
         """`Σ_y taken(y) (onehot(y) − p)` of every row, for coefficients `taken` `[…, r, v]`."""
-        p = table.softmax(-1)
+        p = rows(table).p
         return self.balanced(torch.addcmul(taken, p, taken.sum(-1, keepdim=True), value=-1), table)
 
     def balanced(self, gradient: Tensor, table: Tensor) -> Tensor:
         # Logits are defined up to a shift, so a row sums to 0. The entry of a token that takes nearly all is a difference of
         # nearly equal numbers, those of the others are not: it is what they leave.
-        top = table.detach().argmax(-1, keepdim=True).expand(*gradient.shape[:-1], 1)
+        top = rows(table).top.expand(*gradient.shape[:-1], 1)
         return gradient.scatter_add(-1, top, -gradient.sum(-1, keepdim=True))
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class Categorical:
 
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         # (1 − p(y))² and the squares of the other tokens, of which only the likeliest can be left out of a sum beforehand.
-        p, top = table.softmax(-1), table.argmax(-1, keepdim=True)
+        _, p, top = rows(table)
         square = p.square()
         others = square.scatter(-1, top, 0.0).sum(-1, keepdim=True)
         rest = (others + square.gather(-1, top) - square).scatter(-1, top, others)
@@ -146,20 +150,21 @@ class Categorical:
 
     def missing(self, table: Tensor) -> Tensor:
         """`1 − p` of every token of every row, `[r, v]`, to its own digits."""
-        p, top = table.softmax(-1), table.argmax(-1, keepdim=True)
+        _, p, top = rows(table)
         return (1 - p).scatter(-1, top, p.scatter(-1, top, 0.0).sum(-1, keepdim=True))
 
     def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # onehot(y) − p, and onehot(m) − p for the likeliest token m, whose entry 1 − p(m) is summed: nothing cancels near 1.
-        mode, p = table.argmax(-1), table.softmax(-1)
-        taken = tokens != mode[contexts]
-        rest = p.scatter(-1, mode[:, None], 0.0)
-        likeliest = (-rest).scatter(-1, mode[:, None], rest.sum(-1, keepdim=True))
+        _, p, top = rows(table)
+        taken = tokens != top[:, 0][contexts]
+        rest = p.scatter(-1, top, 0.0)
+        likeliest = (-rest).scatter(-1, top, rest.sum(-1, keepdim=True))
         return taken, torch.stack([taken, ~taken]).to(table.dtype), torch.stack([-p, likeliest])
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
-        centred = directions - directions.gather(-1, table.argmax(-1, keepdim=True))
-        centred = centred - (table.softmax(-1) * centred).sum(-1, keepdim=True)
+        _, p, top = rows(table)
+        centred = directions - directions.gather(-1, top)
+        centred = centred - (p * centred).sum(-1, keepdim=True)
         return centred.flatten()[_flat(table, contexts, tokens)]
 
 

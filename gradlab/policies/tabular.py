@@ -7,6 +7,7 @@ row; sampling, enumeration and perturbation are shared.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,6 +22,8 @@ from gradlab.policies.perturb import perturbation
 
 #: Enumeration is refused when the logits of all responses, `n · t · v` doubles, would need more than this.
 ENUMERATION_BYTES = 2**30
+#: Responses that are visited one part after the other at most, see `Tabular.parts`.
+VISITED_RESPONSES = 2**23
 
 P = TypeVar("P", bound="Tabular")
 
@@ -92,6 +95,25 @@ class Tabular:
             )
         tokens, mask = trees.responses(v, length, self.eos)
         return tokens.clone(), mask.clone()
+
+    def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All responses as `enumerate` has them, at most `size` at a time, so that only a part is ever held.
+
+        Raises `ValueError` above `VISITED_RESPONSES`.
+        """
+        v, length = self.vocab, self.length
+        if v**length > VISITED_RESPONSES:
+            raise ValueError(
+                f"{type(self).__name__} with {v} tokens and length {length} has up to {v}^{length} responses, more than the "
+                f"{VISITED_RESPONSES:,} that are visited one by one; sample it (samples=…) or, if each token depends only on the one "
+                "before, build it as gl.Markov, which is solved by dynamic programming"
+            )
+        return trees.parts(v, length, self.eos, size)
+
+    def visited(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[q]` that emit `tokens` `[n, t]` of a part of the responses, and which of these emits each token, `[n, t]`."""
+        rows, contexts = torch.unique(self.contexts(tokens), return_inverse=True)
+        return rows, contexts
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
@@ -221,6 +243,14 @@ class Tree(Tabular):
 
     def contexts(self, tokens: Tensor) -> Tensor:
         return trees.rows(tokens, self.vocab)
+
+    def visited(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        # In lexicographic order the nodes of every depth come one after the other.
+        nodes = self.contexts(tokens)
+        first, last = nodes[0].tolist(), nodes[-1].tolist()
+        rows = torch.cat([torch.arange(low, high + 1) for low, high in zip(first, last, strict=True)])
+        sizes = torch.tensor([high + 1 - low for low, high in zip(first, last, strict=True)])
+        return rows, nodes - nodes[0] + (sizes.cumsum(0) - sizes)
 
     def occupancy(self) -> Tensor:
         return trees.occupancy(self.table.softmax(-1)[None], self.length, self.eos)[0]

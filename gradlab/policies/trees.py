@@ -5,6 +5,7 @@ Arithmetic of sizes and indices that knows no policy. `Tree` is one such tree of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -57,7 +58,20 @@ def count(vocab: int, length: int, eos: int | None) -> int:
 @lru_cache(maxsize=8)
 def responses(vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
     """Tokens `[n, T]` and mask `[n, T]` of every response, in lexicographic order."""
-    tokens = torch.stack(_digits(torch.arange(vocab**length), vocab, length), -1)
+    return _part(torch.arange(vocab**length), vocab, length, eos)
+
+
+def parts(vocab: int, length: int, eos: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`responses`, at most `size` of them at a time."""
+    for start in range(0, vocab**length, size):
+        tokens, mask = _part(torch.arange(start, min(start + size, vocab**length)), vocab, length, eos)
+        if len(tokens):
+            yield tokens, mask
+
+
+def _part(numbers: Tensor, vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
+    """The responses whose tokens are the digits of `numbers`."""
+    tokens = torch.stack(_digits(numbers, vocab, length), -1)
     mask = live(tokens, eos)
     if eos is None:
         return tokens, mask
