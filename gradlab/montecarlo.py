@@ -125,11 +125,10 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
         if isinstance(means, Sums):
             mean, norms = means.weighted(share / samples), means.squares()
         else:
-            mean, norms = torch.einsum("ebp,b->ep", means, share / samples), means.square().sum(-1)
+            mean, norms = list(torch.einsum("ebp,b->ep", means, share / samples)), means.square().sum(-1)
         batch_traces = _trace(norms, squares, share / group, group)
-        trace = _trace(
-            torch.linalg.vector_norm(mean, dim=-1, keepdim=True).square(), squares.sum(-1, keepdim=True), samples / group, group
-        )
+        whole = torch.stack([each @ each for each in mean])[:, None]
+        trace = _trace(whole, squares.sum(-1, keepdim=True), samples / group, group)
     enough = min(shares) > unit
     method = "counted" if counted else "drawn"
     return [
@@ -178,7 +177,7 @@ def _drawn(
     # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, of which
     # every block takes some, should cost less than the block.
     others = sum(not isinstance(loss, Estimator) for loss in losses)
-    block = max(CHUNK, 64 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
+    block = max(CHUNK, 256 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
     # What is drawn at once decides who gets which variate of several steps, so it depends on the policy alone, and on no other loss.
     most = block if t == 1 else DRAWN // max(t * v, r * v if policy.revisits or unit > 1 else 0)
     portion = max(1, most // unit) * unit
@@ -188,8 +187,9 @@ def _drawn(
     for batches, counts in _blocks(shares, portion, block):
         variates = torch.cat([sampler.variates(n, rngs[b]) for b, n in zip(batches, counts, strict=True)])
         of = torch.tensor(batches).repeat_interleave(torch.tensor(counts))
-        found = gradients(losses, Rollout.made(scenario, variates, length))
-        parts.append(found.sums(of, len(shares), 1 / torch.tensor(shares, dtype=torch.float64)[of]))
+        rollout, rows = Rollout.made(scenario, variates, length).narrowed()
+        found = gradients(losses, rollout)
+        parts.append(found.sums(of, len(shares), 1 / torch.tensor(shares, dtype=torch.float64)[of]).placed(rows, r))
         if sum(len(part.cells) + len(part.lines) for part in parts[1:]) > len(parts[0].cells) + len(parts[0].lines):
             parts = [Sums.merged(parts)]
         for size in set(sizes):

@@ -207,19 +207,12 @@ def _ahead(losses: Sequence[Estimator], scenario: Scenario, samples: int, seed: 
         prompts = None if drawn.prompts is None else drawn.prompts[part].repeat_interleave(v + 1)
         weight = torch.ones(len(tokens), dtype=torch.float64)
         cut = replace(drawn, tokens=tokens, mask=places <= ends.view(-1, 1), contexts=contexts, prompts=prompts, weight=weight)
-        norms = squared_norms(gradients(whole, _narrowed(cut))).view(-1, m, v + 1)
+        norms = squared_norms(gradients(whole, cut.narrowed()[0])).view(-1, m, v + 1)
         grown = (norms[..., :v] - norms[..., v:] * (step > 0)[:, None]).abs()
         sizes.append(torch.where(by_mean, grown / lengths[part, None] ** 2, grown).flatten(1))
         at = drawn.behaviour_table[drawn.contexts[part, step]]
         rates.append((at.softmax(-1) * lengths[part, None] / len(steps)).flatten())
     return torch.cat(rates).double().numpy(), torch.cat(sizes, 1).double().numpy()
-
-
-def _narrowed(rollout: Rollout) -> Rollout:
-    """The same rollout with only those rows of the tables that its responses visit."""
-    rows, contexts = torch.unique(rollout.contexts, return_inverse=True)
-    tables = {name: getattr(rollout, name)[rows] for name in ("table", "reference_table", "behaviour_table")}
-    return replace(rollout, contexts=contexts, **tables)
 
 
 def _seen(found: Moments, known: Reliability | None) -> Reliability:

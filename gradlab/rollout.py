@@ -365,6 +365,16 @@ class Rollout:
             found.append(replace(self, weight=weight, **fields))
         return found
 
+    def narrowed(self) -> tuple[Rollout, Tensor]:
+        """The same responses with only those rows of the tables that they visit, and the sorted numbers of these rows."""
+        visited = torch.zeros(len(self.table), dtype=torch.bool)
+        visited[self.contexts] = True
+        rows = visited.nonzero()[:, 0]
+        if len(rows) == len(visited):
+            return self, rows
+        tables = {name: getattr(self, name)[rows] for name in ("table", "reference_table", "behaviour_table")}
+        return replace(self, contexts=(visited.cumsum(0) - 1)[self.contexts], **tables), rows
+
     def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """Return what `compute` gives, computed once for this rollout: estimators share kernels and weights."""
         if key not in self._shared:

@@ -58,6 +58,12 @@ class Sums:
             },
         )
 
+    def placed(self, rows: Tensor, r: int) -> Sums:
+        """The same sums in tables of `r` rows, of which these tables hold `rows`, sorted."""
+        segments, few, v = self.shape
+        lines, of_cells = (line // few * r + rows[line % few] for line in (self.lines, self.cells // v))
+        return replace(self, shape=(segments, r, v), cells=of_cells * v + self.cells % v, lines=lines, rows=rows[self.rows])
+
     def only(self, e: int) -> Sums:
         """The sums of one loss."""
         full = {0: self.full[e]} if e in self.full else {}
@@ -83,18 +89,20 @@ class Sums:
             found[e] = added(full.square().sum(-1), of_lines, segments)
         return found.clamp(min=0)
 
-    def weighted(self, weight: Tensor) -> Tensor:
-        """`Σ_s weight_s · sum_s` of every loss, `[e, p]`, for weights `[segments]`."""
+    def weighted(self, weight: Tensor) -> list[Tensor]:
+        """`Σ_s weight_s · sum_s` of every loss, `[p]` each, for weights `[segments]`."""
         _, r, v = self.shape
-        of_lines = weight[self.lines // r]
+        of_lines, of_cells, cell = weight[self.lines // r], weight[self.cells // (r * v)], self.cells % (r * v)
         along = added(self.along * of_lines, self._row(), len(self.rows))
-        total = added(self.taken * weight[self.cells // (r * v)], self.cells % (r * v), r * v)
-        for e, table in enumerate(total.view(-1, r, v)):
+        found = []
+        for e, taken in enumerate(self.taken):
+            table = added(taken * of_cells, cell, r * v).view(r, v)
             for d in _used(along[:, e]):
                 table.index_add_(0, self.rows, along[d, e, :, None] * self.directions[d])
             if e in self.full:
                 table.index_add_(0, self.lines % r, self.full[e] * of_lines[:, None])
-        return total
+            found.append(table.flatten())
+        return found
 
     def dense(self) -> Tensor:
         """All sums in full, `[e, segments, p]`."""
