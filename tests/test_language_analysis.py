@@ -37,9 +37,10 @@ def test_files_and_captions(ran: Run) -> None:
             assert re.search(r"(HOLDS|FAILS) \(", text)
 
 
-def responses(policy: LanguageModel, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """All 1,728 answers to the only prompt, `[n, 3]`, and their token log-probabilities `[n, 3]`, by the bare network."""
+def responses(policy: LanguageModel, theta: Tensor, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All 1,728 answers to the only prompt (or some), `[n, 3]`, and their token log-probabilities `[n, 3]`, by the bare network."""
     tokens = torch.cartesian_prod(*[torch.arange(policy.vocab)] * 3)
+    tokens = tokens if only is None else tokens[only]
     prompt = torch.tensor(policy.prompts[0]).expand(len(tokens), -1)
     moved = policy.with_parameters(theta)
     log_p = moved.network(torch.cat([prompt, tokens[:, :-1]], 1))[:, -3:].log_softmax(-1)
@@ -91,11 +92,16 @@ def test_noise_from_single_answers(ran: Run, world: tuple[Tensor, Tensor, Tensor
     weight = log_p.sum(-1).exp().detach()
     likely = weight.argsort(descending=True)[:150]
     ratio = (log_p - log_ref).detach()
-    for name, a in (("k2-loss", ratio), ("k1-reward-to-go", ratio.flip(-1).cumsum(-1).flip(-1))):
-        second = 0.0
-        for i in likely.tolist():
-            (g,) = torch.autograd.grad((a[i] * log_p[i]).sum(), theta, retain_graph=True)
-            second += float(weight[i] * g.square().sum())
+    coefficients = {"k2-loss": ratio, "k1-reward-to-go": ratio.flip(-1).cumsum(-1).flip(-1)}
+    seconds = dict.fromkeys(coefficients, 0.0)
+    policy = small("addition", "many", ran.names["prompts"], precision=torch.float64)
+    for i in likely.tolist():
+        alone = responses(policy, theta, torch.tensor([i]))[1][0]  # a graph of one response: its gradient takes no other
+        torch.testing.assert_close(alone, log_p[i], rtol=1e-10, atol=0)
+        for name, a in coefficients.items():
+            (g,) = torch.autograd.grad(alone @ a[i], theta, retain_graph=True)
+            seconds[name] += float(weight[i] * g.square().sum())
+    for name, second in seconds.items():
         found = rows.loc[name, "trace_cov"] + rows.loc[name, "gradient_norm"] ** 2
         assert second <= found * (1 + 1e-9)
         assert second > 0.9 * found, name
