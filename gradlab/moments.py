@@ -129,12 +129,13 @@ class Gradients:
             along[d] = added((score * multiple).flatten(1), line, len(lines))
         for d, (losses, direct, _) in enumerate(self.direct, len(shared)):
             along[d, losses] = added((direct * each).flatten(1), line, len(lines))
-        found = taken & rollout.mask
-        cells, cell = distinct(keys[found] * v + rollout.tokens[found].long(), segments * r * v)
+        found = (taken & rollout.mask).flatten().nonzero()[:, 0]
+        tokens = rollout.tokens.flatten()[found].long()
+        cells, cell = distinct(keys.flatten()[found] * v + tokens, segments * r * v)
         return Sums(
             (segments, r, v),
             cells,
-            added(score[:, found], cell, len(cells)),
+            added(score.flatten(1).index_select(1, found), cell, len(cells)),
             lines,
             along,
             rows,
