@@ -13,6 +13,7 @@ where it ends, with its own normaliser, and `gradlab.visits` sums the squared gr
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -60,6 +61,7 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
         raise ValueError(f"{hindrance}; {INSTEAD}")
     with torch.no_grad():
         found = _solve(estimator, scenario)
+        found = replace(found, mean=targets.balanced(found.mean, scenario.policy))
     if not (isfinite(found.trace_cov) and bool(torch.isfinite(found.mean).all())):
         raise ValueError(f"the moments of {estimator.name} are not finite: the policies are so far apart that they overflow")
     return found
