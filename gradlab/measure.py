@@ -43,6 +43,9 @@ UNBIASED = {"reverse_kl": "full-both-prefix", "reverse_kl_frozen_prefix": "full-
 #: What compares an estimator with its target.
 _COMPARISONS = [f"{key}{end}" for key in ("bias", "cosine") for end in ("", "_low", "_high")]
 
+#: Responses at the first look of a run that is doubled, see `at_look`.
+FIRST_LOOK = 64
+
 COLUMNS: dict[str, str] = {
     "scenario": "label of the scenario",
     "family": "kind of policy",
@@ -98,14 +101,14 @@ def measure(
     estimated too, by an unbiased estimator (`UNBIASED`) from the same draws, and so is the `kl`: bias, cosine and noise, with
     intervals that allow for it, are about the difference of the two.
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used, see
-    `gradlab.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime: intervals that
-    stay valid when the run is looked at while it grows (arXiv 2103.06476), wider than those for a number of samples fixed
-    beforehand.
+    `gradlab.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime: intervals of bias,
+    cosine and noise that hold at every look at once when a run is doubled until one likes what one sees, see `at_look`.
     Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
     Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
-    Raises `ValueError` for unknown names, no scenarios or estimators, or samples that are not positive.
+    Raises `ValueError` for unknown names, no scenarios or estimators, samples that are not positive, and for `anytime` with samples that
+    are no number of doublings of 64.
     """
     losses = by_name(estimators)
     scenarios = several(scenarios)
@@ -118,12 +121,13 @@ def measure(
     check_jobs(jobs)
     if samples is not None:
         montecarlo.check_samples(samples)
+    looked = at_look(level, samples) if anytime else level
     for scenario in scenarios:
         check_scenario(scenario)
         if samples is not None:
             montecarlo.check_reach(samples, scenario, losses.values())
     tasks = (
-        joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, level, anytime)
+        joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, looked)
         for index, scenario in enumerate(tqdm(scenarios, desc="measure", unit="scenario", disable=None, delay=2))
     )
     rows = spread(tasks, jobs)
@@ -133,6 +137,21 @@ def measure(
     frame["reliable"] = frame["reliable"].astype("boolean")
     frame.attrs.update(seed=seed, level=level, **versions())
     return frame
+
+
+def at_look(level: float, samples: int | None) -> float:
+    """The level of the intervals at one of endlessly many looks, at 64, 128, 256, … responses, so that all hold with `level`.
+
+    Look `k`, from 0 on, may fail with probability `(1 − level) / ((k + 1)(k + 2))`, and these sum to `1 − level` (union bound): it does
+    not matter how the runs of two looks depend on each other, nor why one stops. Raises `ValueError` for other numbers.
+    """
+    looks = 0 if samples is None or samples < FIRST_LOOK else (samples // FIRST_LOOK).bit_length()
+    if looks == 0 or samples != FIRST_LOOK * 2 ** (looks - 1):
+        raise ValueError(
+            f"anytime intervals are for runs of {FIRST_LOOK}, {2 * FIRST_LOOK}, {4 * FIRST_LOOK}, … responses, each twice the one before, "
+            f"so that there are few looks to allow for; got samples={samples}"
+        )
+    return 1 - (1 - level) / (looks * (looks + 1))
 
 
 def by_name(estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
@@ -165,7 +184,6 @@ def _rows(
     seed: int,
     index: int,
     level: float,
-    anytime: bool,
 ) -> list[dict[str, Any]]:
     """All rows of one scenario; runs in a worker, on one thread so that sums have one order."""
     with one_thread():
@@ -194,7 +212,7 @@ def _rows(
                 unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
                 rows = [[_exact(run, truth, unbiased) for truth in truths] for run in found]
             else:
-                rows = _sampled(found, truths, level, anytime)
+                rows = _sampled(found, truths, level)
         finished = []
         for e, (label, loss) in enumerate(losses.items()):
             for g, (name, row) in enumerate(zip(names, rows[e], strict=True)):
@@ -254,7 +272,7 @@ def _exact(moments: Moments, gradient: Tensor, unbiased: float) -> dict[str, Any
     }
 
 
-def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float, anytime: bool) -> list[list[dict[str, Any]]]:
+def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float) -> list[list[dict[str, Any]]]:
     """One row per run and target; runs of one shape are compared with all targets at once."""
     rows: list[list[dict[str, Any]]] = [[] for _ in found]
     targets = np.stack([truth.numpy() for truth in truths])
@@ -271,7 +289,7 @@ def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float, a
             for squared in (np.square(mean[:, None] - targets).sum(-1), np.square(mean).sum(-1, keepdims=True))
         )
         columns = {"bias": distance / relative_size, "noise": trace / relative_size**2}
-        for key, interval in _intervals(runs, targets, level, anytime).items():
+        for key, interval in _intervals(runs, targets, level).items():
             columns.setdefault(key, interval.estimate)
             # Estimates use every sample, intervals the batches: with very few samples one can fall outside the other.
             columns[f"{key}_low"] = np.fmin(interval.low, columns[key])
@@ -305,7 +323,7 @@ def _blocks(found: Sequence[Moments]) -> list[list[int]]:
     ]
 
 
-def _intervals(runs: Sequence[Moments], targets: Array, level: float, anytime: bool) -> dict[str, intervals.Interval]:
+def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[str, intervals.Interval]:
     """Intervals `[e, g]` of bias, cosine and noise."""
     means = np.stack([run.batch_means.numpy() for run in runs if run.batch_means is not None])[:, None]
     if means.shape[-2] < intervals.MINIMUM_BATCHES:
@@ -315,14 +333,8 @@ def _intervals(runs: Sequence[Moments], targets: Array, level: float, anytime: b
         return {key: intervals.Interval(blank * np.nan, blank + low, blank + high) for key, (low, high) in widest.items()}
     batches = intervals.Batches.of(means)
     traces = [run.batch_traces.numpy() for run in runs if run.batch_traces is not None]
-    bias = intervals.bias(batches, targets, level)
-    if anytime:
-        squared = intervals.anytime_squared_distance(means, targets, level)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ends = (np.sqrt(end[..., -1]) / np.linalg.norm(targets, axis=-1) for end in (squared.low, squared.high))
-            bias = intervals.Interval(bias.estimate, *ends)
     return {
-        "bias": bias,
+        "bias": intervals.bias(batches, targets, level),
         "cosine": intervals.cosine(batches, targets, level),
         "noise": intervals.noise(batches, np.stack(traces)[:, None] if traces else None, targets, level),
     }
