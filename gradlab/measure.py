@@ -46,14 +46,16 @@ _COMPARISONS = [f"{key}{end}" for key in ("bias", "cosine") for end in ("", "_lo
 #: Responses at the first look of a run that is doubled, see `at_look`.
 FIRST_LOOK = 64
 
+#: What is looked at first stands at both ends, which is what `print` shows of a frame that is wider than the screen.
 COLUMNS: dict[str, str] = {
+    "estimator": "catalogue name, composed name, or the name of the function",
+    "target": "objective the mean gradient is compared with",
+    "bias": "‖E g − ∇‖ / ‖∇‖ (sampled: root of an unbiased U-statistic, floored at 0); missing for a zero target",
     "scenario": "label of the scenario",
     "family": "kind of policy",
     "vocab": "number of tokens v (missing for a Gaussian)",
     "length": "largest number of tokens T",
     "off_policy": "whether the data come from another policy",
-    "estimator": "catalogue name, composed name, or the name of the function",
-    "target": "objective the mean gradient is compared with",
     "via": "exact or sampled",
     "method": "enumeration, quadrature, dynamic programming; counted or drawn samples",
     "samples": "number of responses (missing when exact)",
@@ -61,25 +63,24 @@ COLUMNS: dict[str, str] = {
     "lag": "KL(behaviour ‖ policy) of whole responses, nats; 0 on-policy",
     "gradient_norm": "‖E g‖, nats per unit of parameter (sampled: root of an unbiased U-statistic, floored at 0)",
     "target_norm": "‖∇‖ of the target, nats per unit of parameter",
-    "bias": "‖E g − ∇‖ / ‖∇‖ (sampled: root of an unbiased U-statistic, floored at 0); missing for a zero target",
     "bias_low": "lower end of the interval of bias (sampled only)",
     "bias_high": "upper end of the interval of bias (sampled only)",
-    "cosine": "cosine between E g and ∇; missing when either is zero or not told from zero",
     "cosine_low": "lower end of the interval of cosine (sampled only)",
     "cosine_high": "upper end of the interval of cosine (sampled only)",
-    "noise": "tr Cov(g) / ‖∇‖² of a single response",
     "noise_low": "lower end of the interval of noise (sampled only)",
     "noise_high": "upper end of the interval of noise (sampled only)",
     "trace_cov": "tr Cov(g) of a single response, squared units of the gradient",
     **{f"rmse_at_{n}": f"√(bias² + noise/{n}), relative root mean squared error of a batch of {n}" for n in BATCH_SIZES},
-    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased but for rounding (missing "
-    "where a sample's bias is floored at 0)",
     "crossover_low": "lower end of the interval of crossover, from those of noise and bias (sampled only)",
     "crossover_high": "upper end of the interval of crossover; inf where bias is not told from 0 (sampled only)",
     "reliable": "whether the sample is large enough for its intervals to hold; where not, ends that are not known are open "
     "(sampled only, see gradlab.reliability)",
     "unseen": "share of E‖g − E g‖² expected on gradients larger than any that so many responses show; missing where the gradient's "
     "law is not known (sampled only)",
+    "cosine": "cosine between E g and ∇; missing when either is zero or not told from zero",
+    "noise": "tr Cov(g) / ‖∇‖² of a single response",
+    "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased but for rounding (missing "
+    "where a sample's bias is floored at 0)",
 }
 
 

@@ -258,6 +258,13 @@ def test_a_look_has_its_share_of_the_level_and_other_sizes_are_refused():
             gl.measure("k3-loss", TREE, samples=samples, anytime=True)
 
 
+def test_what_is_looked_at_first_is_printed_on_a_narrow_screen():
+    with pd.option_context("display.width", 80, "display.max_columns", 0):
+        printed = str(gl.measure(["k1-reward-to-go", "k3-loss"], TREE, "forward_kl"))
+    assert max(map(len, printed.splitlines())) <= 80
+    assert printed.splitlines()[0].split() == ["estimator", "target", "bias", "...", "cosine", "noise", "crossover"]
+
+
 # ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LOSSES: dict[str, Any] = {name: name for name in ("k3-loss", "k1-reward-to-go", "full-both")} | {"mine": Scaled(0.5)}
