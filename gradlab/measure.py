@@ -196,14 +196,17 @@ def _rows(
             found = montecarlo.moments(chosen, scenario, samples, seed, stream=(index,))
             known = reliability.reliability(chosen, found, scenario, seed)
         kind = type(scenario.policy).__name__.lower()
+        # Where responses are too many to list, those that were drawn for the moments tell the distances, too.
+        apart = None if _listed(scenario) else found[0].distances
+        kl, lag = (scenario.kl(), scenario.lag()) if apart is None else apart
         common = {
             "scenario": scenario.label,
             "family": kind,
             "vocab": None if isinstance(scenario.policy, Gaussian) else int(scenario.policy.vocab),
             "length": scenario.policy.length,
             "off_policy": scenario.behaviour is not None,
-            "kl": scenario.kl() if _listed(scenario) else montecarlo.kl(scenario, samples or 0, seed),
-            "lag": scenario.lag() if _listed(scenario) else montecarlo.lag(scenario, samples or 0, seed),
+            "kl": kl,
+            "lag": lag,
         }
         if not _listed(scenario):
             rows = [[_both_sampled(run, truth, level) for truth in found[len(losses) :]] for run in found[: len(losses)]]

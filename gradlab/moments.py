@@ -48,7 +48,8 @@ class Moments:
 
     `samples` is `None` for exact moments. Sampled ones carry the means `[b, p]` (as a tensor, or as sums over segments that are
     batches) and covariance traces `[b]` of `b` independent batches, from which `gradlab.intervals` makes error bars. `method` says
-    how they were computed.
+    how they were computed. `distances` are `KL(policy ‖ reference)` and `KL(behaviour ‖ policy)` in nats as a language model's
+    responses estimate them.
     """
 
     mean: Tensor
@@ -57,6 +58,7 @@ class Moments:
     batches: Tensor | Sums | None = None
     batch_traces: Tensor | None = None
     method: str = "enumeration"
+    distances: tuple[float, float] | None = None
 
     @cached_property
     def batch_means(self) -> Tensor | None:

@@ -113,12 +113,15 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     shares = [unit * share for share in shared(units, batches)]
     rngs = [_rng(seed, (*stream, b)) for b in range(batches)]
     means: Tensor | Sums
+    apart: tuple[float, float] | None = None
     with torch.no_grad():
         if counted:
             means, squares = _counted(losses, scenario, shares, rngs)
         elif isinstance(scenario.policy, LanguageModel):
             parts = [_answered(losses, scenario, n, sizes, unit, rng) for n, rng in zip(shares, rngs, strict=True)]
             means, squares = (torch.stack([part[side] for part in parts], 1) for side in (0, 1))
+            near, far = (torch.stack([part[2] for part in parts]).sum(0) / samples).tolist()
+            apart = near, far
         else:
             means, squares = _drawn(losses, scenario, shares, sizes, unit, rngs)
         group, share = torch.tensor(sizes, dtype=torch.float64)[:, None], torch.tensor(shares, dtype=torch.float64)
@@ -134,7 +137,7 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     return [
         Moments(
             mean[e], float(trace[e]), samples, means.only(e) if isinstance(means, Sums) else means[e],
-            batch_traces[e] if enough else None, method,
+            batch_traces[e] if enough else None, method, apart,
         )
         for e in range(len(losses))
     ]  # fmt: skip
@@ -215,34 +218,36 @@ def _blocks(shares: list[int], portion: int, block: int) -> Iterator[tuple[list[
 
 def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
     """Estimate of `KL(policy ‖ reference)` of a language model's whole responses, nats: `Σ_t w_{<t} KL_t` from `samples` responses."""
-    return _divergence(scenario, samples, seed)
+    return _distances(scenario, samples, seed)[0]
 
 
 def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
     """Estimate of `KL(behaviour ‖ policy)` of a language model's whole responses, nats, from `samples` responses; 0 on-policy."""
-    return 0.0 if scenario.behaviour is None else _divergence(Scenario(scenario.behaviour, scenario.policy), samples, seed)
+    return 0.0 if scenario.behaviour is None else _distances(scenario, samples, seed)[1]
 
 
-def _divergence(scenario: Scenario, samples: int, seed: int) -> float:
-    """Rao–Blackwellised: the step's whole distribution counts, only prefixes are drawn."""
+def _distances(scenario: Scenario, samples: int, seed: int) -> list[float]:
     policy, sampler = scenario.policy, scenario.sampler
     if not isinstance(policy, LanguageModel) or not isinstance(sampler, LanguageModel):
         raise ValueError(f"{scenario.label} has exact distances: scenario.kl() and scenario.lag()")
     check_samples(samples)
     prompts, tokens, mask = sampler.sample(samples, _rng(seed, (1,)))
-    total, chunk = 0.0, max(1, CHUNK // (policy.length * policy.vocab))
-    for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
-        share = torch.full((len(tokens[part]),), 1 / len(tokens[part]), dtype=torch.float64)
-        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], share)
-        before = (rollout.log_weight.cumsum(-1) - rollout.log_weight).exp()
-        total += float((before * rollout.divergence("full")).sum())
-    return total / samples
+    total, chunk = torch.zeros(2, dtype=torch.float64), max(1, CHUNK // (policy.length * policy.vocab))
+    with torch.no_grad():
+        for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
+            share = torch.full((len(tokens[part]),), 1 / len(tokens[part]), dtype=torch.float64)
+            rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], share)
+            total += distances(rollout, scenario.behaviour is not None)
+    return [float(x) for x in total / samples]
 
 
 def _answered(
     losses: Sequence[Loss], scenario: Scenario, n: int, sizes: list[int], unit: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mean `[e, p]` and sum of squares `[e]` of one batch of a language model's answers; a unit answers one prompt."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[e, p]` and sum of squares `[e]` of one batch of a language model's answers, and `distances` summed over them `[2]`.
+
+    A unit answers one prompt.
+    """
     policy, sampler = scenario.policy, scenario.sampler
     assert isinstance(policy, LanguageModel)
     assert isinstance(sampler, LanguageModel)
@@ -251,6 +256,7 @@ def _answered(
     chunk = max(1, CHUNK // (policy.length * policy.vocab * unit)) * unit
     sums = torch.zeros(len(losses), len(policy.parameters), dtype=torch.float64)
     squares = torch.zeros(len(losses), dtype=torch.float64)
+    apart = torch.zeros(2, dtype=torch.float64)
     for part in (slice(start, start + chunk) for start in range(0, n, chunk)):
         ones = torch.ones(len(tokens[part]), dtype=torch.float64)
         rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], ones / len(ones), length)
@@ -259,7 +265,21 @@ def _answered(
             found = backprop.pull(policy, gradients([losses[e] for e in chosen], rollout), ones / size, unit=size)
             sums[chosen] += found.total
             squares[chosen] += found.square.sum(0) / size**2
-    return sums * torch.tensor(sizes)[:, None] / n, squares
+        apart += distances(rollout, scenario.behaviour is not None)
+    return sums * torch.tensor(sizes)[:, None] / n, squares, apart
+
+
+def distances(rollout: Rollout, off_policy: bool) -> Tensor:
+    """`KL(policy ‖ reference)` and `KL(behaviour ‖ policy)` in nats, summed over the responses of the sampler, `[2]`.
+
+    Rao–Blackwellised: the step's whole distribution counts, only prefixes are drawn, `Σ_t w_{<t} KL_t` and `Σ_t KL_t`.
+    """
+    before = (rollout.log_weight.cumsum(-1) - rollout.log_weight).exp() if off_policy else 1.0
+    near, far = (before * rollout.divergence("full")).sum(), torch.zeros((), dtype=torch.float64)
+    if off_policy:
+        steps = rollout.family.reverse_kl(rollout.behaviour_table, rollout.table)[rollout.contexts]
+        far = torch.where(rollout.mask, steps, 0.0).sum()
+    return torch.stack([near, far])
 
 
 def _countable(scenario: Scenario) -> bool:

@@ -195,7 +195,7 @@ def test_no_answer_hangs_on_the_last_bit_of_a_sampled_mean(scenario, monkeypatch
             return torch.nextafter(values, towards.to(values))
 
         parts = original(*arguments, **options)
-        return [replace(m, mean=off(m.mean), batch_means=off(m.batch_means)) for m in parts]
+        return [replace(m, mean=off(m.mean), batches=off(m.batch_means)) for m in parts]
 
     monkeypatch.setattr(montecarlo, "moments", nudged)
     again = found()
@@ -229,6 +229,10 @@ def test_estimates_of_the_kl_are_right(scenario):  # noqa: F811
     assert montecarlo.kl(scenario, 8192) == pytest.approx(scenario.kl(), rel=0.05)
     assert montecarlo.lag(scenario, 8192) == pytest.approx(scenario.lag(), rel=0.05)
     assert montecarlo.lag(scenario.on_policy(), 64) == 0
+    # The responses that moments are made of tell the same, and one pass gives both.
+    for each, lag in ((scenario, scenario.lag()), (scenario.on_policy(), 0.0)):
+        found = montecarlo.moments(gl.ESTIMATORS["k2-loss"], each, 8192, seed=3)
+        assert found.distances == pytest.approx((each.kl(), lag), rel=0.05)
 
 
 def test_a_trunk_keeps_what_it_has_seen_and_no_more_than_it_may():
