@@ -50,10 +50,10 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
     * `clip`, unless weight and credit are both `token`,
     * credit `sequence` with kernel `abs` or a clamp.
     Those are not linear in anything that a step can update. With `v` tokens and length `T` the work is `v³ T`, and `v² T²` where
-    a credit looks ahead; memory is 50 (`k2` as loss) to 500 (weighted `k3` of whole responses) arrays `[v, v]` of doubles, `.5 MB`
-    each at 256 tokens, and up to 10,000 where such a weight is differentiated, which is also the slowest. Raises `ValueError`
-    for what is not covered, for policies that are not `Markov`, where memory would exceed `MEMORY_BYTES`, and when a moment
-    overflows.
+    a credit looks ahead; memory is 50 (`k2` as loss) to 600 (weighted `k3` of whole responses) arrays `[v, v]` of doubles, `.5 MB`
+    each at 256 tokens, and up to 4,500 where a reward of such a weight is differentiated, which is also the slowest. Raises
+    `ValueError` for what is not covered, for policies that are not `Markov`, where memory would exceed `MEMORY_BYTES`, and when
+    a moment overflows.
     """
     _chains(scenario)
     hindrance = obstacle(estimator)

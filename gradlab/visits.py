@@ -13,7 +13,8 @@ past × future, `v² T`; where futures are the same at all times (credits that d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -24,7 +25,9 @@ from torch import Tensor
 #: Tables `[s, y]` over (row, token) by the states of past and future they meet.
 Tables = dict[tuple[int, int, int, int], Tensor]
 Pair = tuple[int, int]
-Key = TypeVar("Key")
+#: An injection, and the entries of its `C'` and of a step.
+Term = tuple[int, int, int]
+Key = TypeVar("Key", bound=Hashable)
 #: Times of the past and of the future that meet.
 Span = tuple[slice, slice]
 ALWAYS: Span = (slice(None), slice(None))
@@ -39,6 +42,22 @@ class Injection:
     factor: Tensor
     onehot: float
     shift: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What pairs of steps apart are made of: equal entries of `C_x`, `C` and `C'` are one kind, and products are worked on once.
+
+    `recursion` says how every class of weights between two visits continues, `Σ count · move · class`, with `moves` the products
+    of kinds in use; classes of `starts` begin as the identity. `meetings` are sums over classes and first steps, each with the
+    second steps that follow, and the pairs of states of past and future around both; pasts and futures are symmetric.
+    """
+
+    kinds: list[Tensor]
+    moves: set[Pair]
+    recursion: list[Counter[tuple[Pair, int]]]
+    starts: set[int]
+    meetings: list[tuple[frozenset[tuple[tuple[int, Term], int]], Counter[tuple[Term, Pair, Pair]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +81,7 @@ class Walk:
 
     def mean(self, g: Tensor, value: Tensor) -> Tensor:
         """`E[(value·c)(g·X)]` of whole responses, `[p]`."""
-        futures = self._futures(self._between, torch.outer(g, value)[None], 1)
+        futures = self._futures(_moves(self.mu, self.x, self.c), torch.outer(g, value)[None], 1)
         found = torch.zeros_like(self.mu)
         for each in self.injected:
             steps = [(i, k, j, m) for i, k in _filled(each.factor) for j, m in _filled(self.c)]
@@ -89,26 +108,22 @@ class Walk:
     @property
     def arrays(self) -> int:
         """How many arrays `[v, v]` of doubles the moments hold at once, at most."""
-        between_c, between_x, factor = (
-            len(_filled(m)) for m in (self.c, self.x, torch.stack([each.factor.abs() for each in self.injected]).sum(0))
-        )
-        dense = sum(m[0, 0].numel() for m in (self.c, self.x, *(each.factor for each in self.injected)))
-        pairs = self.c.shape[-1] * self.x.shape[-1]
-        return dense + (between_c + between_x) ** 2 + (between_c + between_x) * factor + factor**2 + 4 * pairs**2
-
-    @cached_property
-    def _between(self) -> Tables:
-        """How a step moves a gradient's state and a value together, by the states they come from and lead to."""
-        return _moves(self.mu, self.x, self.c)
+        plan, (k, m) = self._plan, (self.c.shape[-1], self.x.shape[-1])
+        dense = sum(matrix[0, 0].numel() for matrix in (self.c, self.x, *(each.factor for each in self.injected)))
+        together = 2 * max(len(_filled(self.c)), len(_filled(self.x))) ** 2
+        apart = len(plan.moves) + 3 * len(plan.recursion) + 5 * (k * (k + 1) // 2) * (m * (m + 1) // 2)
+        return dense + len(plan.kinds) + max(together, apart)
 
     @cached_property
     def _pasts(self) -> Tensor:
         """`E[c cᵀ]` before every token in every row, `[T, r, k, k]`."""
         moves, pasts = _moves(self.mu, self.c, self.c), self.mu.new_zeros(len(self.scale), len(self.mu), *self.c.shape[2:])
         pasts[0, 0] = torch.outer(self.start, self.start)
+        tables, (k, m, i, j) = torch.stack(list(moves.values())), torch.tensor(list(moves)).T
+        into = i * self.c.shape[-1] + j
         for now, then in zip(pasts[1:], pasts[:-1], strict=True):
-            for (k, m, i, j), table in moves.items():
-                now[1:, i, j] += then[:, k, m] @ table
+            moved = then[:, k, m].T[:, None] @ tables
+            now[1:].flatten(1).index_add_(1, into, moved[:, 0].T)
         return pasts
 
     def _futures(self, moves: Tables, ends: Tensor, power: int) -> Tensor:
@@ -117,10 +132,12 @@ class Walk:
         futures = scaled[:, None].repeat(1, self.mu.shape[1], 1, 1, 1)
         if self.settled and power == 2:
             return futures
+        tables, (k, m, i, j) = torch.stack([table[1:] for table in moves.values()]), torch.tensor(list(moves)).T
+        into = k * futures.shape[-1] + m
         for t in range(len(futures) - 2, -1, -1):
+            moved = tables @ futures[t + 1][..., i, j].permute(2, 0, 1)
             futures[t] = 0
-            for (k, m, i, j), table in moves.items():
-                futures[t, :, :, k, m] += table[1:] @ futures[t + 1, :, :, i, j]
+            futures[t].flatten(2).index_add_(2, into, moved.permute(1, 2, 0))
             if self.eos is not None:
                 futures[t, self.eos] = scaled[t]
         return futures
@@ -134,51 +151,108 @@ class Walk:
                 flow = self.mu * (dot + (one.shift * two.shift).sum(-1, keepdim=True))
                 for i, k in _filled(one.factor):
                     for j, m in _filled(two.factor):
-                        _add(tables, (k, m, i, j), flow * one.factor[..., i, k] * two.factor[..., j, m])
+                        _add(tables, (*_sorted(k, m), *_sorted(i, j)), flow * one.factor[..., i, k] * two.factor[..., j, m])
         return tables
+
+    @cached_property
+    def _plan(self) -> Plan:
+        """Which products the pairs of steps apart need."""
+        factors = [each.factor[1:] for each in self.injected]
+        kinds, (x_kind, c_kind, *factor_kinds) = _distinct([self.x[1:], self.c[1:], *factors])
+        moves = {((k, m), (i, j)): _sorted(x_kind[i, k], c_kind[j, m]) for i, k in x_kind for j, m in c_kind}
+        # By the states behind the first step, what it injects and hands on; by those before the second, what it makes of them.
+        firsts: dict[Pair, list[tuple[Pair, Term]]] = {}
+        seconds: dict[Pair, list[tuple[Pair, Term]]] = {}
+        for e, kind in enumerate(factor_kinds):
+            for (b, k), factor in kind.items():
+                for (j, m), step in c_kind.items():
+                    firsts.setdefault((b, j), []).append((_sorted(k, m), (e, factor, step)))
+                for (a, i), step in x_kind.items():
+                    seconds.setdefault((i, k), []).append((_sorted(a, b), (e, factor, step)))
+        useful = _connected(set(seconds), [(now, then) for then, now in moves])
+        sources = [pair for pair in firsts if pair in useful]
+        carried = [(now, source) for source in sources for now in sorted(_connected({source}, list(moves)) & useful)]
+        place, recursion = _classes(carried, moves)
+        sums: dict[tuple[Pair, Pair], Counter[tuple[int, Term]]] = {}
+        for now, source in carried:
+            if now in seconds:
+                for past, term in firsts[source]:
+                    sums.setdefault((now, past), Counter())[place[now, source], term] += 1
+        meetings: dict[frozenset[tuple[tuple[int, Term], int]], Counter[tuple[Term, Pair, Pair]]] = {}
+        for (now, past), pulled in sums.items():
+            found = meetings.setdefault(frozenset(pulled.items()), Counter())
+            for future, term in seconds[now]:
+                found[term, past, future] += 1
+        starts = {place[now, source] for now, source in carried if now == source}
+        return Plan(kinds, {move for terms in recursion for move, _ in terms}, recursion, starts, list(meetings.items()))
 
     def _apart(self) -> Iterator[tuple[range, Tables]]:
         """The pairs of steps 1, 2, 3 … apart, some distances at a time: tables `[d, s, y]`."""
-        mu, c, x, last = self.mu[1:], self.c[1:], self.x[1:], len(self.scale) - 2
-        moves = {((k, m), (i, j)): table[1:].T.contiguous() for (k, m, i, j), table in self._between.items()}
-        injected = [Injection(each.factor[1:], each.onehot, each.shift[1:]) for each in self.injected]
-        meets = {(i, j) for _, i in _filled(x) for each in injected for _, j in _filled(each.factor)}
-        useful = _connected(meets, [(now, then) for then, now in moves])
-        firsts = [  # of the first step: what it injects and hands on, by the pair of states behind it
-            (each, (i, j), (k, m), mu * each.factor[..., i, k] * c[..., j, m])
-            for each in injected for i, k in _filled(each.factor) for j, m in _filled(c) if (i, j) in useful
-        ]  # fmt: skip
-        seconds = [  # of the second step: what it makes of the pair of states before it
-            (each, (i, j), (a, b), mu * x[..., a, i] * each.factor[..., b, j])
-            for each in injected for a, i in _filled(x) for b, j in _filled(each.factor)
-        ]  # fmt: skip
-        # By the pair of states before the second step and behind the first: the weight of a row, given the first token.
-        carried = {
-            (now, source): torch.eye(len(mu), dtype=mu.dtype) * (now == source)
-            for source in dict.fromkeys(pair for _, pair, _, _ in firsts)
-            for now in _connected({source}, list(moves)) & useful
-        }
+        mu, last, plan, kinds = self.mu[1:], len(self.scale) - 2, self._plan, self._plan.kinds
+        shifts = [(each.onehot, each.shift[1:]) for each in self.injected]
+        moves = {(a, b): (mu * kinds[a] * kinds[b]).T.contiguous() for a, b in plan.moves}
+        weights = [torch.eye(len(mu), dtype=mu.dtype) * (at in plan.starts) for at in range(len(plan.recursion))]
         stride = max(1, STRIDE // mu.numel())
-        for d in range(1, last + 1, stride):
+        for d in range(1, last + 1 if plan.meetings else 1, stride):
             steps = []
             for _ in range(min(stride, last + 1 - d)):
-                steps.append(carried)
-                carried = _carried(carried, moves)
-            pulled: Tables = {}  # along what the first step has pulled the row that the second one leaves
-            for now, source in carried:
-                if now in meets:
-                    back = torch.stack([step[now, source] for step in steps])
-                    for each, pair, past, table in firsts:
-                        if pair == source:
-                            flow = back * table
-                            _add(pulled, (*now, *past), each.onehot * flow + each.shift * flow.sum(-1, keepdim=True))
+                steps.append(torch.stack(weights))
+                weights = [
+                    sum((count * (moves[move] @ weights[at]) for (move, at), count in terms.items()), torch.zeros_like(mu))
+                    for terms in plan.recursion
+                ]
             tables: Tables = {}
-            for each, pair, future, table in seconds:
-                for (i, j, k, m), pull in pulled.items():
-                    if (i, j) == pair:
-                        dot = each.onehot * pull + (each.shift * pull).sum(-1, keepdim=True)
-                        _add(tables, (k, m, *future), table * dot)
+            back = torch.stack(steps, 1)
+            for terms, ends in plan.meetings:
+                pull = torch.zeros_like(mu)  # along what the first step has pulled the row that the second one leaves
+                for (at, (e, factor, step)), count in terms:
+                    flow, (onehot, shift) = back[at] * (count * mu * kinds[factor] * kinds[step]), shifts[e]
+                    pull = pull + onehot * flow + shift * flow.sum(-1, keepdim=True)
+                dots = [onehot * pull + (shift * pull).sum(-1, keepdim=True) for onehot, shift in shifts]
+                for ((e, factor, step), past, future), count in ends.items():
+                    _add(tables, (*past, *future), dots[e] * (count * mu * kinds[factor] * kinds[step]))
             yield range(d, d + len(steps)), tables
+
+
+def _distinct(matrices: list[Tensor]) -> tuple[list[Tensor], list[dict[Pair, int]]]:
+    """The entries of matrices `[r, v, new, old]`, equal ones once, and which of them stands where.
+
+    Equal entries that rounding has moved apart are worked on twice, to the same result.
+    """
+    kinds: list[Tensor] = []
+
+    def kind(entry: Tensor) -> int:
+        for index, known in enumerate(kinds):
+            if torch.equal(known, entry):
+                return index
+        kinds.append(entry)
+        return len(kinds) - 1
+
+    return kinds, [{(i, k): kind(matrix[..., i, k].contiguous()) for i, k in _filled(matrix)} for matrix in matrices]
+
+
+def _classes(
+    carried: list[tuple[Pair, Pair]], moves: Mapping[tuple[Pair, Pair], Pair]
+) -> tuple[dict[tuple[Pair, Pair], int], list[Counter[tuple[Pair, int]]]]:
+    """Pairs `(now, source)` whose weights start and continue alike are one class: the class of each, how each class continues."""
+    before: dict[tuple[Pair, Pair], list[tuple[Pair, tuple[Pair, Pair]]]] = {pair: [] for pair in carried}
+    for (then, now), move in moves.items():
+        for at, source in carried:
+            if at == then and (now, source) in before:
+                before[now, source].append((move, (then, source)))
+    place, classes = {pair: int(pair[0] == pair[1]) for pair in carried}, 0
+    while True:  # until members of a class have one continuation
+        counts = {pair: Counter((move, place[old]) for move, old in before[pair]) for pair in carried}
+        known: dict[tuple[int, frozenset[tuple[tuple[Pair, int], int]]], int] = {}
+        place = {pair: known.setdefault((place[pair], frozenset(counts[pair].items())), len(known)) for pair in carried}
+        if len(known) == classes:
+            continued = {place[pair]: Counter((move, place[old]) for move, old in before[pair]) for pair in carried}
+            return place, [continued[at] for at in range(classes)]
+        classes = len(known)
+
+
+def _sorted(a: int, b: int) -> Pair:
+    return (a, b) if a <= b else (b, a)
 
 
 def _meeting(tables: Tables, pasts: Tensor, futures: Tensor, spans: list[Span]) -> Tensor:
@@ -196,18 +270,6 @@ def _meeting(tables: Tables, pasts: Tensor, futures: Tensor, spans: list[Span]) 
         joint = joint.view(shape[0], len(before), shape[1], len(after), *shape[2:])
         for key, table in tables.items():
             found += table[..., None] * joint[:, before.index(key[:2]), :, after.index(key[2:])]
-    return found
-
-
-def _carried(
-    carried: dict[tuple[Pair, Pair], Tensor], moves: Mapping[tuple[Pair, Pair], Tensor]
-) -> dict[tuple[Pair, Pair], Tensor]:
-    """The same weights one token later."""
-    found: dict[tuple[Pair, Pair], Tensor] = {}
-    for (then, now), move in moves.items():
-        for (at, source), weight in carried.items():
-            if at == then and (now, source) in carried:
-                _add(found, (now, source), move @ weight)
     return found
 
 

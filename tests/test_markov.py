@@ -1,6 +1,7 @@
 """Dynamic programming on Markov chains, against the slow oracle, enumeration, closed forms, and itself at long lengths."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -205,6 +206,36 @@ def test_memory_is_bounded_before_the_work_starts(e, monkeypatch):
         with pytest.raises(ValueError, match=r"chain of 64 tokens hold at least .* more than the .* allowed; take a smaller"):
             markov.moments(e, world)
     assert markov.moments(e, world).trace_cov > 0
+
+
+WORST = [
+    E(k, p, "sequence", "sequence", True) for k in ("k3", "mse_sampled") for p in ("loss", "reward", "loss+reward")
+] + [E("k3", "reward", "sequence", "sequence", baseline="leave_one_out", group=2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("e", WORST, ids=lambda e: e.name)
+def test_estimators_of_many_states_reach_256_tokens(e):
+    """The number of arrays does not depend on the vocabulary."""
+    world = chains(3, 4, off_policy=True)
+    at = markov._steps(world)
+    program = markov.recursion(e, at)
+    walk = markov._walk(e, world, at, program.rows, *markov._needed(program))
+    assert 8 * (markov.STEP_ARRAYS + walk.arrays) * 256**2 <= markov.MEMORY_BYTES
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_states_that_agree_are_carried_once(off_policy):
+    """With a differentiated weight values and gradients move alike: products of the same two entries are one class."""
+    world = chains(3, 6, off_policy=off_policy)
+    at = markov._steps(world)
+    program = markov.recursion(WORST[1], at)
+    walk = markov._walk(WORST[1], world, at, program.rows, *markov._needed(program))
+    pairs = walk.c.shape[-1] * walk.x.shape[-1]
+    assert len(walk._plan.recursion) < 2 * pairs
+    again = replace(walk, x=walk.x * (1 + 1e-15 * torch.arange(3.0, dtype=torch.float64)[:, None, None]))
+    assert len(again._plan.recursion) > 2 * pairs  # merged are equal entries only
+    ends = torch.eye(walk.x.shape[-1], dtype=torch.float64)[None]
+    assert float(again.square(ends)) == pytest.approx(float(walk.square(ends)), rel=1e-12)
 
 
 def test_the_reference_itself_pulls_nowhere():
