@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
+import mpmath
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -312,6 +313,85 @@ def test_anytime_distance_holds_for_bandit_gradients() -> None:
     for target in (bandit.mean, bandit.mean + 0.02, 0 * bandit.mean):
         running = intervals.anytime_squared_distance(means, target)
         assert_never_excludes(running, float(np.square(bandit.mean - target).sum()), start=16)
+
+
+# ── Constants, by another route ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_law_of_the_squared_distance_has_the_third_cumulant_of_a_noncentral_chi_square() -> None:
+    """Known `S = 1` in `k` dimensions and many batches: then `∥√B·mean∥²` is noncentral chi-square, of known cumulants."""
+    for k, noncentrality in ((1, 4.0), (3, 10.0), (20, 5.0), (5, 60.0)):
+        known = [np.float64(x) for x in (1, noncentrality, k, k, k, noncentrality, 1)]
+        found = intervals._Statistics(10**9, *known)
+        law = stats.ncx2(k, noncentrality)
+        values = law.ppf([0.01, 0.025, 0.2, 0.5, 0.8, 0.975, 0.99])
+        mean, variance, skew = law.stats("mvs")
+        below = intervals._probability_below(found, values - k, np.float64(noncentrality))
+        np.testing.assert_allclose(below, stats.pearson3(skew, mean, variance**0.5).cdf(values), rtol=1e-6)
+        if k > 1:  # three moments leave the lower tail open where the density is steep at 0
+            np.testing.assert_allclose(below, law.cdf(values), rtol=0, atol=0.004)
+
+
+@pytest.mark.parametrize(("batches", "level"), [(8, 0.95), (10, 0.8), (64, 0.99)])
+def test_noise_is_a_student_interval_of_the_logarithm_with_half_of_the_degrees_of_freedom(batches: int, level: float) -> None:
+    traces = generator(26, batches).gamma(3.0, size=batches)
+    found = intervals.noise(np.zeros((batches, 2)), traces, [3.0, 4.0], level)
+    spread = stats.t((batches - 1) / 2, np.log(traces.mean() / 25), stats.sem(traces) / traces.mean())
+    assert found.estimate == pytest.approx(traces.mean() / 25, rel=1e-12)
+    assert np.log([found.low, found.high]) == pytest.approx(spread.interval(level), rel=1e-9)
+
+
+def test_noise_covers_with_few_skewed_batches_and_would_not_with_all_degrees_of_freedom() -> None:
+    traces = generator(27).chisquare(3, (20_000, 8))
+    found = intervals.noise(np.zeros((*traces.shape, 1)), traces, [1.0])
+    assert_covers(found, 3.0)
+    shorter = np.log(found.high / found.estimate) * stats.t.ppf(0.975, 7) / stats.t.ppf(0.975, 3.5)
+    hits = np.abs(np.log(found.estimate / 3)) <= shorter
+    assert too_low(int(hits.sum()), hits.size)
+
+
+def test_either_part_of_a_cosine_has_half_of_the_error() -> None:
+    """Noise along the target only, or across only: the ends follow from a Student or a `squared_distance` interval at 0.975."""
+    along = generator(28).standard_normal(12) + 9
+    reach = stats.t.ppf(0.9875, 11) * stats.sem(along)
+    found = intervals.cosine(np.stack([along, np.full(12, 4.0)], -1), [2.0, 0.0])
+    for end, at in ((found.low, along.mean() - reach), (found.high, along.mean() + reach)):
+        assert end == pytest.approx(at / np.hypot(at, 4), rel=1e-9)
+    across = generator(29).standard_normal((12, 3)) + 2
+    found = intervals.cosine(np.concatenate([np.full((12, 1), 4.0), across], -1), [3.0, 0, 0, 0])
+    part = intervals.squared_distance(across, np.zeros(3), 0.975)
+    assert (found.low, found.high) == pytest.approx([4 / np.sqrt(16 + end) for end in (part.high, part.low)], rel=1e-9)
+
+
+@pytest.mark.parametrize("start", [3, 5, 16])
+def test_anytime_mean_starts_with_a_student_quantile(start: int) -> None:
+    """Against 30 digits: the boundary at `start`, with the tail of the normal quantile found in Student's law."""
+    x = generator(30, start).standard_normal(start)
+    with mpmath.workdps(30):
+        squared = -mpmath.lambertw(-(mpmath.mpf("0.05") ** 2) / mpmath.e, -1).real - 1  # ρ²·start
+        normal = mpmath.sqrt(2 * (squared + 1) / squared * mpmath.log(mpmath.sqrt(squared + 1) / mpmath.mpf("0.05")))
+        tail, free = mpmath.ncdf(-normal), start - 1
+
+        def excess(log: mpmath.mpf) -> mpmath.mpf:
+            beyond = mpmath.betainc(mpmath.mpf(free) / 2, 0.5, 0, free / (free + mpmath.exp(2 * log)), regularized=True) / 2
+            return mpmath.log(beyond / tail)
+
+        quantile = float(mpmath.exp(mpmath.findroot(excess, mpmath.log(normal))))
+    found = intervals.anytime_mean(x, 0.95, start)
+    assert found.high[-1] - found.estimate[-1] == pytest.approx(quantile * stats.sem(x), rel=1e-6)
+    assert found.estimate[-1] - found.low[-1] == pytest.approx(quantile * stats.sem(x), rel=1e-6)
+
+
+def test_anytime_mean_holds_from_an_early_start_and_would_not_with_normal_quantiles() -> None:
+    x, start = generator(31).standard_normal((4000, 60)), 4
+    found = intervals.anytime_mean(x, start=start)
+    assert_never_excludes(found, 0.0, start)
+    k = np.arange(start, 61.0)
+    errors = (found.high - found.estimate)[:, start - 1 :]
+    student = errors[0] / [x[0, : int(n)].std(ddof=1) / n**0.5 for n in k]
+    normal = -stats.norm.ppf(stats.t.sf(student, k - 1))
+    kept = (np.abs(found.estimate[:, start - 1 :]) <= errors * normal / student).all(-1)
+    assert too_low(int(kept.sum()), kept.size)
 
 
 # ── Power ─────────────────────────────────────────────────────────────────────────────────────────────────────────
