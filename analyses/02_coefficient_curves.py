@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 import gradlab as gl
-from gradlab.coefficients import coefficients
+from gradlab.estimators.coefficients import coefficients
 
 study = gl.report.study(__file__)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 import gradlab as gl
-from gradlab import distance, markov
+from gradlab.questions import distance
+from gradlab.solvers import markov
 
 study = gl.report.study(__file__)
 REVERSE, FROZEN = "reverse_kl", "reverse_kl_frozen_prefix"

@@ -97,10 +97,10 @@ for index, ratio in enumerate((0.9, 0.8, 0.7, 0.5)):
     rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(10, index)))
     delta = np.exp(-gl.Rollout.drawn(scenario, many, rng).log_ratio[:, 0].numpy())
     for k in np.geomspace(30, many // 100, 15).astype(int):
-        found = gl.asymmetry.hill(delta, int(k))
+        found = gl.tails.hill(delta, int(k))
         ends = {"index_low": found / (1 + 1.96 / k**0.5), "index_high": found / max(1 - 1.96 / k**0.5, 1e-3)}
         rows.append({"ratio": ratio, "via": "sampled", "samples": many, "k": k, "index": found, **ends,
-                     "exact": gl.asymmetry.tail_index(scenario)})  # fmt: skip
+                     "exact": gl.tails.tail_index(scenario)})  # fmt: skip
 hill = pd.DataFrame(rows)
 study.save_frame("05_hill", hill)
 
@@ -155,7 +155,7 @@ def dropped_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     )
 
 
-study.save_figure("05_dropped", gl.plots.dropped(dropped), dropped, dropped_caption(dropped, verdicts))
+study.save_figure("05_dropped", gl.plots.dropped_sides(dropped), dropped, dropped_caption(dropped, verdicts))
 
 
 # %%
@@ -206,7 +206,7 @@ def tails_caption(frame: pd.DataFrame, hill: pd.DataFrame) -> str:
 
 
 tail_bands = bands[(bands["world"] == "1,000 tokens") & bands["quantity"].isin(["skewness", "largest_second"])]
-study.save_figure("05_tails", gl.plots.tails(tail_bands, hill), tail_bands, tails_caption(tail_bands, hill))
+study.save_figure("05_tails", gl.plots.tail_indices(tail_bands, hill), tail_bands, tails_caption(tail_bands, hill))
 
 
 # %%

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import gradlab as gl
-from gradlab import asymmetry, chisquare, distance, tails
+from gradlab.questions import distance, tails
 
 study = gl.report.study(__file__)
 
@@ -115,9 +115,9 @@ parts = []
 for family, group in NAMES.items():
     scenarios = distance.sweep(distance.random_policies(family, count, study.seed + 6), KLS, study.seed + 6)
     asked = [kl for _ in range(count) for kl in KLS]
-    parts.append(chisquare.variances(scenarios).assign(group=group, kl_asked=asked))
+    parts.append(tails.variances(scenarios).assign(group=group, kl_asked=asked))
 random = pd.concat(parts, ignore_index=True)
-ranks = chisquare.rank_correlations(random, ["group", "kl_asked"])
+ranks = tails.rank_correlations(random, ["group", "kl_asked"])
 ranks["distance"] = ranks["kl_asked"].map({0.01: "near", 0.1: "middle", 1.0: "far"})
 
 
@@ -128,15 +128,15 @@ def two(p: float, r: float) -> gl.Scenario:
 
 
 chances = np.linspace(0.05, 0.95, 19)
-exact = chisquare.variances([two(float(p), 0.3) for p in chances if abs(p - 0.3) > 1e-9])
+exact = tails.variances([two(float(p), 0.3) for p in chances if abs(p - 0.3) > 1e-9])
 exact["probability"] = [p for p in chances if abs(p - 0.3) > 1e-9]
 fine = np.linspace(0.005, 0.995, 199)
 law = pd.DataFrame({"probability": fine, "gradient_ratio": 2 * (1 - 2 * fine) ** 2, "via": "closed form"})
 laws = pd.concat([exact, law], ignore_index=True)
-counterexample = chisquare.variances([two(0.5, 0.1), two(0.1, 0.2)]).assign(
+counterexample = tails.variances([two(0.5, 0.1), two(0.1, 0.2)]).assign(
     group=["two tokens, π = (.5 .5)", "two tokens, π = (.1 .9)"]
 )
-gaussians = chisquare.variances([at(mean, ratio) for mean in (0.0, 0.5) for ratio in (0.3, 0.5, 0.65, 0.8, 1.1, 1.5)])
+gaussians = tails.variances([at(mean, ratio) for mean in (0.0, 0.5) for ratio in (0.3, 0.5, 0.65, 0.8, 1.1, 1.5)])
 together = np.isinf(gaussians["chi2"]) == np.isinf(gaussians["trace_cov"])
 gaussians = gaussians.assign(group="Gaussians", infinite_together=together.astype(float))
 chi2 = pd.concat([random, counterexample, gaussians], ignore_index=True)
@@ -168,7 +168,7 @@ def running_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     within = k3[(k3["std_q10"] <= REPORTED["k3"]) & (k3["std_q90"] >= REPORTED["k3"])]["samples"]
     usual = f"{within.min():,} to {within.max():,}" if len(within) else "no number of"
     share = shares[(shares["std"] == 0.2) & np.isclose(shares["samples"], events[np.abs(np.log(events / last)).argmin()])]
-    index = asymmetry.tail_index(PAIR)
+    index = tails.tail_index(PAIR)
     k1 = gl.exact.value_moments("k1", PAIR).variance ** 0.5
     return (
         f"**A sample cannot see the variance of k3, nor its mean.** {PAIR.label}: policy and reference of arXiv 2510.01555, App. I; KL "

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 import gradlab as gl
-from gradlab import language, ratios
-from gradlab.catalogue import name_of
+from gradlab.estimators.catalogue import name_of
 from gradlab.policies import behaviour, small
-from gradlab.policies.training import pairs
+from gradlab.policies.small import pairs
+from gradlab.questions import language, log_ratios
 
 study = gl.report.study(__file__)
 seed = study.seed
@@ -91,7 +91,7 @@ many = study.pick(full=2000, quick=500)
 found, ends = [], []
 for task, stage in stage_of.values():
     case, number = (sums, None) if task == "addition" else (names, many)
-    counted = ratios.histogram(case[stage], EDGES, samples=number, seed=seed)
+    counted = log_ratios.histogram(case[stage], EDGES, samples=number, seed=seed)
     found.append(counted.assign(world=task, steps=STEPS[stage]))
     ends.append(language.extremes(case[stage], number, seed).assign(world=task, steps=STEPS[stage]))
 spread, extremes = pd.concat(found, ignore_index=True), pd.concat(ends, ignore_index=True)

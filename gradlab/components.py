@@ -10,16 +10,17 @@ import pandas as pd
 import torch
 from scipy import special
 
-from gradlab import exact, intervals, montecarlo
-from gradlab.draws import generator
-from gradlab.estimators import Estimator, kernel_values
-from gradlab.lazy import callable_module
+from gradlab import intervals
+from gradlab._common.lazy import callable_module
+from gradlab._common.names import check_seed, several
+from gradlab._common.streams import generator
+from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
-from gradlab.names import check_seed, several
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, check_scenario
+from gradlab.solvers import exact, montecarlo
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradlab import exact, intervals, montecarlo, reliability, targets
-from gradlab.catalogue import ESTIMATORS, name_of
-from gradlab.estimators import Estimator
-from gradlab.lazy import callable_module
+from gradlab import intervals, reliability, targets
+from gradlab._common.lazy import callable_module
+from gradlab._common.names import check_jobs, check_name, check_seed, several
+from gradlab._common.parallel import spread
+from gradlab._common.provenance import versions
+from gradlab.estimators.catalogue import ESTIMATORS, name_of
+from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Loss, Moments
-from gradlab.names import check_jobs, check_name, check_seed, several
-from gradlab.parallel import spread
 from gradlab.policies import Gaussian, LanguageModel
-from gradlab.provenance import versions
 from gradlab.scenario import Scenario, check_scenario
+from gradlab.solvers import exact, montecarlo
 
 Array = npt.NDArray[np.float64]
 
@@ -102,8 +103,9 @@ def measure(
     estimated too, by an unbiased estimator (`UNBIASED`) from the same draws, and so is the `kl`: bias, cosine and noise, with
     intervals that allow for it, are about the difference of the two.
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used, see
-    `gradlab.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime: intervals of bias,
-    cosine and noise that hold at every look at once when a run is doubled until one likes what one sees, see `at_look`.
+    `gradlab._common.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime:
+    intervals of bias, cosine and noise that hold at every look at once when a run is doubled until one likes what one sees, see
+    `at_look`.
     Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 

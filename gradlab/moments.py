@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gradlab.coefficients import coefficients, group_parts
-from gradlab.estimators import Estimator
-from gradlab.kernels import VOCABULARY_KERNELS
-from gradlab.names import several
+from gradlab._common.names import several
+from gradlab.estimators.coefficients import coefficients, group_parts
+from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.kernels import VOCABULARY_KERNELS
 from gradlab.rollout import Rollout
 from gradlab.sums import Sums, added, distinct
 
@@ -312,10 +312,10 @@ def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Ten
 
 def _covariance_statistics(estimator: Estimator, parts: Parts, rows: int, pull: Pull) -> tuple[Tensor, Tensor, Tensor]:
     """`Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂` of the kernel `½ (c − c')(s − s')`."""
-    average = sum(share * (rollout.weight @ group_parts(estimator, rollout)[0]) for rollout, _, share in parts())
-    spread = sum(
-        share * (rollout.weight @ (group_parts(estimator, rollout)[0] - average).square()) for rollout, _, share in parts()
-    )
+    held = [(share * rollout.weight, group_parts(estimator, rollout)[0]) for rollout, _, share in parts()]
+    weight, values = (torch.cat(each) for each in zip(*held, strict=True))
+    average = weight @ values
+    spread = weight @ (values - average).square()
 
     def stacked(rollout: Rollout) -> Gradients:
         c, s = group_parts(estimator, rollout)

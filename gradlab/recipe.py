@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import isfinite
 
-from gradlab.names import check_real, check_whole
+from gradlab._common.names import check_real, check_whole
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gradlab import montecarlo
-from gradlab.draws import generator
-from gradlab.estimators import Estimator
-from gradlab.exact import kinks
+from gradlab._common.streams import generator
+from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Gradients, Loss, Moments, gradients
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
+from gradlab.solvers import montecarlo
+from gradlab.solvers.exact import kinks
 
 Array = npt.NDArray[np.float64]
 

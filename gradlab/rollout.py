@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.names import check_held
+from gradlab._common.names import check_held
 from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature

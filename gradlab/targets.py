@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradlab.kernels import KERNELS
-from gradlab.names import check_name
-from gradlab.policies import LanguageModel, Policy
+from gradlab._common.registry import Registry
+from gradlab.estimators.kernels import KERNELS
+from gradlab.policies import LanguageModel, Policy, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -72,7 +72,7 @@ def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
 
 _TANG = "Tang & Munos, arXiv 2506.09477"
 
-TARGETS: dict[str, Target] = {
+_OWN = {
     target.name: target
     for target in (
         Target("reverse_kl", "KL(π(y) ‖ ref(y)) of whole responses", "arXiv 2510.01555, Eq. 12", _reverse_kl),
@@ -118,11 +118,32 @@ TARGETS: dict[str, Target] = {
     )
 }
 
+#: Names → targets, in the order of tables.
+TARGETS: Registry[Target] = Registry("target", _OWN)
+
 
 def target(name: str) -> Target:
     """Look a target up. Raises `ValueError` for an unknown name, with the nearest ones."""
-    check_name("target", name, TARGETS)
-    return TARGETS[name]
+    return TARGETS.named(name)
+
+
+def check_target(target: Target) -> None:
+    """Raise `ValueError` unless a target's objective is a finite scalar that is differentiable in the policy."""
+    policy = Tree.random(3, 2, seed=1)
+    scenario = Scenario(policy, policy.perturbed(scale=0.3, seed=2), policy.perturbed(scale=0.3, seed=3))
+    try:
+        with torch.enable_grad():
+            leaf = policy.parameters.clone().requires_grad_(True)
+            value = target.objective(policy.with_parameters(leaf), scenario.reference, scenario.sampler)
+            scalar = isinstance(value, Tensor) and value.shape == () and bool(torch.isfinite(value.detach()))
+            if not scalar or not value.requires_grad:
+                raise ValueError(f"it gave {value!r:.80}")
+            torch.autograd.grad(value, leaf)
+    except Exception as error:
+        raise ValueError(
+            f"the objective of target {target.name} must be a function of policy, reference and sampler that returns one number "
+            f"as a tensor, differentiable in policy.table: {type(error).__name__}: {error}"
+        ) from error
 
 
 def gradient(name: str, scenario: Scenario) -> Tensor:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gradlab._common.names import check_name
 from gradlab.audit import Subject, audit
 from gradlab.audit.candidates import check
 from gradlab.audit.probes import NAMES
-from gradlab.names import check_name
 
 
 def assert_descends(

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradlab import backprop
-from gradlab.coefficients import coefficients
-from gradlab.draws import generator
-from gradlab.estimators import Estimator
+from gradlab._common.names import check_jobs, check_name, check_real, check_seed, check_whole, several
+from gradlab._common.parallel import spread
+from gradlab._common.provenance import versions
+from gradlab._common.streams import generator
+from gradlab.estimators.coefficients import coefficients
+from gradlab.estimators.estimator import Estimator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients, Loss, cotangent, gradients
-from gradlab.names import check_jobs, check_name, check_real, check_seed, check_whole, several
-from gradlab.parallel import spread
+from gradlab.per_sample import backprop
 from gradlab.policies import LanguageModel, Policy
 from gradlab.policies.small import TASKS
-from gradlab.provenance import versions
 from gradlab.recipe import Recipe
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import distributed
 import joblib
@@ -19,12 +20,15 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from make_checkpoints import initial
+
 import gradlab as gl
-from gradlab import backprop, exact
 from gradlab.moments import gradients
+from gradlab.per_sample import backprop
 from gradlab.policies import Bandit, LanguageModel, Tree
 from gradlab.policies.small import TASKS
-from gradlab.policies.training import initial
+from gradlab.solvers import exact
 
 
 def seconds(function: Callable[[], object], repeat: int = 7, at_least: float = 0.05) -> float:

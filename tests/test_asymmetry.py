@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from worlds import TREES, assert_prints, scenario
 
 import gradlab as gl
-from gradlab import asymmetry, restoring
+from gradlab.questions import asymmetry, restoring, tails
 
 NAMES = ["k1-loss", "k2-loss", "k3-loss", "k2-loss-sequence", "k3-loss-sequence", "k1-reward-to-go", "mse-sampled-loss"]
 SHARES = [f"{side}_{what}" for side in ("under", "over") for what in ("mass", "expected", "pull", "second")]
@@ -135,17 +135,17 @@ def test_intervals_cover_the_exact_shares():
 
 def test_hill_and_the_exact_tail_index():
     rng = np.random.default_rng(0)
-    assert asymmetry.hill(rng.pareto(2.5, 400_000) + 1, 4_000) == pytest.approx(2.5, rel=0.05)
+    assert tails.hill(rng.pareto(2.5, 400_000) + 1, 4_000) == pytest.approx(2.5, rel=0.05)
     for ratio in (0.5, 0.8):
         world = gl.Scenario(gl.Gaussian(0.3, ratio), gl.Gaussian(0, 1))
-        alpha = asymmetry.tail_index(world)
+        alpha = tails.tail_index(world)
         # The moment of order q of δ is finite iff q < α: its integrand's exponent changes sign there.
         for order, finite in ((0.98 * alpha, True), (1.02 * alpha, False)):
             assert ((order * (1 / ratio**2 - 1) - 1 / ratio**2) < 0) is finite
-    assert np.isinf(asymmetry.tail_index(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))))
+    assert np.isinf(tails.tail_index(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))))
     infinite = gl.exact.value_moments("k3", gl.Scenario(gl.Gaussian(0, 0.7), gl.Gaussian(0, 1)))
     assert np.isinf(infinite.variance)
-    assert asymmetry.tail_index(gl.Scenario(gl.Gaussian(0, 0.7), gl.Gaussian(0, 1))) < 2
+    assert tails.tail_index(gl.Scenario(gl.Gaussian(0, 0.7), gl.Gaussian(0, 1))) < 2
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_hill_and_the_exact_tail_index():
         (lambda: asymmetry.measure("k1-reward-loo", scenario("bandit")), "compares responses"),
         (lambda: asymmetry.measure(lambda r: r.log_prob.sum(-1), scenario("bandit")), "function"),
         (lambda: asymmetry.measure("k2-loss", scenario("gaussian")), "Bandit or a gl.Tree"),
-        (lambda: asymmetry.hill([1.0, 2.0], 2), "more than k"),
-        (lambda: asymmetry.tail_index(scenario("bandit")), "Gaussian"),
+        (lambda: tails.hill([1.0, 2.0], 2), "more than k"),
+        (lambda: tails.tail_index(scenario("bandit")), "Gaussian"),
         (lambda: restoring.times("k2-loss", [0.2, 0.8], 2, [1.0]), "between 0 and 1"),
         (lambda: restoring.times("k2-loss", [0.2, 0.8], 0, [0.5]), "counts as restored"),
         (lambda: restoring.times("k2-loss", [0.2, 0.8], 0, [1.0], step=0), "positive"),
@@ -217,10 +217,10 @@ def test_paths_start_and_end_where_they_should():
 
 
 def test_hill_of_four_numbers():
-    assert asymmetry.hill(np.exp([0.0, 3.0, 1.0, -2.0]), 2) == pytest.approx(
+    assert tails.hill(np.exp([0.0, 3.0, 1.0, -2.0]), 2) == pytest.approx(
         1 / 2
     )  # log(x₁/x₃) = 3 and log(x₂/x₃) = 1, of −2 nothing
-    assert asymmetry.hill([-8.0, 4.0, 0.0, 2.0], 2) == pytest.approx(1 / (1.5 * np.log(2)))
+    assert tails.hill([-8.0, 4.0, 0.0, 2.0], 2) == pytest.approx(1 / (1.5 * np.log(2)))
 
 
 def test_a_token_as_likely_as_in_the_reference_is_on_no_side():

@@ -16,11 +16,11 @@ import torch
 from worlds import assert_same
 
 import gradlab as gl
-from gradlab.audit import Batch, LossError, Subject, candidates, checks, curve, engine, forms, frame, hand, worlds
+from gradlab.audit import Batch, LossError, Subject, candidates, checks, curve, engine, forms, frame, synthetic, worlds
 from gradlab.audit.identify import Verdict, formula, identify
 from gradlab.audit.precision import PRECISIONS
-from gradlab.estimators import Estimator
-from gradlab.kernels import derivative
+from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.kernels import derivative
 from gradlab.moments import cotangent
 
 
@@ -648,8 +648,8 @@ def test_saturation_is_no_clamp():
 
 
 def test_hand_made_batches_hold_what_was_asked_for():
-    rows = hand.Tokens.at(0.5, -30.0, 40.0, log_weight=[0.0, 1.5, -2.0]), hand.Tokens.at(0.1)
-    batch, _ = hand.responses(*rows, columns=5)
+    rows = synthetic.Tokens.at(0.5, -30.0, 40.0, log_weight=[0.0, 1.5, -2.0]), synthetic.Tokens.at(0.1)
+    batch, _ = synthetic.responses(*rows, columns=5)
     assert batch.mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     ratio, weight = batch.log_prob - batch.reference_log_prob, batch.log_prob - batch.behaviour_log_prob
     assert ratio[0, :3].tolist() == pytest.approx([0.5, -30.0, 40.0], rel=1e-12)

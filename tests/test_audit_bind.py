@@ -200,7 +200,7 @@ def test_what_cannot_be_bound_shows_the_signature_and_what_is_understood(functio
 
 
 def test_every_role_reads_something_off_a_batch():
-    from gradlab.audit.hand import Tokens, responses
+    from gradlab.audit.synthetic import Tokens, responses
 
     batch, _ = responses(Tokens.at(0.3, -0.2), Tokens.at(0.1), columns=3)
     for role, read in ROLES.items():

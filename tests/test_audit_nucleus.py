@@ -12,7 +12,7 @@ from worlds import assert_same
 
 import gradlab as gl
 from gradlab.audit import Subject, bind, engine, worlds
-from gradlab.audit.nucleus import Nucleus
+from gradlab.audit.probes.nucleus import Nucleus
 
 
 def corrected(log_probs, ref_log_probs, old_log_probs, mask):

@@ -19,8 +19,9 @@ import torch
 from matplotlib.text import Text
 
 import gradlab as gl
-from gradlab import cli, plots
+from gradlab import plots
 from gradlab.audit import Audit, bind, report
+from gradlab.cli import main
 from gradlab.plots import PAGE, stylesheet
 from gradlab.testing import assert_descends
 
@@ -70,7 +71,7 @@ def run(monkeypatch, *arguments):
     """Exit code of `gradlab audit ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["gradlab", "audit", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return int(stop.value.code or 0)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import gradlab as gl
-from gradlab import backprop, layers, tape
 from gradlab.moments import Gradients, gradients
+from gradlab.per_sample import backprop, layers, tape
+from gradlab.per_sample.replay import Replay
 from gradlab.policies import LanguageModel
-from gradlab.policies.replay import Replay
 from gradlab.policies.transformer import Transformer
 from gradlab.rollout import Rollout
 

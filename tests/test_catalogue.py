@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import gradlab as gl
-from gradlab.catalogue import name_of
+from gradlab.estimators.catalogue import name_of
 
 #: Seeds of the random policies of every shape.
 SCENARIOS = [("bandit", 0), ("tree", 0), ("tree", 1), ("deep", 0), ("eos", 0), ("eos first", 0), ("eos first", 1)]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gradlab import check
+from gradlab.study import check
 
 
 def frame(**columns):

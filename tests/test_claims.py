@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 import gradlab as gl
-from gradlab.claims import judge, samples_needed, settle, verify
 from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, among, claim, within
 from gradlab.ledger.form import MATTERS
+from gradlab.ledger.verify import judge, samples_needed, settle, verify
 
 FIGURES = Path(__file__).parents[1] / "figures"
 

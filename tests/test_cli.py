@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 
 import gradlab as gl
-from gradlab import cli, files, gallery, reproduce_command
+from gradlab._common import files
+from gradlab.cli import main, reproduce
+from gradlab.study import gallery
 
 SCRIPT = """# %% [markdown]
 # # Does a planted analysis run?
@@ -28,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Exit code of `gradlab ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["gradlab", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return int(stop.value.code or 0)
 
 
@@ -39,7 +41,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for number in ("01", "02"):
         (folder / f"{number}_planted.py").write_text(SCRIPT.format(number=number, last=""), encoding="utf-8")
-    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
+    monkeypatch.setattr(reproduce, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
     return folder
 
 
@@ -202,7 +204,7 @@ def test_list_names_everything_there_is(monkeypatch, capsys, what):
         "targets": gl.TARGETS,
         "kernels": ["k1", "k2", "k3", "full", "mse"],
         "claims": ["value-k1", "E[k1] = KL(π‖ref)", "k3-biased"],
-        "analyses": cli.analyses(),
+        "analyses": main.analyses(),
     }[what]
     assert all(name in printed for name in names)
 

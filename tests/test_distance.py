@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import gradlab as gl
-from gradlab import distance
+from gradlab.questions import distance
 
 KLS = (1e-4, 1e-3, 1e-2, 1.0)
 BANDITS = distance.sweep(distance.random_policies("bandit", 3, seed=1), KLS)

@@ -12,8 +12,8 @@ import torch
 import worlds
 
 import gradlab as gl
-from gradlab.coefficients import coefficients
-from gradlab.estimators import raw_weights
+from gradlab.estimators.coefficients import coefficients
+from gradlab.estimators.estimator import raw_weights
 from gradlab.moments import cotangent
 
 #: Values of every field, the default first; `group` follows from the baseline.

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gradlab import claims, frames
-from gradlab.ledger import CLAIMS
+from gradlab._common import frames
+from gradlab.ledger import CLAIMS, verify
 
 MADE = {"quick": True, "seed": 0}
 
@@ -81,7 +81,7 @@ def test_a_damaged_frame_is_an_error_that_says_how_to_make_it_again(tmp_path, da
     with pytest.raises(
         ValueError, match=r"01_schulman\.csv is damaged or was edited.*\(100 rows\).*reproduce --only 01 --force"
     ):
-        claims.verify(tmp_path)
+        verify.verify(tmp_path)
 
 
 def test_line_ends_of_a_checkout_are_no_damage(tmp_path):

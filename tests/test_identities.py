@@ -13,8 +13,8 @@ import torch
 from worlds import TREES, assert_prints, assert_same, combination, scenario
 
 import gradlab as gl
-from gradlab.coefficients import coefficients
-from gradlab.kernels import derivative
+from gradlab.estimators.coefficients import coefficients
+from gradlab.estimators.kernels import derivative
 from gradlab.moments import gradients
 
 E = gl.Estimator

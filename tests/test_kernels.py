@@ -7,8 +7,8 @@ import torch
 import worlds
 
 import gradlab as gl
-from gradlab.exact import kinks
-from gradlab.kernels import KERNELS, VOCABULARY_KERNELS, derivative, value
+from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS, derivative, value
+from gradlab.solvers.exact import kinks
 
 MP = mpmath.MPContext()
 MP.dps = 50

@@ -10,17 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from make_checkpoints import initial, reinforce, stream, sums, supervised
 from test_backprop import model, network, scenario  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import gradlab as gl
-from gradlab import intervals, language, montecarlo
+from gradlab import intervals
 from gradlab.policies import LanguageModel, small
 from gradlab.policies.actions import inverted
-from gradlab.policies.small import STAGES, TASKS
-from gradlab.policies.training import initial, pairs, reinforce, stream, sums, supervised
+from gradlab.policies.small import STAGES, TASKS, pairs
 from gradlab.policies.trunk import Trunk
+from gradlab.questions import language
 from gradlab.rollout import Rollout
+from gradlab.solvers import montecarlo
 
 measure_module = __import__("sys").modules["gradlab.measure"]
 

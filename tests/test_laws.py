@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from worlds import assert_same
 
 import gradlab as gl
-from gradlab import Rollout, markov, montecarlo, targets
+from gradlab import Rollout, targets
 from gradlab.moments import gradients, moments_of
+from gradlab.solvers import markov, montecarlo
 
 E = gl.Estimator
 CATALOGUE = list(gl.ESTIMATORS.values())

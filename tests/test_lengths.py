@@ -8,7 +8,7 @@ import torch
 from worlds import assert_same
 
 import gradlab as gl
-from gradlab import lengths
+from gradlab.questions import lengths
 
 TREE = gl.Tree.random(3, 3, 0, eos=1)
 CHAIN = gl.Markov.random(3, 4, 0, eos=2)

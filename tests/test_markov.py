@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import markov
-from gradlab.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
 from gradlab.moments import moments_of
+from gradlab.solvers import markov
 from gradlab.targets import TARGETS
 
 E = gl.Estimator

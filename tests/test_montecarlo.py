@@ -17,8 +17,10 @@ from test_backprop import network
 from worlds import assert_same, scenario
 
 import gradlab as gl
-from gradlab import Rollout, intervals, markov, montecarlo, ratios
+from gradlab import Rollout, intervals
 from gradlab.moments import gradients
+from gradlab.questions import log_ratios
+from gradlab.solvers import markov, montecarlo
 
 SURE = 1e-4
 E = gl.Estimator
@@ -341,7 +343,7 @@ LANGUAGE = gl.LanguageModel(network(0, vocab=3), [(0,)], 3)
         (lambda n: gl.measure("k2-loss", gl.Scenario(LANGUAGE, LANGUAGE), samples=n), "one by one"),
         (lambda n: Rollout.drawn(scenario("tree"), n, np.random.default_rng()), "held at once"),
         (lambda n: Rollout.drawn(gl.Scenario(LANGUAGE, LANGUAGE), n, np.random.default_rng()), "held at once"),
-        (lambda n: ratios.masses(gl.Scenario(LANGUAGE, LANGUAGE), [(-1.0, 1.0)], n), "held at once"),
+        (lambda n: log_ratios.masses(gl.Scenario(LANGUAGE, LANGUAGE), [(-1.0, 1.0)], n), "held at once"),
         (lambda n: gl.components.values("k2", scenario("tree"), samples=n), "held at once"),
         (lambda n: gl.Gaussian(0.0, 1.0).sample(n, np.random.default_rng()), "held at once"),
     ],

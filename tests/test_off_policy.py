@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import off_policy
+from gradlab.questions import off_policy
 
 E = gl.Estimator
 POLICIES = {

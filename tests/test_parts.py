@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import exact
 from gradlab.policies import softmax
 from gradlab.rollout import Rollout
+from gradlab.solvers import exact
 
 
 def user_loss(rollout):

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import digits, language
 from gradlab.policies import behaviour, causal, pretrained
 from gradlab.policies.causal import padded
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.split import faithful, upper
+from gradlab.questions import language
+from gradlab.questions import smollm2 as question
 
 pytest.importorskip("transformers", reason=f"needs {pretrained.INSTALL}")
 
@@ -481,14 +482,14 @@ def smollm2():
 @pytest.fixture(scope="module")
 def questions():
     rng = np.random.default_rng(0)
-    return [q for task in digits.TASKS for q in digits.questions(task, 1, rng)]
+    return [q for task in question.TASKS for q in question.questions(task, 1, rng)]
 
 
 @pytest.fixture(scope="module")
 def steps(smollm2, questions):
     """The model as shipped on three prompts, and its parameters after policy-gradient steps."""
-    reference = smollm2.policy([q.prompt for q in questions], digits.LENGTH, digits.ACTIONS, trainable=[MATRIX])
-    return reference, digits.reinforce(reference, [q.answer for q in questions], [0, 5, 20])
+    reference = smollm2.policy([q.prompt for q in questions], question.LENGTH, question.ACTIONS, trainable=[MATRIX])
+    return reference, question.reinforce(reference, [q.answer for q in questions], [0, 5, 20])
 
 
 def plain(network, text):
@@ -501,20 +502,20 @@ def test_smollm2_is_a_language_model(smollm2):
     assert sum(weight.numel() for weight in smollm2.model.parameters()) == 134_515_008
     p = plain(smollm2, "The capital of France is").exp()
     assert float(p[smollm2.token(" Paris")]) == pytest.approx(0.77, abs=0.01)
-    assert all(len(smollm2.ids(action)) == 1 for action in digits.ACTIONS)
+    assert all(len(smollm2.ids(action)) == 1 for action in question.ACTIONS)
 
 
 def test_the_digit_oracle_is_the_plain_model(smollm2, questions, steps):
     """Every response's probability, from 12 plain calls of the whole model a prompt: agreement to the float32 of the trunk."""
     reference, _ = steps
-    chosen = [smollm2.token(action) for action in digits.ACTIONS]
-    found = digits.listed(reference)
+    chosen = [smollm2.token(action) for action in question.ACTIONS]
+    found = question.listed(reference)
     assert found.shape == (3, 121)
     assert float((found.exp().sum(1) - 1).abs().max()) < 1e-12
     for k, q in enumerate(questions):
         first = plain(smollm2, q.prompt)[chosen]
         assert 0 <= 1 - float(first.exp().sum()) < 0.05
-        second = torch.stack([plain(smollm2, q.prompt + action)[chosen].log_softmax(-1) for action in digits.ACTIONS])
+        second = torch.stack([plain(smollm2, q.prompt + action)[chosen].log_softmax(-1) for action in question.ACTIONS])
         whole = (first.log_softmax(-1)[:, None] + second).flatten()
         assert float((found[k] - whole).abs().max()) < 2e-4
     assert float(found.abs().max()) > 5
@@ -523,7 +524,7 @@ def test_the_digit_oracle_is_the_plain_model(smollm2, questions, steps):
 def test_training_raises_the_reward_and_leaves_the_trunk_alone(smollm2, questions, steps):
     reference, parameters = steps
     answers = [q.answer for q in questions]
-    before, after = (float(digits.accuracy(reference.with_parameters(parameters[k]), answers).mean()) for k in (0, 20))
+    before, after = (float(question.accuracy(reference.with_parameters(parameters[k]), answers).mean()) for k in (0, 20))
     assert after > before + 0.1
     assert len(parameters[20]) == 331_776
     torch.testing.assert_close(reference.with_parameters(parameters[0]).table, reference.table, rtol=0, atol=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlab import cli
+from gradlab.cli import main
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def test_the_commands_of_the_readme_run(command, monkeypatch, capsys):
     )  # its options are tried, not its size
     monkeypatch.setattr(sys, "argv", shlex.split(command) + shorter)
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     assert not stop.value.code
     assert capsys.readouterr().out.strip()
 
@@ -56,4 +56,4 @@ def test_the_commands_of_the_readme_run(command, monkeypatch, capsys):
 def test_the_pictures_of_the_readme_exist_and_its_analyses_are_all_of_them():
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
         assert (README.parent / picture).is_file()
-    assert set(re.findall(r"^\* `(\d\d_\w+)`", TEXT, re.MULTILINE)) == set(cli.analyses())
+    assert set(re.findall(r"^\* `(\d\d_\w+)`", TEXT, re.MULTILINE)) == set(main.analyses())

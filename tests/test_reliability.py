@@ -11,13 +11,15 @@ import torch
 from scipy import stats
 
 import gradlab as gl
-from gradlab import measure_command, montecarlo, reliability
-from gradlab.claims import settle
+from gradlab import reliability
+from gradlab.cli import measure
 from gradlab.ledger.form import Claim
+from gradlab.ledger.verify import settle
 from gradlab.moments import gradients
 from gradlab.policies import LanguageModel
 from gradlab.policies.transformer import Transformer
 from gradlab.rollout import Rollout
+from gradlab.solvers import montecarlo
 
 OPEN = {"bias": (0, math.inf), "cosine": (-1, 1), "noise": (0, math.inf), "crossover": (0, math.inf)}
 
@@ -120,7 +122,7 @@ def test_a_dropped_mode_opens_its_ends_and_settles_nothing(capsys: pytest.Captur
     claim = Claim("x", "", "", "", "03_objectives", (), "bias", ">", 0.01, 0.0)
     rows = frame[frame["estimator"] == "k3-loss"]
     assert settle(claim, rows).verdict == "UNDECIDED"
-    measure_command.show(frame)
+    measure.show(frame)
     assert "2 of 3 rows are not reliable" in capsys.readouterr().out
     assert reliability.sentence(frame[frame["estimator"] == "full-loss"]) is None
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from gradlab import cli, frames, reproduce_command
-from gradlab.files import locked
+from gradlab._common import frames
+from gradlab._common.files import locked
+from gradlab.cli import main, reproduce
 
 SCRIPT = """# # Does a planted analysis run?
 import pandas as pd
@@ -35,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Exit code of `gradlab reproduce ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["gradlab", "reproduce", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return int(stop.value.code or 0)
 
 
@@ -46,7 +47,7 @@ def scripts(tmp_path, monkeypatch):
     folder.mkdir()
     for number in ("01", "02"):
         (folder / f"{number}_planted.py").write_text(SCRIPT.format(number=number, bias=0.5), encoding="utf-8")
-    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
+    monkeypatch.setattr(reproduce, "analyses", lambda: {path.stem: path for path in sorted(folder.glob("*.py"))})
     return folder
 
 
@@ -73,7 +74,7 @@ def test_it_ends_with_one_line_and_says_little_when_nothing_ran(monkeypatch, cap
 def test_a_folder_is_written_by_one_command_at_a_time(monkeypatch, capsys, tmp_path, scripts):
     output = tmp_path / "figures"
     code = (
-        f"import sys, time; from pathlib import Path; from gradlab.files import locked; sys.argv = ['gradlab', 'reproduce']\n"
+        f"import sys, time; from pathlib import Path; from gradlab._common.files import locked; sys.argv = ['gradlab', 'reproduce']\n"
         f"with locked(Path({str(output)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -96,10 +97,10 @@ def test_analyses_end_with_a_command_that_is_killed(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from gradlab import cli, reproduce_command
-reproduce_command.analyses = lambda: {{path.stem: path for path in sorted(Path({str(folder)!r}).glob("*.py"))}}
+from gradlab.cli import main, reproduce
+reproduce.analyses = lambda: {{path.stem: path for path in sorted(Path({str(folder)!r}).glob("*.py"))}}
 sys.argv = ["gradlab", "reproduce", "--jobs", "2", "--output", {str(output)!r}]
-cli.main()
+main.main()
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     files = [output / f"{number}_long.pid" for number in ("01", "02")]
@@ -113,7 +114,7 @@ cli.main()
         pass  # nobody holds it
 
 
-def _wait(condition, seconds=30.0):
+def _wait(condition, seconds=120.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -173,7 +174,7 @@ def test_check_refuses_what_was_made_with_other_options(monkeypatch, capsys, tmp
 
 
 def test_a_line_a_minute_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path, scripts):
-    monkeypatch.setattr(reproduce_command, "PULSE", 0.2)
+    monkeypatch.setattr(reproduce, "PULSE", 0.2)
     slow = SCRIPT.format(number="02", bias=0.5) + "import time\ntime.sleep(1.5)\n"
     (scripts / "02_planted.py").write_text(slow, encoding="utf-8")
     assert run(monkeypatch, "--output", tmp_path / "figures") == 0
@@ -181,5 +182,5 @@ def test_a_line_a_minute_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path
 
 
 def test_the_longest_analyses_are_real_ones():
-    numbers = [name[:2] for name in reproduce_command.analyses()]
-    assert set(reproduce_command.LONGEST) <= set(numbers)
+    numbers = [name[:2] for name in reproduce.analyses()]
+    assert set(reproduce.LONGEST) <= set(numbers)

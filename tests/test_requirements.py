@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradlab import cli, reproduce_command
-from gradlab.resume import Requirements
+from gradlab.cli import main, reproduce
+from gradlab.study.resume import Requirements
 
 RAN = """# %% [markdown]
 # # What is left behind?
@@ -31,14 +31,14 @@ def script(folder: Path, absent: str = "surely-not-installed") -> Path:
 @pytest.fixture
 def needy(tmp_path, monkeypatch):
     path = script(tmp_path)
-    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path})
+    monkeypatch.setattr(reproduce, "analyses", lambda: {path.stem: path})
     return path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["gradlab", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main.main()
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -76,12 +76,12 @@ def test_asked_for_by_name_it_is_an_error_with_the_install_line(needy, tmp_path,
 
 def test_with_its_packages_it_runs_once_for_each_of_their_versions(tmp_path, monkeypatch, capsys):
     path = script(tmp_path, absent="numpy")
-    monkeypatch.setattr(reproduce_command, "analyses", lambda: {path.stem: path})
+    monkeypatch.setattr(reproduce, "analyses", lambda: {path.stem: path})
     command = ("reproduce", "--output", tmp_path / "figures")
     assert run(monkeypatch, *command) == 0
     assert (tmp_path / "figures" / "99_ran.csv").read_text(encoding="utf-8") == "ran"
     assert run(monkeypatch, *command) == 0
     assert "unchanged, made again by --force: 99_needy" in capsys.readouterr().out
-    monkeypatch.setattr("gradlab.resume.version", lambda name: "999")
+    monkeypatch.setattr("gradlab.study.resume.version", lambda name: "999")
     assert run(monkeypatch, *command) == 0
     assert "unchanged, made again by --force: 99_needy" not in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab import tails
+from gradlab.questions import tails
 
 #: Largest relative error of a value, of a covariance trace, and of a gradient (its norm), anywhere below.
 TOLERANCE = 1e-11

@@ -8,7 +8,7 @@ import torch
 from worlds import assert_same
 
 import gradlab as gl
-from gradlab import sequences
+from gradlab.questions import sequences
 
 
 def scenario(memory=5.0, vocab=3, length=4, kl=0.3, seed=0):

@@ -15,7 +15,7 @@ import gradlab as gl
 from gradlab.audit import adapters, candidates, shipped
 from gradlab.audit.batch import Batch, Subject
 from gradlab.ledger.shipped import CLAIMS
-from gradlab.resume import Requirements
+from gradlab.study.resume import Requirements
 
 SCRIPT = Path(gl.__file__).parent.parent / "analyses" / "12_as_shipped.py"
 

@@ -6,11 +6,9 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,42 +32,35 @@ def test_imports_point_backwards():
     assert "0 broken" in result.stdout
 
 
-def test_questions_stand_on_measure_and_nothing_stands_on_them():
-    """Modules that the contract does not list: frames out of scenarios, off the way of the data."""
-    grimp = pytest.importorskip("grimp")
-    graph = grimp.build_graph("gradlab", cache_dir=None)
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    layers = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
-    measure = layers.index({"measure"})
-    above, way = set().union(*layers[:measure]), set().union(*layers)
-    modules = {name.removeprefix("gradlab.") for name in graph.find_children("gradlab")}
-    questions = modules - way
-    assert way <= modules, f"layers without a module: {way - modules}"
-    assert len(questions) >= 5
+#: What the name of an analysis is short for: one word of the script's own name, or its beginning.
+SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
 
-    def top(name: str) -> str:
-        return name.split(".")[1]
 
-    for name in sorted(graph.modules - {"gradlab"}):
-        imported = {top(other) for other in graph.find_modules_directly_imported_by(name) if other != "gradlab"}
-        if top(name) in questions:
-            assert not imported & above, f"{name} imports {imported & above}, which come after it"
-        elif top(name) not in ("cli", "measure_command", "reproduce_command", "train_command"):
-            assert not imported & questions, f"{name} imports {imported & questions}; only the command line may"
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_question_has_one_name_everywhere(script):
+    drawn = {path.stem for path in (ROOT / "gradlab" / "plots").glob("[a-z]*.py")}
+    settled = {path.stem for path in (ROOT / "gradlab" / "ledger").glob("[a-z]*.py")}
+    words = script.stem[3:]
+    (name,) = [name for name in drawn & settled if name in words or name.rstrip("s") in words.split("_")]
+    asked = ROOT / "gradlab" / "questions" / f"{name}.py"
+    test = ROOT / "tests" / f"test_{name}.py"
+    assert not asked.is_file() or test.is_file(), f"{asked} has no test of its name"
+    claims = importlib.import_module(f"gradlab.ledger.{name}").CLAIMS
+    assert {claim.frame[:2] for claim in claims} == {script.stem[:2]}
 
 
 def test_a_forward_import_is_caught(tmp_path):
     pytest.importorskip("importlinter")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "gradlab", tmp_path / "gradlab", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "gradlab" / "kernels.py").open("a", encoding="utf-8") as kernels:
+    with (tmp_path / "gradlab" / "estimators" / "kernels.py").open("a", encoding="utf-8") as kernels:
         kernels.write("\nfrom gradlab import measure\n")
     with (tmp_path / "gradlab" / "plots" / "__init__.py").open("a", encoding="utf-8") as plots:
-        plots.write("\nfrom gradlab.exact import moments\n")
+        plots.write("\nfrom gradlab.solvers.exact import moments\n")
     result = lint(tmp_path)
     assert result.returncode == 1
-    assert "gradlab.kernels -> gradlab.measure" in result.stdout
-    assert "gradlab.plots -> gradlab.exact" in result.stdout
+    assert "gradlab.estimators.kernels -> gradlab.measure" in result.stdout
+    assert "gradlab.plots -> gradlab.solvers.exact" in result.stdout
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -126,7 +117,7 @@ SLOW = ["torch", "matplotlib", "seaborn", "scipy.stats", "scipy.integrate", "typ
 def test_a_command_waits_for_nothing_that_it_does_not_use(arguments, loaded):
     code = f"""
 import sys
-from gradlab.cli import main
+from gradlab.cli.main import main
 sys.argv[1:] = {arguments}
 try:
     main()
@@ -151,7 +142,7 @@ HEAVY = [
 ]
 
 
-@pytest.mark.parametrize("name", ["audit", "components", "field", "measure"])
+@pytest.mark.parametrize("name", ["audit", "components", "measure"])
 def test_no_function_hides_a_module_of_its_name(name):
     module = importlib.import_module(f"gradlab.{name}")
     assert getattr(gl, name) is module

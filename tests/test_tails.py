@@ -9,8 +9,8 @@ from scipy import stats
 from scipy.integrate import quad
 
 import gradlab as gl
-from gradlab import tails
-from gradlab.chisquare import chi2
+from gradlab.questions import tails
+from gradlab.questions.tails import chi2
 
 PAIR = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1), name="pair")
 

@@ -10,13 +10,15 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from scripts import Run, run
 from torch import Tensor
 
 import gradlab as gl
-from gradlab import runs, training
+from gradlab import training
+from gradlab._common.frames import DIGITS
 from gradlab.policies import small
+from gradlab.questions import training as runs
 from gradlab.training import Recipe
+from scripts import Run, run
 
 QUICK = Recipe(steps=3, batch=8, group=4, rate=0.05, look=1, watch=8)
 
@@ -340,7 +342,7 @@ def test_the_numbers_of_the_analysis_once_more(ran):
     expected = float(np.exp(np.log(ends["k3-loss"] / ends["k2-loss"]).mean()))
     frame = ran.frame("13_training")
     row = frame[(frame["estimator"] == "k3-loss") & (frame["budget"] == runs.COEFFICIENT) & (frame["data"] == runs.ONE_EPOCH)]
-    assert row["kl_over_k2"].item() == pytest.approx(expected, rel=10.0 ** (1 - gl.frames.DIGITS))
+    assert row["kl_over_k2"].item() == pytest.approx(expected, rel=10.0 ** (1 - DIGITS))
     assert f"k3-loss at β = 0.1: {expected:.2f} (" in ran.caption("13_training")
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gradlab.lazy import attach, callable_module
+from gradlab._common.lazy import attach, callable_module
 
 if TYPE_CHECKING:
     from gradlab.audit.batch import Batch, Subject
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from gradlab.audit.call import LossError
     from gradlab.audit.identify import Verdict
     from gradlab.audit.load import called as load
+    from gradlab.audit.probes.setting import Probe
     from gradlab.audit.run import Audit, audit, frame
-    from gradlab.audit.setting import Probe
 
     called = callable_module(__name__, audit)
 
@@ -22,7 +22,7 @@ _HOMES = {
     "LossError": "call",
     "Verdict": "identify",
     **dict.fromkeys(["Audit", "audit", "frame"], "run"),
-    "Probe": "setting",
+    "Probe": "probes.setting",
 }
 
 if not TYPE_CHECKING:  # where every name is known beforehand

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradlab._common.lazy import callable_module
+from gradlab._common.names import check_name
 from gradlab.audit.batch import Batch, Subject
 from gradlab.audit.call import LossError
-from gradlab.audit.hand import Tokens, responses
 from gradlab.audit.load import version
-from gradlab.lazy import callable_module
-from gradlab.names import check_name
+from gradlab.audit.synthetic import Tokens, responses
 
 #: What an argument can be, and how it is read off a batch.
 ROLES: dict[str, Callable[[Batch], Any]] = {

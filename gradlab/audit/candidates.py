@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from gradlab import exact
+from gradlab._common.names import check_name
 from gradlab.audit.worlds import World
-from gradlab.names import check_name
 from gradlab.policies import Policy
-from gradlab.scenario import Scenario
+from gradlab.solvers import exact
 from gradlab.targets import TARGETS, Objective, Target
 
 _DERIVED = "derived"
@@ -69,7 +69,8 @@ EXTRAS: dict[str, Target] = {
         ("entropy_frozen_prefix", "E_{s~sg(μ)} Σ_t entropy of π, without the reference", _DERIVED, _row_entropy),
     )
 }
-CANDIDATES: dict[str, Target] = TARGETS | EXTRAS
+#: What an audit looks for: the targets, registered ones too, then the extras.
+CANDIDATES: Mapping[str, Target] = ChainMap(EXTRAS, TARGETS)  # type: ignore[arg-type]  # it is only read
 
 #: How a verdict names an objective: "equals the gradient of …".
 WORDS = {
@@ -104,18 +105,23 @@ def check(name: str) -> None:
     check_name("target", name, CANDIDATES)
 
 
-@lru_cache(maxsize=64)
+def words(name: str) -> str:
+    """How a verdict names an objective: "equals the gradient of …"; a registered one by its statement."""
+    return WORDS[name] if name in WORDS else CANDIDATES[name].statement
+
+
 def gradients(world: World) -> dict[str, Tensor]:
     """The gradient `[p]` of every candidate in a world, by autograd through the definitions."""
+    return {name: _gradient(name, world) for name in CANDIDATES}
+
+
+@lru_cache(maxsize=2048)
+def _gradient(name: str, world: World) -> Tensor:
     scenario = world.scenario
-    found = {name: exact.gradient(name, scenario) for name in TARGETS}
-    return found | {name: _gradient(target, scenario) for name, target in EXTRAS.items()}
-
-
-def _gradient(target: Target, scenario: Scenario) -> Tensor:
+    if name in TARGETS:
+        return exact.gradient(name, scenario)
     with torch.enable_grad():
         parameters = scenario.policy.parameters.detach().clone().requires_grad_(True)
         policy = scenario.policy.with_parameters(parameters)
-        sampler = policy if scenario.behaviour is None else scenario.behaviour
-        (found,) = torch.autograd.grad(target.objective(policy, scenario.reference, sampler), parameters)
+        (found,) = torch.autograd.grad(EXTRAS[name].objective(policy, scenario.reference, scenario.sampler), parameters)
     return found

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from gradlab.audit.batch import Subject
-from gradlab.audit.hand import Tokens, coefficients, responses
 from gradlab.audit.precision import Precision
+from gradlab.audit.synthetic import Tokens, coefficients, responses
 
 #: The range of log-ratios looked at, and the step between them.
 REACH, STEP = 40.0, 0.5

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gradlab.audit.engine import Field
 from gradlab.audit.worlds import World
-from gradlab.coefficients import coefficients
-from gradlab.estimators import Estimator
-from gradlab.kernels import KERNELS
+from gradlab.estimators.coefficients import coefficients
+from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.kernels import KERNELS
 
 
 def compositions() -> Iterator[Estimator]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradlab.audit.candidates import CANDIDATES, WITHOUT_REFERENCE, WORDS, gradients
+from gradlab.audit.candidates import CANDIDATES, WITHOUT_REFERENCE, gradients, words
 from gradlab.audit.engine import Field
 
 #: Scopes in which a match can hold, from the widest; each says what it excludes.
@@ -120,7 +120,7 @@ def identify(
     if not closest:
         text = "is not a number: the loss has NaN or infinite gradients near and far from the reference"
     else:
-        text = f"equals the gradient of no known objective; the closest is {WORDS[closest]}, cosine {cosine:.4f}"
+        text = f"equals the gradient of no known objective; the closest is {words(closest)}, cosine {cosine:.4f}"
     return Verdict({}, float("nan"), "everywhere", closest, cosine, text)
 
 
@@ -207,6 +207,6 @@ def _words(combination: dict[str, float], error: float, scope: str) -> str:
     if len(combination) == 1:
         name, scale = next(iter(combination.items()))
         turned = "" if scale > 0 else "minus "
-        return f"equals {turned}the gradient of {WORDS[name]}{tail}, scale {abs(scale):.4g}"
-    parts = [f"{c:.4g} × that of {WORDS[name]}" for name, c in combination.items()]
+        return f"equals {turned}the gradient of {words(name)}{tail}, scale {abs(scale):.4g}"
+    parts = [f"{c:.4g} × that of {words(name)}" for name, c in combination.items()]
     return f"equals a combination of gradients, {' plus '.join(parts)}{tail}".replace("plus -", "minus ")

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from gradlab.lazy import callable_module
+from gradlab._common.lazy import callable_module
 
 
 def load(spec: str) -> Any:

@@ -14,10 +14,10 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from gradlab._common.console import wide_console
+from gradlab._common.provenance import versions
 from gradlab.audit.run import Audit, frame
-from gradlab.console import wide_console
-from gradlab.provenance import versions
-from gradlab.report import writable, written
+from gradlab.study.report import writable, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,10 +18,10 @@ from gradlab.audit.candidates import CANDIDATES, check
 from gradlab.audit.engine import REPEATS, Field, check_affordable, field, rounding
 from gradlab.audit.forms import Form, form
 from gradlab.audit.identify import Verdict, cosine, identify
-from gradlab.audit.nucleus import nucleus
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
-from gradlab.audit.setting import Probe, Setting
+from gradlab.audit.probes.nucleus import nucleus
+from gradlab.audit.probes.setting import Probe, Setting
 from gradlab.audit.worlds import World, at_reference, equal_lengths, standard
 from gradlab.measure import one_thread
 

@@ -10,10 +10,10 @@ import joblib
 import numpy as np
 import pandas as pd
 
+from gradlab._common.parallel import spread
 from gradlab.audit import adapters
 from gradlab.audit.batch import Subject
 from gradlab.audit.run import Audit, audit, frame
-from gradlab.parallel import spread
 
 #: What one may want to descend, and on whose data: the sequence reverse KL, or what a token-level loss can have of it.
 GOALS = (

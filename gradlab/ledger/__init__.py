@@ -1,11 +1,12 @@
 """The claims themselves, as data: one row per claim and scope, grouped by the analysis that measures it."""
 
+from gradlab._common.registry import Registry
 from gradlab.ledger import (
     asymmetry,
     bandits,
     coefficients,
     distance,
-    fixedpoints,
+    fixed_points,
     language,
     off_policy,
     sequences,
@@ -18,6 +19,7 @@ from gradlab.ledger import (
 from gradlab.ledger.form import Claim, Condition, among, claim, within
 from gradlab.ledger.statements import PUBLISHED, STATEMENTS
 
+#: gradlab's own claims, in the order of the analyses.
 CLAIMS: tuple[Claim, ...] = (
     *values.CLAIMS,
     *coefficients.CLAIMS,
@@ -27,11 +29,20 @@ CLAIMS: tuple[Claim, ...] = (
     *tails.CLAIMS,
     *sequences.CLAIMS,
     *off_policy.CLAIMS,
-    *fixedpoints.CLAIMS,
+    *fixed_points.CLAIMS,
     *language.CLAIMS,
     *smollm2.CLAIMS,
     *shipped.CLAIMS,
     *training.CLAIMS,
 )
 
-__all__ = ["CLAIMS", "PUBLISHED", "STATEMENTS", "Claim", "Condition", "among", "claim", "within"]
+#: Claims of the user's, each named by its id and its scope.
+REGISTERED: Registry[Claim] = Registry("claim")
+
+
+def claims() -> tuple[Claim, ...]:
+    """All claims: gradlab's own, then the registered ones."""
+    return (*CLAIMS, *REGISTERED.values())
+
+
+__all__ = ["CLAIMS", "PUBLISHED", "REGISTERED", "STATEMENTS", "Claim", "Condition", "among", "claim", "claims", "within"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gradlab._common.names import check_name
 from gradlab.ledger.statements import PUBLISHED, STATEMENTS
-from gradlab.names import check_name
 
 Relation = Literal["<", "≤", ">", "≥", "=", "≠"]
 Quantifier = Literal["every", "some"]
@@ -84,7 +85,7 @@ class Claim:
     def __post_init__(self) -> None:
         check_name("relation", self.relation, dict.fromkeys(get_args(Relation)))
         check_name("quantifier", self.quantifier, dict.fromkeys(get_args(Quantifier)))
-        if not re.fullmatch(r"[0-9]{2}_\w+", self.frame):
+        if self.topic in PUBLISHED and not re.fullmatch(r"[0-9]{2}_\w+", self.frame):
             raise ValueError(
                 f"claim {self.id} ({self.scope}): {self.frame!r} is no frame of an analysis, such as 03_objectives"
             )
@@ -101,8 +102,8 @@ class Claim:
 
     @property
     def published(self) -> str:
-        """The sentence as it is published or commonly said."""
-        return PUBLISHED[self.topic][0]
+        """The sentence as it is published or commonly said; of a claim of the user's, the statement itself."""
+        return PUBLISHED[self.topic][0] if self.topic in PUBLISHED else self.statement
 
     @property
     def figure(self) -> str:
@@ -137,13 +138,29 @@ def claim(
     *ranges: Condition,
     quantifier: Quantifier = "every",
     optional: bool = False,
+    statement: str | None = None,
+    source: str | None = None,
+    where: Mapping[str, Value | tuple[Value, ...]] | None = None,
     **columns: Value | tuple[Value, ...],
 ) -> Claim:
-    """One row of the ledger: a sentence of `STATEMENTS` in one scope, decided by the rows with these `columns` and `ranges`.
+    """One row of the ledger: a sentence in one scope, decided by the rows with these `columns` and `ranges`.
 
-    Raises `ValueError` for an unknown identifier, and as `Claim` does.
+    `where` holds columns whose names are no keywords. An identifier of gradlab's has its sentence and source in `STATEMENTS` and
+    `PUBLISHED`; one of the user's comes with `statement` and `source`.
+    Raises `ValueError` for an unknown identifier without a statement, for a column given twice, and as `Claim` does.
+
+    >>> claim("mine", "bandit", "20_mine", "bias", "<", 0.1, statement="mine is nearly unbiased", where={"via": "exact"}).rule
+    'every row of 20_mine has bias < 0.1'
     """
-    check_name("claim", identifier, STATEMENTS)
-    statement, source = STATEMENTS[identifier], PUBLISHED[identifier.split(".")[0]][1]
-    where = (*among(**columns), *ranges)
-    return Claim(identifier, scope, statement, source, frame, where, statistic, relation, value, margin, quantifier, optional)
+    if statement is None:
+        check_name("claim", identifier, STATEMENTS)
+        statement, source = STATEMENTS[identifier], source or PUBLISHED[identifier.split(".")[0]][1]
+    elif identifier in STATEMENTS and statement != STATEMENTS[identifier]:
+        raise ValueError(f"claim {identifier} says {STATEMENTS[identifier]!r} already; give another sentence another id")
+    if twice := sorted(set(where or ()) & set(columns)):
+        raise ValueError(f"claim {identifier} ({scope}): {', '.join(twice)} is given twice, in where and by name")
+    conditions = (*among(**{**(where or {}), **columns}), *ranges)
+    source = source or "not published"
+    return Claim(
+        identifier, scope, statement, source, frame, conditions, statistic, relation, value, margin, quantifier, optional
+    )

@@ -3,20 +3,20 @@
 Colour = estimator (hue by kernel, lightness by placement), marker = credit and weight, line style = via, truth = black line.
 """
 
-from gradlab.plots.asymmetry import dropped, restoring, sides, tails
+from gradlab.plots.asymmetry import dropped_sides, restoring, sides, tail_indices
 from gradlab.plots.audit import matches, pulls
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
-from gradlab.plots.fixedpoints import ascents, fixed_points, weaker
-from gradlab.plots.heavy import chi2, rare_token, running, variance_map
+from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
 from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
+from gradlab.plots.tails import chi2, rare_token, running, variance_map
 from gradlab.plots.training import training_compared, training_runs
 from gradlab.plots.values import crossover, gradients, schulman
 
@@ -37,7 +37,7 @@ __all__ = [
     "crossover",
     "crossovers",
     "distances",
-    "dropped",
+    "dropped_sides",
     "engine_noise",
     "engines",
     "field",
@@ -67,7 +67,7 @@ __all__ = [
     "style_of",
     "styled",
     "stylesheet",
-    "tails",
+    "tail_indices",
     "token_ratios",
     "tokens",
     "training_compared",

@@ -60,7 +60,7 @@ def _bands(ax: Axes, part: pd.DataFrame, names: list[str]) -> None:
 
 
 @styled
-def dropped(frame: pd.DataFrame) -> Figure:
+def dropped_sides(frame: pd.DataFrame) -> Figure:
     """The dropped token: expected pull on its logit, noise over that, and how much of everything it carries.
 
     Reads `estimator, via, pull, noise_at_64, expected_share, second_share` with `_low`, `_high`; pull is minus the expected
@@ -104,7 +104,7 @@ def dropped(frame: pd.DataFrame) -> Figure:
 
 
 @styled
-def tails(frame: pd.DataFrame, hill: pd.DataFrame) -> Figure:
+def tail_indices(frame: pd.DataFrame, hill: pd.DataFrame) -> Figure:
     """Skewness of one response's gradient and the largest share of one token, over the KL; tail index of a Gaussian's `δ`.
 
     Reads bands as `sides` does (quantities `skewness`, `largest_second`), and `ratio, k, index, index_low, index_high, exact`.

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.estimators import Estimator
+from gradlab.estimators.estimator import Estimator
 from gradlab.plots.style import PAGE, TRUTH, VIA, Style, look_of, panels, styled
 
 #: How an importance weight is written in a cell.

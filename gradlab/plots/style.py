@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.catalogue import ESTIMATORS
-from gradlab.estimators import Estimator
+from gradlab.estimators.catalogue import CATALOGUE, ESTIMATORS
+from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.kernels import KERNELS
 
 #: Widths in inches of a column and of a page.
 COLUMN, PAGE = 3.3, 6.9
@@ -64,17 +65,18 @@ class Style:
 def style_of(name: str) -> Style:
     """Colour and marker of a catalogue name, a kernel, or a composed name such as `k2-reward-to_go`.
 
-    Other names, such as those of a user's functions, get the colours of `OTHERS` in the order in which a figure meets them, and
-    another marker when those are used up; grey outside a figure.
+    A registered estimator has the colour it was registered with, or one of `OTHERS` that it keeps. Other names, such as those of a
+    user's functions, get the colours of `OTHERS` in the order in which a figure meets them, and another marker when those are used
+    up; grey outside a figure.
     """
-    if name in ESTIMATORS:
-        return look_of(ESTIMATORS[name])
+    if name in CATALOGUE:
+        return _of_registered(name) if name in CATALOGUE.added else look_of(ESTIMATORS[name])
     kernel, _, placement = name.partition("-")
     if kernel not in HUES:
         met = _met.get()
         if met is None or name == "none":
             return Style(NEUTRAL, "o")
-        marker, colour = divmod(met.setdefault(name, len(met)), len(OTHERS))
+        marker, colour = divmod(met.setdefault(name, len(CATALOGUE.added) + len(met)), len(OTHERS))
         return Style(OTHERS[colour], "osD^vPX*"[marker % 8])
     placed = max((p for p in LIGHTNESS if placement.startswith(p)), key=len, default="loss")
     return Style(_shade(HUES[kernel], LIGHTNESS[placed]), "o")
@@ -82,7 +84,18 @@ def style_of(name: str) -> Style:
 
 def look_of(estimator: Estimator) -> Style:
     """Colour and marker of a composition, whatever it is called."""
-    return Style(_shade(HUES[estimator.kernel], LIGHTNESS[estimator.placement]), _marker(estimator))
+    return Style(_shade(hue(estimator.kernel), LIGHTNESS[estimator.placement]), _marker(estimator))
+
+
+def hue(kernel: str) -> str:
+    """The hue of a kernel; of a registered one, a colour of `OTHERS` that it keeps."""
+    return HUES[kernel] if kernel in HUES else OTHERS[list(KERNELS).index(kernel) % len(OTHERS)]
+
+
+def _of_registered(name: str) -> Style:
+    place = list(CATALOGUE.added).index(name)
+    colour = CATALOGUE[name].colour or OTHERS[place % len(OTHERS)]
+    return Style(colour, "osD^vPX*"[place // len(OTHERS) % 8])
 
 
 def _marker(e: Estimator) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.draws import generator
-from gradlab.names import check_held, check_whole
+from gradlab._common.names import check_held, check_whole
+from gradlab._common.streams import generator
 from gradlab.policies.causal import Pretrained
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.trunk import Trunk

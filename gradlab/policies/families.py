@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradlab.accurate import excess, relative_to
+from gradlab._common.accurate import excess, relative_to
 from gradlab.policies.softmax import compared, rows
 
 

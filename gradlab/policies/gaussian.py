@@ -13,7 +13,7 @@ import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from gradlab.names import check_held, check_real
+from gradlab._common.names import check_held, check_real
 from gradlab.policies import families
 from gradlab.policies.perturb import perturbation
 
@@ -47,6 +47,11 @@ class Gaussian:
         if not (math.isfinite(std) and std > 0):
             raise ValueError(f"Gaussian std must be positive and finite (a standard deviation, not its log), got {std!r}")
         object.__setattr__(self, "table", torch.tensor([[mean, std]], dtype=torch.float64))
+
+    @classmethod
+    def random(cls, seed: int = 0) -> Gaussian:
+        """The standard normal distribution, whatever the seed: every Gaussian is one in other units."""
+        return cls(0.0, 1.0)
 
     @property
     def mean(self) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.names import check_held
+from gradlab._common.names import check_held
 from gradlab.policies import families, trees
 from gradlab.policies.actions import check_actions, inverted, nucleus
 from gradlab.policies.parameterised import Parameterised

@@ -9,8 +9,8 @@ import scipy
 import torch
 from torch import Tensor
 
-from gradlab.draws import generator
-from gradlab.names import check_real
+from gradlab._common.names import check_real
+from gradlab._common.streams import generator
 
 
 class Perturbable(Protocol):

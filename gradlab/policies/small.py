@@ -6,24 +6,28 @@
 | `names` | `.` (start) | letters of a US name and `.` (end), at most 10 | the last letter is an `a` |
 
 Stages: `reference` learned from examples and stopped early; `few`, `some` and `many` are 5, 30 and 400 steps of REINFORCE away
-from it. `python -m gradlab.policies.training` makes them all.
+from it. `python scripts/make_checkpoints.py` makes them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.names import check_name
+from gradlab._common.names import check_name
+from gradlab._common.streams import generator
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.transformer import Transformer
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+#: Entropy of the checkpoints: of initial weights, examples and responses.
+SEED = 20261125
 STAGES = ("reference", "few", "some", "many")
 
 
@@ -89,6 +93,13 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+@lru_cache
+def pairs(held_out: bool) -> list[tuple[int, int]]:
+    """The 2,000 pairs of numbers whose sums are kept for tests, or the 8,000 that are shown."""
+    kept = set(generator(SEED, 9).choice(10_000, 2_000, replace=False).tolist())
+    return [divmod(i, 100) for i in range(10_000) if (i in kept) == held_out]
+
+
 def network(task: Task) -> Transformer:
     """The architecture all checkpoints of a task share, with weights yet to be set."""
     return Transformer(len(task.characters), task.context)
@@ -108,7 +119,7 @@ def small(
     path = CHECKPOINTS / task / f"{stage}.npz"
     if not path.is_file():
         raise ValueError(
-            f"checkpoint {task}/{stage} is missing from the installation; `python -m gradlab.policies.training` makes it"
+            f"checkpoint {task}/{stage} is missing from the installation; `python scripts/make_checkpoints.py` makes it"
         )
     model = network(TASKS[task])
     with np.load(path) as arrays:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.draws import generator
-from gradlab.names import check_held, check_real, check_whole
+from gradlab._common.names import check_held, check_real, check_whole
+from gradlab._common.streams import generator
 from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
 

@@ -6,26 +6,53 @@ records the version and the function. Nothing is copied, so two versions of a pa
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
+from gradlab._common.names import check_name
+from gradlab._common.registry import Registry
+from gradlab.audit.adapters import liger, openrlhf, tinker, torchrl, trinity, trl, verl
 from gradlab.audit.batch import Subject
-from gradlab.names import check_name
 
-#: Frameworks with an adapter, in the order of tables. Each is a module here with `PACKAGE`, `INSTALL` and `subjects()`.
-ADAPTERS = ("trl", "verl", "openrlhf", "torchrl", "liger", "trinity", "tinker")
+
+class Adapter(Protocol):
+    """What an adapter holds; a module does.
+
+    `PACKAGE` is the module whose presence says that the framework is installed, `INSTALL` the line that installs it, and
+    `subjects()` gives its losses, importing the framework only then.
+    """
+
+    PACKAGE: str
+    INSTALL: str
+
+    def subjects(self) -> Sequence[Subject]:
+        """Every configuration of the framework's losses."""
+
+
+#: Frameworks with an adapter, in the order of tables.
+ADAPTERS: Registry[Adapter] = Registry(
+    "framework",
+    {
+        "trl": trl,
+        "verl": verl,
+        "openrlhf": openrlhf,
+        "torchrl": torchrl,
+        "liger": liger,
+        "trinity": trinity,
+        "tinker": tinker,
+    },
+)
 
 
 def missing() -> dict[str, str]:
     """Frameworks that are not installed, with the line that installs each. Imports none of them."""
-    return {name: _adapter(name).INSTALL for name in ADAPTERS if not _importable(name)}
+    return {name: adapter.INSTALL for name, adapter in ADAPTERS.items() if not _importable(adapter)}
 
 
 def installed() -> list[str]:
     """Frameworks that are installed. Imports none of them."""
-    return [name for name in ADAPTERS if _importable(name)]
+    return [name for name, adapter in ADAPTERS.items() if _importable(adapter)]
 
 
 def subjects(only: Sequence[str] | None = None) -> list[Subject]:
@@ -40,12 +67,8 @@ def subjects(only: Sequence[str] | None = None) -> list[Subject]:
         if name in absent:
             raise ValueError(f"{name} is not installed; to audit it: {absent[name]}")
     chosen = [name for name in ADAPTERS if (name not in absent if only is None else name in only)]
-    return [subject for name in chosen for subject in _adapter(name).subjects()]
+    return [subject for name in chosen for subject in ADAPTERS[name].subjects()]
 
 
-def _adapter(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-def _importable(name: str) -> bool:
-    return importlib.util.find_spec(_adapter(name).PACKAGE) is not None
+def _importable(adapter: Adapter) -> bool:
+    return importlib.util.find_spec(adapter.PACKAGE) is not None

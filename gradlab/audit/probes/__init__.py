@@ -1,0 +1,42 @@
+"""Probes: one question each about how a loss behaves, with a finding and a minimal example that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gradlab.audit.probes.coefficient import asymmetry, clamps, finite
+from gradlab.audit.probes.direction import action, dtype, gradient, reference, rest, sign
+from gradlab.audit.probes.setting import Probe, Setting
+from gradlab.audit.probes.shape import composition, length, mask, padding
+from gradlab.audit.probes.weight import weight
+from gradlab.audit.synthetic import Tokens
+
+#: The gravest questions first.
+QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
+    "gradient": gradient,
+    "reference": reference,
+    "sign": sign,
+    "rest": rest,
+    "finite": finite,
+    "mask": mask,
+    "clamps": clamps,
+    "action": action,
+    "weight": weight,
+    "padding": padding,
+    "batch": composition,
+    "length": length,
+    "asymmetry": asymmetry,
+    "float32": lambda s: dtype(s, torch.float32),
+    "bfloat16": lambda s: dtype(s, torch.bfloat16),
+}
+#: What probes are called, in that order.
+NAMES = tuple(QUESTIONS)
+
+
+def probes(setting: Setting) -> tuple[Probe, ...]:
+    """The answers to all questions; of a loss that is NaN at ordinary tokens only whether it is finite is asked."""
+    # What is NaN in the padding alone is a leak, which the mask's probe tells.
+    broken = not bool(setting.at(Tokens.at(0.5, 0.3, -0.2))[0, :3].isfinite().all())
+    return tuple(question(setting) for name, question in QUESTIONS.items() if not broken or name == "finite")

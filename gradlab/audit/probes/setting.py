@@ -1,0 +1,80 @@
+"""What the probes look at, and the shape of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from gradlab.audit.batch import Subject
+from gradlab.audit.engine import Field
+from gradlab.audit.precision import Precision
+from gradlab.audit.synthetic import Tokens, coefficients, responses
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The answer to one question: `passed` is `None` where it does not apply; `finding` says what was seen, `example` how."""
+
+    name: str
+    passed: bool | None
+    finding: str
+    example: str
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What the probes look at: the loss, its precision, how many responses a batch needs, and its fields by world."""
+
+    subject: Subject
+    group: int
+    precision: Precision
+    on_policy: Sequence[Field]
+    off_policy: Sequence[Field]
+    at_reference: Field
+    needs_weight: bool
+    curve: pd.DataFrame
+
+    def at(self, *rows: Tokens, columns: int = 5, garbage: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Coefficients `[B, T]` of a batch; a lone response gets the companions that the loss needs."""
+        return self.coefficients(*rows, columns=columns, garbage=garbage, dtype=dtype)[0]
+
+    def coefficients(
+        self, *rows: Tokens, columns: int = 5, garbage: int = 0, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, float]:
+        """Coefficients `[B, T]` of a batch, and the loss."""
+        needed = [Tokens.at(0.1, -0.2)] * (self.group - len(rows))
+        made, _ = responses(*rows, *needed, columns=columns, garbage=garbage, dtype=dtype)
+        return coefficients(self.subject, made)
+
+    def same(self, x: Tensor, y: Tensor) -> bool:
+        """Whether two tensors agree to rounding."""
+        return bool((x - y).abs().max() <= self.precision.slack * max(float(x.abs().max()), float(y.abs().max()), 1e-300))
+
+
+def value_slopes(s: Setting, row: Tokens) -> tuple[Tensor, Tensor]:
+    """Slopes of the value in each `log π`, with the behaviour held, and with it moved along so that ρ stays put."""
+    h = s.precision.step
+    found = []
+    for moves in (True, False):
+        slopes = []
+        for t in range(len(row.log_prob)):
+
+            def value(step: float, t: int = t, moves: bool = moves) -> float:
+                def shifted(numbers: Sequence[float], by: float) -> list[float]:
+                    return [x + by * (u == t) for u, x in enumerate(numbers)]
+
+                weight = shifted(row.log_weight, step) if moves else row.log_weight
+                return s.coefficients(Tokens(shifted(row.log_prob, step), shifted(row.log_ratio, step), weight))[1]
+
+            slopes.append((value(h) - value(-h)) / (2 * h))
+        found.append(torch.tensor(slopes, dtype=torch.float64))
+    return found[0], found[1]
+
+
+def near(s: Setting, x: Tensor, y: Tensor) -> bool:
+    """Whether a gradient and finite differences agree as well as these can."""
+    return float((x - y).abs().max()) <= s.precision.slope * max(float(x.abs().max()), float(y.abs().max()))

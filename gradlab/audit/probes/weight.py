@@ -1,0 +1,80 @@
+"""The probe of importance weights: is there one, at which level, detached or differentiated, and where is it truncated?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradlab.audit import curve
+from gradlab.audit.probes.setting import Probe, Setting, near, value_slopes
+from gradlab.audit.synthetic import Tokens
+
+#: Where `log ρ` of one token is moved to, and the ordinary log-ratios of three tokens.
+MOVE, RATIOS = 0.05, (0.5, 0.3, -0.2)
+
+
+def weight(s: Setting) -> Probe:
+    """Is the gradient weighted by an importance ratio, and how?"""
+    base = s.at(Tokens.at(*RATIOS))[0, :3]
+    if not bool((base != 0).any()):
+        return Probe("weight", None, "there is no gradient to weight", "")
+    moved = torch.stack([s.at(_off_policy(u))[0, :3] for u in range(3)], -1)  # [t, u]: token t when ρ_u moves
+    growth = (moved / base[:, None]).log() / MOVE
+    reached = (moved - base[:, None]).abs() > s.precision.slack * base.abs()[:, None]
+    example = f"ρ = e^{MOVE:g} at the last token: coefficients {_row(base)} → {_row(moved[:, 2])}"
+    if not bool(reached.any()):
+        if not s.needs_weight:
+            return Probe("weight", True, "no importance weight, and none is needed: off-policy it descends the same", example)
+        return Probe("weight", False, "no importance weight: off-policy data are used as if they were on-policy", example)
+    level = _level(reached)
+    parts = [level, _detached(s), *_bounds(s)]
+    mean = 1 / 3
+    if level.startswith("sequence") and bool(((growth - mean).abs() < 0.01).any()):
+        parts[0] = "sequence level, as the geometric mean of the ratios"
+    finding = "; ".join(part for part in parts if part)
+    return Probe("weight", len(parts) == 2, finding, example)
+
+
+def _off_policy(u: int) -> Tokens:
+    return Tokens.at(*RATIOS, log_weight=[MOVE * (t == u) for t in range(3)])
+
+
+def _level(reached: Tensor) -> str:
+    diagonal, lower = torch.eye(3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()
+    if not bool((reached & ~diagonal).any()):
+        return "token level"
+    if not bool((reached & ~lower).any()):
+        return "prefix level"
+    return "sequence level"
+
+
+def _detached(s: Setting) -> str:
+    """Whether the ratio carries gradient, from the slope of the value with the behaviour held or moved along."""
+    row = Tokens.at(*RATIOS, log_weight=[MOVE, -MOVE, 2 * MOVE])
+    c = s.at(row)[0, :3]
+    with_ratio, without = value_slopes(s, row)
+    if near(s, c, with_ratio):
+        return "differentiated"
+    if near(s, c, without):
+        return "detached"
+    return "on a detached coefficient, as a policy loss has it"
+
+
+def _bounds(s: Setting) -> list[str]:
+    """Where the weight stops growing or its gradient dies, for pulls of either sign."""
+    found: dict[str, None] = {}
+    for log_ratio in (0.5, -0.5):
+        response = curve.of_weight(s.subject, log_ratio, s.group - 1)
+        frame = curve.sweep(response, reach=6.0, step=0.25)
+        for event in curve.events(response, frame, s.precision):
+            what = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}.get(event.kind)
+            if what is None:
+                continue
+            found[f"{what} {'below' if event.at < 0 else 'above'} ρ = {math.exp(event.at):.4g}"] = None
+    return list(found)
+
+
+def _row(x: Tensor) -> str:
+    return "(" + ", ".join(f"{float(c):.4g}" for c in x) + ")"

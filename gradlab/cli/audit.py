@@ -1,0 +1,152 @@
+"""The command `gradlab audit`."""
+
+from __future__ import annotations
+
+import sys
+from ast import literal_eval
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gradlab.audit.batch import Subject
+    from gradlab.audit.run import Audit
+
+
+class Returns(StrEnum):
+    """What an audited function returns."""
+
+    loss = "loss"
+    penalty = "penalty"
+    rewards = "rewards"
+    advantages = "advantages"
+
+
+def audit_command(
+    target: Annotated[
+        list[str] | None,
+        typer.Argument(help="package.module:function, path/to/file.py:function, or a framework such as trl; several at will."),
+    ] = None,
+    installed: Annotated[bool, typer.Option("--installed", help="Audit every framework that is installed.")] = False,
+    binds: Annotated[list[str] | None, typer.Option("--bind", help="NAME=ROLE: which tensor an argument is.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
+    returns: Annotated[Returns, typer.Option("--returns", help="What the function returns.")] = Returns.loss,
+    group: Annotated[int | None, typer.Option("--group", min=1, help="Responses enumerated together.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Ask what log-probabilities of before a cut to this nucleus do.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Configurations whose name contains this.")] = None,
+    expect: Annotated[str | None, typer.Option("--expect", help="Exit 1 unless the gradient is that of this target.")] = None,
+    off_policy: Annotated[bool, typer.Option("--off-policy", help="Expect it off-policy, too.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write audit.html, .csv and .json to this folder.")
+    ] = None,
+) -> None:
+    """Find out which objective a loss function really descends, and every way in which it misbehaves.
+
+    Exact expected gradients of the function itself over all responses of small policies, compared with every known objective.
+    Arguments are bound by the names in common use. A failed probe is a property to know, not always a defect.
+
+    Example: `gradlab audit path/to/losses.py:kl_loss --expect reverse_kl_frozen_prefix`
+    """
+    import joblib
+    from tqdm import tqdm
+
+    from gradlab._common.parallel import spread
+    from gradlab.audit import candidates, report
+    from gradlab.audit.run import Audit
+    from gradlab.study.report import writable
+
+    if expect is not None:
+        candidates.check(expect)
+    if output is not None:
+        writable(output)
+    chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
+    chosen = [subject for subject in chosen if only is None or only in subject.name]
+    chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
+    if not chosen:
+        raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
+    progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
+    results = spread((joblib.delayed(_attempt)(subject, top_p) for subject in progress), jobs)
+    audits = [result for result in results if isinstance(result, Audit)]
+    problems = [result for result in results if isinstance(result, ValueError)]
+    if not audits:
+        raise problems[0]
+    if json:
+        print(report.to_json(audits))
+    else:
+        report.show(audits)
+    if output is not None:
+        print(f"the page is {report.write(audits, output)}", file=sys.stderr)
+    reasons = [audited.unmet(expect, off_policy) for audited in audits] if expect is not None else []
+    for reason in filter(None, reasons):
+        print(f"gradlab: {reason}", file=sys.stderr)
+    if problems:  # the others are shown all the same: one version of one framework may well have changed
+        raise ValueError(f"{len(problems)} of {len(results)} could not be audited: {'; '.join(map(str, problems))}")
+    if any(reasons):
+        raise typer.Exit(1)
+
+
+def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
+    from gradlab.audit.run import audit
+
+    try:
+        return audit(subject, top_p=top_p)
+    except ValueError as error:
+        return error
+
+
+def _subjects(given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str) -> list[Subject]:
+    """What to audit: functions by their address, frameworks by name."""
+    from gradlab.audit import adapters
+    from gradlab.audit.batch import Subject
+    from gradlab.audit.bind import bind
+    from gradlab.audit.load import load, offered
+
+    if installed == bool(given):
+        raise ValueError(
+            "say what to audit: package.module:function, path/to/file.py:function, frameworks "
+            f"({', '.join(adapters.ADAPTERS)}), or --installed for all that are here"
+        )
+    if installed:
+        for name, line in adapters.missing().items():
+            print(f"{name} is not installed; to audit it: {line}", file=sys.stderr)
+        return adapters.subjects()
+    roles, settings = _pairs("--bind", binds), {key: _literal(value) for key, value in _pairs("--set", setting).items()}
+    found: list[Subject] = []
+    sys.path.insert(0, "")  # as `python -m` has it: modules beside the user are found
+    for address in given:
+        if ":" not in address and (address.endswith(".py") or "." in address):
+            raise ValueError(f"say which function of {address} to audit: {address}:FUNCTION{offered(address)}")
+        if ":" not in address:
+            found += adapters.subjects([address])
+            continue
+        loaded = load(address)
+        name = address.rpartition(":")[2]
+        found.append(
+            loaded if isinstance(loaded, Subject) else bind(loaded, name=name, roles=roles, settings=settings, returns=returns)
+        )
+    return found
+
+
+def _pairs(option: str, given: list[str]) -> dict[str, str]:
+    pairs = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise ValueError(f"{option} takes NAME=VALUE, got {item!r}")
+        pairs[key] = value
+    return pairs
+
+
+def _literal(text: str) -> object:
+    """A Python literal, or the text itself."""
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

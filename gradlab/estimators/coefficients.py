@@ -1,0 +1,103 @@
+"""Every estimator's per-sample gradient in closed form: a coefficient per token on the score.
+
+The gradient of a surrogate is `Σ_t a_t ∇log π(y_t|s_t) + b_t ∇D(s_t)`, with `D` the vocabulary kernel where there is one. The
+coefficients `a`, `b` are what distinguishes estimators; scores are shared by all of them, which is why a whole catalogue
+costs little more than one estimator. Autograd through `Estimator.__call__` is the tests' oracle for this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradlab.estimators import kernels
+from gradlab.estimators.estimator import Estimator, kernel_values, log_ratios, raw_weights, reward_coefficients, scale, weights
+from gradlab.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """`score` `[n, t]` multiplies `∇log π(y_t|s_t)`, `direct` `[n, t]` (or `None`) the gradient of the vocabulary kernel."""
+
+    score: Tensor
+    direct: Tensor | None = None
+
+    def __add__(self, other: Coefficients) -> Coefficients:
+        directs = [c.direct for c in (self, other) if c.direct is not None]
+        return Coefficients(self.score + other.score, directs[0] if directs else None)
+
+
+def coefficients(estimator: Estimator, rollout: Rollout) -> Coefficients:
+    """Return the coefficients of the estimator's gradient on every token of the rollout; 0 behind the end of a response.
+
+    Raises `ValueError` for a group baseline on a rollout that is not sampled in groups.
+    """
+    if estimator.placement == "reward":
+        found = _of_reward(estimator, rollout)
+    elif estimator.placement == "loss+reward":
+        found = _of_loss(estimator, rollout) + _of_reward(estimator, rollout)
+    else:
+        found = _of_loss(estimator, rollout)
+    if estimator.normalise == "sum" and rollout.whole:
+        return found
+    factor = rollout.live if estimator.normalise == "sum" else rollout.live * scale(estimator, rollout).reshape(-1, 1)
+    return Coefficients(found.score * factor, None if found.direct is None else found.direct * factor)
+
+
+def group_parts(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """A grouped estimator before its baseline: the coefficient `[n]` of each response and the weight `[n, t]` on its scores.
+
+    Its gradient is `(coefficient − baseline) Σ_t weight_t ∇log π_t`.
+    """
+    values, w = kernel_values(estimator, rollout), weights(estimator, rollout)
+    if estimator.on_vocabulary and estimator.weight == "prefix":
+        values, w = w * values, torch.ones_like(w)  # the weight sits with its own term
+    return values.sum(-1), w * rollout.live * scale(estimator, rollout).reshape(-1, 1)
+
+
+def _of_loss(e: Estimator, rollout: Rollout) -> Coefficients:
+    w = weights(e, rollout)
+    if e.on_vocabulary:
+        score, direct = torch.zeros_like(rollout.log_prob), w.expand_as(rollout.log_prob)
+    else:
+        bounds = (None, None) if e.placement == "straight_through" else (e.clamp_log_ratio, e.clamp_value)
+        key = ("slope", e.pulling_kernel, e.credit == "sequence", bounds)
+        slope = rollout.shared(key, lambda: kernels.derivative(e.pulling_kernel, *log_ratios(e, rollout), *bounds))
+        score, direct = (w * slope).expand_as(rollout.log_prob), None
+    if e.differentiate_weight:
+        score = score + _through_weight(e, _weight_slope(e, rollout) * kernel_values(e, rollout), rollout)
+    return Coefficients(score, direct)
+
+
+def _of_reward(e: Estimator, rollout: Rollout) -> Coefficients:
+    values, w = reward_coefficients(e, rollout), weights(e, rollout)
+    if e.clip is not None:
+        # The clipped branch is constant: it is taken where the ratio has moved far enough in the advantage's favour.
+        clipped = ((values < 0) & (w > 1 + e.clip)) | ((values > 0) & (w < 1 - e.clip))
+        if e.credit != "sequence":
+            values = values * rollout.live
+        return Coefficients(_through_weight(e, torch.where(clipped, 0.0, w * values), rollout))
+    if e.on_vocabulary and e.weight == "prefix":
+        return Coefficients(values)
+    score = (w * values).expand_as(rollout.log_prob)
+    if e.differentiate_weight:
+        score = score + _through_weight(e, _weight_slope(e, rollout) * values * rollout.log_prob, rollout)
+    return Coefficients(score)
+
+
+def _weight_slope(e: Estimator, rollout: Rollout) -> Tensor:
+    """`∂W_t / ∂ log π` of the tokens the weight runs over: the weight itself, 0 where truncation binds."""
+    raw = raw_weights(e, rollout)
+    return raw if e.truncate is None else torch.where(raw <= e.truncate, raw, 0.0)
+
+
+def _through_weight(e: Estimator, terms: Tensor, rollout: Rollout) -> Tensor:
+    """Carry each term's weight gradient to the tokens whose ratios are in that weight, `[n, t]`."""
+    if e.weight == "token":
+        return terms
+    if e.weight == "sequence":
+        return terms.sum(-1, keepdim=True).expand_as(rollout.log_prob)
+    later = terms.flip(-1).cumsum(-1).flip(-1)
+    return later - terms if e.on_vocabulary else later

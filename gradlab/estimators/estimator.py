@@ -1,0 +1,328 @@
+"""Estimators of the gradient of a KL regulariser: kernel × placement × credit × weight × normaliser.
+
+An `Estimator` is a recipe. Called on a rollout it gives the per-sample surrogate loss `[n]` whose gradient is the estimator
+(sampling is never differentiated), written here as the field writes it, with `detach` where the field detaches.
+`gradlab.estimators.estimator.coefficients` holds the same gradients in closed form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradlab._common.names import check_name
+from gradlab.estimators import kernels
+from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.rollout import Rollout
+
+PLACEMENTS = ("loss", "reward", "loss+reward", "straight_through")
+CREDITS = ("token", "to_go", "return", "sequence")
+WEIGHTS = ("none", "token", "prefix", "sequence")
+NORMALISERS = ("sum", "mean", "token_mean", "fixed")
+BASELINES = ("kl", "group_mean", "leave_one_out")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A KL gradient estimator; `estimator(rollout)` is its per-sample surrogate loss `[n]`.
+
+    With `W_t` the weight and `k` the kernel of the log-ratio `ℓ_t` (`S = Σ_t ℓ_t`), and `sg` stop-gradient:
+
+    | placement | credit | surrogate |
+    |---|---|---|
+    | `loss` | `token` | `Σ_t W_t k(ℓ_t)` |
+    | `loss` | `sequence` | `W k(S)` |
+    | `reward` | `token` | `Σ_t W_t sg(k(ℓ_t)) log π_t` |
+    | `reward` | `to_go` | `Σ_t W_t sg(Σ_{u≥t} k(ℓ_u)) log π_t` |
+    | `reward` | `return` | `Σ_t W_t sg(Σ_u k(ℓ_u)) log π_t` |
+    | `reward` | `sequence` | `W sg(k(S)) Σ_t log π_t` |
+    | `loss+reward` | any | the `reward` row with that credit plus the `loss` row |
+    | `straight_through` | `token` | value of `kernel`, gradient of `gradient_kernel` |
+
+    kernel: `k1 k2 k3 abs k3_swapped mse_sampled`, or over the whole vocabulary `full`, `mse`. A vocabulary kernel at `t` is
+        known before `y_t` is drawn: its `prefix` weight is `w_{<t} = Π_{u<t} ρ_u` and stays with its own term, and its
+        `to_go` credit sums strictly later steps. `full`, `loss+reward`, `to_go`, `prefix` is complete Rao–Blackwell.
+    weight: `none` 1 · `token` `ρ_t` · `prefix` `Π_{u≤t} ρ_u` · `sequence` `Π_u ρ_u`, with `ρ = π/μ`; detached unless
+        `differentiate_weight`; `truncate=C` makes it `min(W, C)`, with zero gradient where that binds. In `reward` a
+        differentiated weight is taken literally: it also multiplies `log π`, which is rarely what is meant.
+    clip: PPO's `−min(W A, clip(W, 1−ε, 1+ε) A)` with `A = −sg(coefficient)` on `reward`; the ratio is differentiated.
+    normalise: `sum` · `mean` 1/L per response · `token_mean` 1/E_μ[L], the limit of
+        one mean over all tokens of a large batch · `fixed` 1/T.
+    clamp_log_ratio, clamp_value: bounds on `ℓ` before and on `k` after, as shipped code has them; with `straight_through`
+        they bound the value only.
+    baseline: on `reward`, subtract `kl` (`KL_t` of the step), `group_mean` or `leave_one_out` (mean over the `group`
+        responses to one prompt, with or without the response itself; credits `return` and `sequence`).
+
+    Raises `ValueError` for an unknown name (with the nearest ones) and for a combination that means nothing.
+    Sources: arXiv 2510.01555 (placements), 2504.10637 (Rao–Blackwell), 2512.02556 §3.1 (weighted k3), 1707.06347 (clip).
+    """
+
+    kernel: str
+    placement: Literal["loss", "reward", "loss+reward", "straight_through"] = "loss"
+    credit: Literal["token", "to_go", "return", "sequence"] = "token"
+    weight: Literal["none", "token", "prefix", "sequence"] = "none"
+    differentiate_weight: bool = False
+    truncate: float | None = None
+    clip: float | None = None
+    normalise: Literal["sum", "mean", "token_mean", "fixed"] = "sum"
+    clamp_log_ratio: float | None = None
+    clamp_value: float | None = None
+    gradient_kernel: str | None = None
+    baseline: Literal["kl", "group_mean", "leave_one_out"] | None = None
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def on_vocabulary(self) -> bool:
+        """Whether the kernel sums over the whole vocabulary."""
+        return self.kernel in VOCABULARY_KERNELS
+
+    @property
+    def pulling_kernel(self) -> str:
+        """The kernel whose derivative reaches the parameters: `gradient_kernel` in `straight_through`, else `kernel`."""
+        if self.placement != "straight_through":
+            return self.kernel
+        return self.gradient_kernel or "k2"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the estimator compares responses of one prompt with each other."""
+        return self.baseline in ("group_mean", "leave_one_out")
+
+    @property
+    def name(self) -> str:
+        """A compact name made of the fields that differ from their defaults, such as `k1-reward-to_go-sequence-weight`."""
+        parts = [self.kernel, self.placement]
+        for item in fields(self)[2:]:
+            value = getattr(self, item.name)
+            if value != item.default and item.name != "differentiate_weight":
+                # Credits and weights share names, so a weight says that it is one, and whether it is differentiated.
+                weight = f"{'differentiated-' if self.differentiate_weight else ''}{value}-weight"
+                parts.append({"credit": f"{value}", "weight": weight}.get(item.name, f"{item.name}={value}"))
+        return "-".join(parts)
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """Return the per-sample surrogate loss `[n]`, differentiable in the rollout's policy logits."""
+        if rollout.table.requires_grad:
+            rollout = rollout.fresh()
+        if self.placement == "reward":
+            loss = _reward(self, rollout)
+        elif self.placement == "loss+reward":
+            loss = _loss(self, rollout) + _reward(self, rollout)
+        else:
+            loss = _loss(self, rollout)
+        return loss * scale(self, rollout)
+
+
+def scale(estimator: Estimator, rollout: Rollout) -> Tensor:
+    """The normaliser of every response, `[n]` or a scalar."""
+    if estimator.normalise == "mean":
+        return 1 / rollout.lengths
+    if estimator.normalise == "token_mean":
+        return torch.tensor(1 / rollout.mean_length, dtype=rollout.weight.dtype)
+    return torch.tensor(1.0 if estimator.normalise == "sum" else 1 / rollout.length, dtype=rollout.weight.dtype)
+
+
+def kernel_values(estimator: Estimator, rollout: Rollout) -> Tensor:
+    """The kernel at every live token, `[n, t]`; a whole-response kernel of credit `sequence` is `[n, 1]`."""
+    if estimator.on_vocabulary:
+        return rollout.divergence(estimator.kernel)
+    return _kernel(estimator, rollout, estimator.kernel, estimator.clamp_log_ratio, estimator.clamp_value)
+
+
+def _kernel(estimator: Estimator, rollout: Rollout, kernel: str, log_ratio: float | None, value: float | None) -> Tensor:
+    # Behind the end of a response ℓ = 0, where every kernel vanishes.
+    key = ("kernel", kernel, estimator.credit == "sequence", log_ratio, value)
+    return rollout.shared(key, lambda: kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value))
+
+
+def log_ratios(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """`ℓ` and `log ref` as the kernel reads them: per token `[n, t]`, or of the whole response `[n, 1]`."""
+    if estimator.credit == "sequence":
+        return rollout.log_ratio.sum(-1, keepdim=True), rollout.reference_log_prob.sum(-1, keepdim=True)
+    return rollout.log_ratio, rollout.reference_log_prob
+
+
+def raw_weights(estimator: Estimator, rollout: Rollout) -> Tensor:
+    """Importance weights before truncation, `[n, t]` (or `[n, 1]` for `none`, `sequence` and credit `sequence`)."""
+
+    def compute() -> Tensor:
+        steps = rollout.log_weight
+        if estimator.weight == "none":
+            return torch.ones_like(steps[:, :1])
+        if estimator.weight == "sequence":
+            return steps.sum(-1, keepdim=True).exp()
+        if estimator.weight == "token":
+            return steps.exp()
+        return ((steps.cumsum(-1) - steps) if estimator.on_vocabulary else steps.cumsum(-1)).exp()
+
+    return rollout.shared(("weight", estimator.weight, estimator.on_vocabulary), compute)
+
+
+def weights(estimator: Estimator, rollout: Rollout) -> Tensor:
+    """Importance weights `W_t` as the surrogate uses them: truncated, and detached unless they are differentiated."""
+    w = raw_weights(estimator, rollout)
+    if estimator.truncate is not None:
+        # clamp passes the gradient up to and including the bound, so on-policy (W = 1) a bound of 1 does not bind.
+        w = w.clamp(max=estimator.truncate)
+    return w if estimator.differentiate_weight or estimator.clip is not None else w.detach()
+
+
+def _loss(estimator: Estimator, rollout: Rollout) -> Tensor:
+    values = kernel_values(estimator, rollout)
+    if estimator.placement == "straight_through":
+        pulling = _kernel(estimator, rollout, estimator.pulling_kernel, None, None)
+        values = pulling + (values - pulling).detach()
+    return (weights(estimator, rollout) * values).sum(-1)
+
+
+def _reward(estimator: Estimator, rollout: Rollout) -> Tensor:
+    coefficients, w = reward_coefficients(estimator, rollout).detach(), weights(estimator, rollout)
+    log_prob = rollout.log_prob.sum(-1, keepdim=True) if estimator.credit == "sequence" else rollout.log_prob
+    if estimator.clip is not None:
+        advantage = -coefficients if estimator.credit == "sequence" else -torch.where(rollout.mask, coefficients, 0.0)
+        bounded = w.clamp(1 - estimator.clip, 1 + estimator.clip)
+        return -torch.minimum(w * advantage, bounded * advantage).sum(-1)
+    if estimator.on_vocabulary and estimator.weight == "prefix":
+        return (coefficients * log_prob).sum(-1)  # the weight already sits with its own term
+    return (w * coefficients * log_prob).sum(-1)
+
+
+def reward_coefficients(estimator: Estimator, rollout: Rollout) -> Tensor:
+    """What multiplies `W_t log π_t` in `reward`: kernel values with credit and baseline applied, `[n, t]` or `[n, 1]`.
+
+    The weight of a vocabulary kernel with `prefix` is included. Raises `ValueError` for a group baseline on a rollout that
+    is not sampled or whose size is not a multiple of the group.
+    """
+    values = kernel_values(estimator, rollout)
+    if estimator.on_vocabulary and estimator.weight == "prefix":
+        values = weights(estimator, rollout) * values
+    if estimator.credit == "to_go":
+        later = values.flip(-1).cumsum(-1).flip(-1)
+        values = later - values if estimator.on_vocabulary else later
+    elif estimator.credit == "return":
+        values = values.sum(-1, keepdim=True).expand_as(values)
+    if estimator.baseline == "kl":
+        values = values - rollout.divergence("full")
+    elif estimator.grouped:
+        values = values - _group_baseline(estimator, rollout, values)
+    return values
+
+
+def _group_baseline(estimator: Estimator, rollout: Rollout, values: Tensor) -> Tensor:
+    size = estimator.group
+    assert size is not None
+    if not rollout.sampled or len(values) % size:
+        raise ValueError(
+            f"{estimator.baseline} compares the {size} responses to one prompt: it needs a sampled rollout of a multiple of "
+            f"{size} responses, got {'a weighted' if not rollout.sampled else 'a sampled'} one of {len(values)}; for exact "
+            "moments use gl.exact.moments, which averages over groups in closed form"
+        )
+    groups = values.view(-1, size, values.shape[-1])
+    total = groups.sum(1, keepdim=True)
+    mean = total / size if estimator.baseline == "group_mean" else (total - groups) / (size - 1)
+    return mean.expand_as(groups).reshape(values.shape)
+
+
+def _check(e: Estimator) -> None:
+    """Refuse unknown names and combinations that mean nothing, saying why and what would."""
+    check_name("kernel", e.kernel, [*KERNELS, *VOCABULARY_KERNELS])
+    for what, allowed in (
+        ("placement", PLACEMENTS),
+        ("credit", CREDITS),
+        ("weight", WEIGHTS),
+        ("normalise", NORMALISERS),
+    ):
+        check_name(what, getattr(e, what), allowed)
+    if e.baseline is not None:
+        check_name("baseline", e.baseline, BASELINES)
+    for what in ("truncate", "clip", "clamp_log_ratio", "clamp_value"):
+        bound = getattr(e, what)
+        if bound is not None and not (isinstance(bound, Real) and 0 < float(bound) < float("inf")):
+            raise ValueError(f"{what} must be a positive number or None, got {bound!r}")
+    vocabulary, reward = e.kernel in VOCABULARY_KERNELS, e.placement == "reward"
+    rules: list[tuple[bool, str]] = [
+        (
+            e.placement == "loss" and e.credit not in ("token", "sequence"),
+            f"a loss differentiates each term where it stands, so credit={e.credit!r} has no meaning with placement='loss'; "
+            "use credit='token' or 'sequence', or placement='reward' for credit over later tokens",
+        ),
+        (
+            e.placement == "straight_through" and e.credit != "token",
+            f"straight_through replaces a per-token gradient; credit must be 'token', got {e.credit!r}",
+        ),
+        (
+            vocabulary and e.credit == "sequence",
+            f"{e.kernel!r} sums over the vocabulary of one step; over whole responses that sum is the KL itself, "
+            "gl.exact.gradient('reverse_kl', scenario); use credit='token', 'to_go' or 'return'",
+        ),
+        (
+            vocabulary and e.placement == "straight_through",
+            f"straight_through exchanges the gradient of a sampled kernel; {e.kernel!r} is not one of {list(KERNELS)}",
+        ),
+        (
+            e.credit == "sequence" and e.weight not in ("none", "sequence"),
+            f"a whole-response kernel has one weight: weight must be 'none' or 'sequence', got {e.weight!r}",
+        ),
+        (
+            e.weight == "none" and (e.differentiate_weight or e.truncate is not None or e.clip is not None),
+            "differentiate_weight, truncate and clip act on an importance weight, and weight is 'none'; "
+            "choose weight='token', 'prefix' or 'sequence'",
+        ),
+        (
+            e.clip is not None and not reward,
+            f"clip is PPO's clipped surrogate of a reward; placement is {e.placement!r}, use 'reward' or truncate the weight",
+        ),
+        (
+            e.clip is not None and (e.truncate is not None or vocabulary),
+            "clip bounds the ratio on its own and multiplies a sampled coefficient: it goes neither with truncate nor with "
+            f"a vocabulary kernel (kernel={e.kernel!r}, truncate={e.truncate!r})",
+        ),
+        (
+            vocabulary and e.differentiate_weight and e.placement in ("reward", "loss+reward"),
+            "complete Rao–Blackwell writes the gradient of its prefix weight out as the reward term; differentiating the "
+            "weight as well would count it twice: leave differentiate_weight off, or use placement='loss'",
+        ),
+        (
+            (vocabulary or e.kernel == "mse_sampled") and (e.clamp_log_ratio is not None or e.clamp_value is not None),
+            f"clamps tame a kernel that is unbounded in the log-ratio of the sampled token; {e.kernel!r} is not one",
+        ),
+        (
+            e.gradient_kernel is not None and e.placement != "straight_through",
+            f"gradient_kernel belongs to placement='straight_through', got placement={e.placement!r}",
+        ),
+        (
+            e.baseline is not None and not reward,
+            f"a baseline is subtracted from a reward; placement must be 'reward', got {e.placement!r}",
+        ),
+        (
+            e.baseline == "kl" and (vocabulary or e.credit == "sequence"),
+            "baseline='kl' subtracts the step's KL from a sampled kernel: use it with k1, k2, k3 … and credit 'token', "
+            "'to_go' or 'return'",
+        ),
+        (
+            e.grouped and e.credit not in ("return", "sequence"),
+            f"a group baseline compares whole responses: credit must be 'return' or 'sequence', got {e.credit!r}",
+        ),
+        (
+            e.grouped and (e.clip is not None or (e.differentiate_weight)),
+            "a group baseline is offered for detached, unclipped weights only",
+        ),
+        (
+            e.grouped != (e.group is not None)
+            or (e.group is not None and not (isinstance(e.group, Integral) and e.group >= 2)),
+            "group is the number of responses to one prompt, a whole number of at least 2, and goes with a group baseline; got "
+            f"baseline={e.baseline!r}, group={e.group!r}",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ValueError(f"impossible estimator: {message}")
+    if e.gradient_kernel is not None:
+        check_name("gradient_kernel", e.gradient_kernel, list(KERNELS))

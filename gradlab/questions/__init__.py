@@ -1,0 +1,1 @@
+"""Questions: one module for each, functions of scenarios that return frames."""

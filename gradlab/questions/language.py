@@ -1,0 +1,183 @@
+"""Questions about language models: how extreme ratios get along their responses, and which tokens carry the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from gradlab._common.streams import generator
+from gradlab.estimators.coefficients import coefficients
+from gradlab.estimators.estimator import Estimator, log_ratios
+from gradlab.measure import by_name, one_thread
+from gradlab.moments import Gradients
+from gradlab.per_sample import backprop
+from gradlab.policies import LanguageModel
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+from gradlab.solvers import exact
+
+#: A ratio is called extreme from this factor on.
+EXTREME = 10.0
+
+
+def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollout:
+    """All responses of a language model (`samples=None`), or that many drawn ones."""
+    if samples is None:
+        return Rollout.enumerated(scenario)
+    return Rollout.drawn(scenario, samples, generator(seed, 12))
+
+
+def extremes(
+    scenario: Scenario, samples: int | None = None, seed: int = 0, factor: float = EXTREME, level: float = 0.95
+) -> pd.DataFrame:
+    """How often δ = ref/π gets extreme: one row per side, `δ → 0` (over-sampled) and `δ → ∞` (under-sampled).
+
+    `responses`: share of responses that hold a token with δ below `1/factor` (above `factor`), with Clopper–Pearson ends when
+    sampled; `tokens`: the share of tokens; `furthest`: the most extreme log δ met; and the token that has it, after its text.
+    """
+    with one_thread(), torch.no_grad():
+        rollout = rollout_of(scenario, samples, seed)
+        rows = []
+        for side, sign in (("δ → 0", -1.0), ("δ → ∞", 1.0)):
+            log_delta = torch.where(rollout.mask, -sign * rollout.log_ratio, -torch.inf)
+            beyond = log_delta > np.log(factor)
+            share = float(rollout.weight @ beyond.any(-1).double())
+            low, high = (share, share) if samples is None else clopper_pearson(round(share * samples), samples, level)
+            i, t = divmod(int(log_delta.argmax()), log_delta.shape[1])
+            rows.append({
+                "scenario": scenario.label, "side": side, "via": _via(samples), "samples": samples, "kl": _kl(scenario, rollout),
+                "responses": share, "responses_low": low, "responses_high": high,
+                "tokens": float(rollout.weight @ beyond.sum(-1).double() / (rollout.weight @ rollout.lengths)),
+                "furthest": sign * float(log_delta[i, t]), "after": text(scenario.policy, rollout, i, t),
+                "token": words(scenario.policy)[int(rollout.tokens[i, t])],
+            })  # fmt: skip
+    return pd.DataFrame(rows).astype({"samples": "Int64"})
+
+
+def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a probability from `count` successes in `n` independent trials."""
+    tail = (1 - level) / 2
+    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
+    return low, float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+
+
+def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
+    """`⟨∇log π(y_t|s_t), direction⟩` of every sampled token, `[n, t]`, for a direction `[p]` in the policy's parameters.
+
+    One forward-mode pass: the directional derivative of the logits, less its mean under π.
+    """
+    assert rollout.prompts is not None
+    t, v = rollout.tokens.shape[1], policy.vocab
+    # Responses that differ in their last token only are read off the same logits.
+    said = torch.cat([rollout.prompts[:, None], rollout.tokens[:, :-1]], -1)
+    distinct, which = torch.unique(said, dim=0, return_inverse=True)
+    theta = policy.parameters.detach()
+    centred = torch.zeros(len(distinct), t, v, dtype=torch.float64)
+    for rows, ids in policy.sequences(distinct[:, 0], torch.cat([distinct[:, 1:], distinct[:, :1]], -1)):
+        features = policy.features(ids)
+
+        def logits(parameters: Tensor, features: Tensor = features) -> Tensor:
+            moved = policy.with_parameters(parameters)
+            return moved.shaped(moved.network(features)[:, -t:])
+
+        z, slope = (part.double().cpu() for part in jvp(logits, (theta,), (direction.to(theta.dtype),)))
+        centred[rows] = slope - (z.softmax(-1) * slope).sum(-1, keepdim=True)
+    return torch.where(rollout.mask, centred[which].gather(-1, rollout.tokens[..., None])[..., 0], 0.0)
+
+
+def score_norms(policy: LanguageModel, rollout: Rollout) -> Tensor:
+    """`‖∇log π(y_t|s_t)‖²` of every sampled token in the policy's parameters, `[n, t]`."""
+    t = rollout.tokens.shape[1]
+    single = Gradients(rollout, torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.live)
+    if not rollout.sampled:
+        return backprop.squares(policy, single)
+    return backprop.pull(policy, single, rollout.weight).square
+
+
+def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, seed: int = 0,
+          direction: Tensor | None = None) -> pd.DataFrame:  # fmt: skip
+    """What every sampled token contributes to each estimator's gradient: one row per estimator × response × token.
+
+    With `a` the token's coefficient, `s` its score in the policy's parameters and `u` the true gradient over its norm:
+    `mass` `|a|`, `expected` `a⟨s, u⟩`, `pull` its magnitude and `second` `a²‖s‖²` (the token's own part of `E‖g‖²`; products of two
+    tokens belong to neither), all times the response's weight. direction: instead of the exact ∇ of the reverse KL, which needs
+    responses that can be listed. Columns also `after` (prompt and prefix), `token`, `log_ratio`, `weight`.
+    """
+    policy = scenario.policy
+    if not isinstance(policy, LanguageModel):
+        raise ValueError(f"parts in the parameters of a language model were asked for, the policy is a {type(policy).__name__}")
+    with one_thread(), torch.no_grad():
+        rollout = rollout_of(scenario, samples, seed)
+        u = exact.gradient("reverse_kl", scenario) if direction is None else direction
+        pull, norm = along(policy, rollout, u / u.norm()), score_norms(policy, rollout)
+        rows = torch.nonzero(rollout.mask)
+        i, t = rows.unbind(-1)
+        common = {
+            "after": [text(policy, rollout, *cell) for cell in rows.tolist()],
+            "token": [words(policy)[k] for k in rollout.tokens[i, t].tolist()],
+            "weight": rollout.weight[i].numpy(),
+        }
+        frames = []
+        for name, estimator in by_name(list(names)).items():
+            assert isinstance(estimator, Estimator)
+            a = coefficients(estimator, rollout).score
+            ratio = log_ratios(estimator, rollout)[0].expand_as(a)
+            share = {"mass": a.abs(), "expected": a * pull, "pull": (a * pull).abs(), "second": a.square() * norm}
+            columns = {key: (value * rollout.weight[:, None])[i, t].numpy() for key, value in share.items()}
+            frames.append(pd.DataFrame({"estimator": name, **common, "log_ratio": ratio[i, t].numpy(), **columns}))
+    return pd.concat(frames, ignore_index=True).assign(scenario=scenario.label, via=_via(samples))
+
+
+def sides(frame: pd.DataFrame) -> pd.DataFrame:
+    """Shares of `parts` that under-sampled tokens have: `under_probability, under_mass, under_expected, under_pull, under_second`."""
+    rows = []
+    for (scenario, estimator, via), group in frame.groupby(["scenario", "estimator", "via"], sort=False):
+        under = group["log_ratio"] < 0
+        shares = {
+            f"under_{key}": group.loc[under, key].sum() / group[key].sum() for key in ("mass", "expected", "pull", "second")
+        }
+        held = group.loc[under, "weight"].sum() / group["weight"].sum()
+        rows.append({"scenario": scenario, "estimator": estimator, "via": via, "under_probability": held, **shares})
+    return pd.DataFrame(rows)
+
+
+def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFrame:
+    """The tokens, in their contexts, with the largest shares of a part: rows of `parts` summed over responses, `count` per estimator."""
+    key = ["scenario", "estimator", "after", "token"]
+    summed = frame.groupby(key, sort=False).agg(
+        {"weight": "sum", "log_ratio": "mean", "mass": "sum", "expected": "sum", "pull": "sum", "second": "sum"}
+    )
+    summed = summed.reset_index().rename(columns={"weight": "probability"})
+    for part in ("mass", "expected", "pull", "second"):
+        summed[f"{part}_share"] = summed[part] / summed.groupby(["scenario", "estimator"])[part].transform("sum")
+    ordered = summed.sort_values(f"{by}_share", ascending=False, kind="stable")
+    return ordered.groupby(["scenario", "estimator"], sort=False).head(count).reset_index(drop=True)
+
+
+def text(policy: Any, rollout: Rollout, i: int, t: int) -> str:
+    """Prompt and prefix that token `t` of response `i` follows."""
+    assert rollout.prompts is not None
+    chosen, names = policy.chosen.tolist(), words(policy)
+    prompt = [names[chosen.index(k)] if k in chosen else f"<{k}>" for k in policy.prompts[int(rollout.prompts[i])]]
+    return "".join(prompt + [names[k] for k in rollout.tokens[i, :t].tolist()])
+
+
+def words(policy: Any) -> list[str]:
+    """A string for every token of the policy's vocabulary."""
+    return list(policy.words) if policy.words is not None else [f"<{k}>" for k in policy.chosen.tolist()]
+
+
+def _via(samples: int | None) -> str:
+    return "exact" if samples is None else "sampled"
+
+
+def _kl(scenario: Scenario, rollout: Rollout) -> float:
+    """KL of whole responses: exact, or Rao–Blackwellised from on-policy draws."""
+    return float(rollout.weight @ rollout.divergence("full").sum(-1)) if rollout.sampled else scenario.kl()

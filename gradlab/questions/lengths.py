@@ -1,0 +1,164 @@
+"""Responses of unequal length: what a length normaliser makes a loss descend, and whether responses get shorter or longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from gradlab.estimators.estimator import Estimator
+from gradlab.measure import ROUNDING, one_thread
+from gradlab.moments import Moments
+from gradlab.policies import Markov, Tree
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario
+from gradlab.solvers import exact
+
+#: Size of the exact step, in units of the parameters, after which the expected length is measured.
+STEP = 0.1
+
+COLUMNS: dict[str, str] = {
+    "scenario": "label of the scenario",
+    "estimator": "name of the estimator before its normaliser",
+    "normaliser": "sum, mean, token_mean, fixed, or `token_mean of n` responses",
+    "via": "exact",
+    "kl": "KL(policy ‖ reference) of whole responses, nats",
+    "variable": "whether responses differ in length",
+    "mean_length": "E[L], tokens",
+    "length_spread": "standard deviation of L over E[L]",
+    "gradient_norm": "‖E g‖, nats per unit of parameter",
+    "misdirection": "sine of the angle to the expected gradient under `sum`: relative bias left after the best rescaling; "
+    "missing where that gradient is zero",
+    "scale": "projection on the expected gradient under `sum` over its norm, times E[L]: 1 for a division by E[L]",
+    "inverse_length": "‖E g − ∇E[1/L]‖ / ‖∇E[1/L]‖",
+    "length_cosine": "cosine between −E g and ∇E[L]: above 0 a small step lengthens responses",
+    "length_change": f"E[L] after a step of size {STEP} along −E g, minus before, tokens; missing for a zero gradient",
+}
+
+
+def expected_length(policy: Markov | Tree) -> Tensor:
+    """`E[L]` in tokens, a scalar that is differentiable in the policy's table."""
+    return policy.occupancy().sum()
+
+
+def length_gradient(policy: Markov | Tree) -> Tensor:
+    """`∇E[L]` with respect to the policy's parameters, `[p]`."""
+    with torch.enable_grad():
+        leaf = policy.parameters.detach().clone().requires_grad_(True)
+        # A bandit's length is a constant; adding nothing keeps it differentiable.
+        (found,) = torch.autograd.grad(expected_length(policy.with_parameters(leaf)) + 0 * leaf.sum(), leaf)
+    return found
+
+
+def length_distribution(policy: Markov | Tree) -> Tensor:
+    """Probability of every length `0 … T`, `[T + 1]`."""
+    if policy.eos is None:
+        found = torch.zeros(policy.length + 1, dtype=torch.float64)
+        found[-1] = 1
+        return found
+    p, eos = policy.table.softmax(-1), policy.eos
+    ended, rows, state = [torch.zeros((), dtype=torch.float64)], torch.zeros(1, dtype=torch.long), torch.ones(1).double()
+    for _ in range(policy.length - 1):
+        emitted = state[:, None] * p[rows]
+        ended.append(emitted[:, eos].sum())
+        emitted[:, eos] = 0
+        if isinstance(policy, Markov):
+            state, rows = emitted.sum(0), 1 + torch.arange(policy.vocab)
+        else:
+            state, rows = emitted.flatten(), (rows[:, None] * policy.vocab + 1 + torch.arange(policy.vocab)).flatten()
+    return torch.stack([*ended, state.sum()])
+
+
+def batch_factor(distribution: Tensor, batch: int) -> Tensor:
+    """Expected factor on a response of length `L` when a batch of `batch` responses is divided by all of its tokens, `[T + 1]`.
+
+    `f(L) = batch · E[1 / (L + M)]`, `M` the tokens of the other `batch − 1` responses: 1/L for a batch of one, 1/E[L] for an
+    infinite one. Entry 0 is 0. Raises `ValueError` for a batch below one. Source: derived.
+    """
+    if batch < 1:
+        raise ValueError(f"a batch has at least one response, got {batch!r}")
+    others, one = np.ones(1), distribution.detach().numpy()
+    for _ in range(batch - 1):
+        others = np.convolve(others, one)
+    lengths = np.arange(1, len(one))
+    found = batch * (others / (lengths[:, None] + np.arange(len(others)))).sum(-1)
+    return torch.from_numpy(np.concatenate([[0.0], found]))
+
+
+def token_mean_of(estimator: Estimator, scenario: Scenario, batch: int) -> Callable[[Rollout], Tensor]:
+    """The estimator under one mean over all tokens of a batch of `batch` responses, exactly in expectation.
+
+    A per-response loss whose *mean* gradient is that of the batch's loss (its covariance is not the batch's). `exact.moments`
+    takes it on policies that can be enumerated. Raises `ValueError` when the estimator has a normaliser already.
+    """
+    if estimator.normalise != "sum":
+        raise ValueError(f"the estimator already has the normaliser {estimator.normalise!r}; give one with 'sum'")
+    sampler: Any = scenario.sampler
+    factor = batch_factor(length_distribution(sampler), batch)
+
+    def loss(rollout: Rollout) -> Tensor:
+        return estimator(rollout) * factor[rollout.mask.sum(-1)]
+
+    return loss
+
+
+def normalisers(
+    estimators: Mapping[str, Estimator], scenarios: Sequence[Scenario], batches: Sequence[int] = (), step: float = STEP
+) -> pd.DataFrame:
+    """What each length normaliser does to the expected gradient of each estimator, and to the length of responses.
+
+    estimators: named, each with normaliser `sum`. batches: finite batches for `token_mean`, on policies that can be enumerated.
+    Returns one row per scenario × estimator × normaliser with the columns of `COLUMNS`. All exact.
+    """
+    rows: list[dict[str, Any]] = []
+    for scenario in scenarios:
+        with one_thread():
+            policy: Any = scenario.policy
+            distribution = length_distribution(policy).numpy()
+            lengths = np.arange(len(distribution))
+            mean = float(distribution @ lengths)
+            spread = max(float(distribution @ lengths**2) - mean**2, 0.0) ** 0.5 / mean
+            common = {"scenario": scenario.label, "via": "exact", "kl": scenario.kl(), "mean_length": mean}
+            common |= {"length_spread": spread, "variable": spread > 1e-9}
+            slope, inverse = length_gradient(policy), exact.gradient("inverse_length", scenario)
+            for name, estimator in estimators.items():
+                found = _under_each(estimator, scenario, batches)
+                for normaliser, moments in found.items():
+                    errors = _effect(moments, found["sum"], slope, inverse, policy, mean, step)
+                    rows.append({**common, "estimator": name, "normaliser": normaliser, **errors})
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _under_each(estimator: Estimator, scenario: Scenario, batches: Sequence[int]) -> dict[str, Moments]:
+    names = ("sum", "mean", "token_mean", "fixed")
+    losses: list[Any] = [replace(estimator, normalise=name) for name in names]  # type: ignore[arg-type]
+    losses += [token_mean_of(estimator, scenario, batch) for batch in batches]
+    found = exact.moments(losses, scenario)
+    return dict(zip([*names, *(f"token_mean of {batch}" for batch in batches)], found, strict=True))
+
+
+def _effect(
+    moments: Moments, plain: Moments, slope: Tensor, inverse: Tensor, policy: Any, mean: float, step: float
+) -> dict[str, float]:
+    g, size, nan = moments.mean, float(moments.mean.norm()), float("nan")
+    zero = size <= ROUNDING * (moments.trace_cov**0.5 + size)
+    whole = float(plain.mean.norm())
+    nothing = whole <= ROUNDING * (plain.trace_cov**0.5 + whole)
+    found = {"gradient_norm": size, "misdirection": nan, "scale": nan, "inverse_length": nan}
+    found |= {"length_cosine": nan, "length_change": nan}
+    if not nothing:
+        along = float(g @ plain.mean) / whole
+        found["misdirection"] = float((g - along * plain.mean / whole).norm()) / size
+        found["scale"] = along / whole * mean
+    if float(inverse.norm()) > ROUNDING:
+        found["inverse_length"] = float((g - inverse).norm() / inverse.norm())
+    if not zero:
+        if float(slope.norm()) > ROUNDING:
+            found["length_cosine"] = -float(g @ slope) / size / float(slope.norm())
+        found["length_change"] = float(expected_length(policy.moved(-step * g / size))) - mean
+    return found

@@ -1,0 +1,318 @@
+"""Exact results: true gradients, and moments of every estimator, without sampling.
+
+`Bandit` and `Tree` are enumerated, `Gaussian` is integrated by quadrature, `Markov` is solved by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import log, log1p
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+import scipy
+import torch
+from torch import Tensor
+
+from gradlab import targets
+from gradlab._common.names import is_several
+from gradlab.estimators.estimator import Estimator, kernel_values
+from gradlab.estimators.kernels import KERNELS
+from gradlab.moments import Loss, Moments, as_losses, gradients, moments_in_parts, moments_of
+from gradlab.per_sample import backprop
+from gradlab.policies import Gaussian, LanguageModel, Markov
+from gradlab.policies.gaussian import ORDER, REACH
+from gradlab.rollout import Rollout
+from gradlab.scenario import Scenario, check_scenario
+from gradlab.solvers import markov
+
+#: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
+BORDER = 5e-4
+#: Responses of a table that are worked on at once: what they need stays in the processor's caches.
+WHOLE_RESPONSES = 2**13
+#: Moments are refused where the mean gradients of all estimators would need more than this.
+MOMENT_BYTES = 2**32
+#: `covariance` is refused when it would hold more numbers than this (half a GiB).
+COVARIANCE_DOUBLES = 2**26
+
+
+def gradient(target: str, scenario: Scenario) -> Tensor:
+    """True gradient of a target (`gl.TARGETS`) with respect to the policy's parameters, `[p]`, row-major.
+
+    By autograd through the definition on `Bandit`, `Tree` and `Gaussian`, and through the network of a `LanguageModel` whose
+    responses can be listed (mean over prompts, in the network's precision); by dynamic programming on `Markov`.
+    Raises `ValueError` for an unknown target, with the nearest names.
+    """
+    targets.target(target)
+    check_scenario(scenario)
+    return (
+        markov.gradient(target, scenario)
+        if isinstance(scenario.policy, Markov)
+        else targets.gradient(target, scenario).double()
+    )
+
+
+def objective(target: str, scenario: Scenario) -> float:
+    """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target."""
+    found = targets.target(target)
+    check_scenario(scenario)
+    if isinstance(scenario.policy, Markov):
+        return markov.objective(target, scenario)
+    return float(found.objective(scenario.policy, scenario.reference, scenario.sampler))
+
+
+@overload
+def moments(estimator: Loss, scenario: Scenario) -> Moments: ...
+@overload
+def moments(estimator: Iterable[Loss], scenario: Scenario) -> list[Moments]: ...
+def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | list[Moments]:
+    """Exact mean gradient and covariance trace of one estimator, or of a list of them in one pass.
+
+    `E_μ[g]` and `E_μ‖g‖² − ‖E_μ g‖²`, with `g` the gradient of the per-sample surrogate and `μ` the sampler. An estimator is
+    an `Estimator` or any callable from a rollout to per-sample losses `[n]` (callables need a policy that can be enumerated).
+    On a `Gaussian` a covariance trace that diverges is `inf`. A table's responses are visited some at a time, up to 8 million of
+    them: memory is that of the mean gradients, `8 p` bytes for each estimator and 8 more.
+    Raises `ValueError` when there are too many responses to enumerate or, on `Markov`, when the estimator does not decompose
+    over time.
+    """
+    losses = as_losses(estimator)
+    check_scenario(scenario)
+    with torch.no_grad():
+        if isinstance(scenario.policy, Markov):
+            found = [markov.moments(loss, scenario) for loss in losses]
+        elif isinstance(scenario.policy, Gaussian):
+            found = _by_quadrature(losses, scenario)
+        elif isinstance(scenario.policy, LanguageModel):
+            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
+        elif scenario.policy.vocab**scenario.policy.length <= WHOLE_RESPONSES:
+            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+        else:
+            found = _in_parts(losses, scenario)
+    return found if is_several(estimator) else found[0]
+
+
+def _in_parts(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+    """Moments on a table with many responses, some of them at a time."""
+    policy = scenario.policy
+    needed = 8 * (len(losses) + 8) * policy.table.numel()
+    if needed > MOMENT_BYTES:
+        raise ValueError(
+            f"the mean gradients of {len(losses)} estimators in {policy.table.numel():,} parameters take {needed / 2**30:.2g} GiB, "
+            f"more than the {MOMENT_BYTES / 2**30:.2g} GiB allowed; give fewer estimators at a time, or samples=…"
+        )
+    r, v = policy.table.shape
+    size, occupancy = max(1, WHOLE_RESPONSES * policy.length // v), scenario.sampler.occupancy().detach()
+    found: dict[int, Moments] = {}
+
+    def steps() -> Iterator[tuple[Rollout, Tensor, float]]:
+        for start in range(0, r, size):
+            rows = slice(start, min(start + size, r))
+            yield Rollout.steps(scenario, rows, occupancy), torch.arange(r)[rows], 1.0
+
+    alone = [e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and _stands_alone(loss, scenario)]
+    whole = [e for e in range(len(losses)) if e not in alone]
+    for chosen, parts in ((alone, steps), (whole, lambda: Rollout.parts(scenario, WHOLE_RESPONSES))):
+        if chosen:
+            found |= dict(zip(chosen, moments_in_parts([losses[e] for e in chosen], parts, r, "enumeration"), strict=True))
+    return [found[e] for e in range(len(losses))]
+
+
+def _stands_alone(e: Estimator, scenario: Scenario) -> bool:
+    """Whether a step's gradient is the same whatever the rest of its response, so that one sum over prefixes gives both moments."""
+    policy = scenario.policy
+    return (
+        e.credit == "token"
+        and e.weight in ("none", "token")
+        and not e.grouped
+        and not policy.revisits
+        and (e.normalise != "mean" or policy.length == 1)
+    )
+
+
+def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
+    """Exact covariance matrix of one sample's gradient, `[p, p]`: the variance of every parameter, and what they share.
+
+    `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
+    full, which limits it to small policies. On a `Gaussian` a variance that diverges is `inf`, a covariance `nan`.
+    Raises `ValueError` when there are too many responses or parameters, for language models, and for group baselines.
+    """
+    if isinstance(estimator, Estimator) and estimator.grouped:
+        raise ValueError(
+            f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
+            "trace of its covariance"
+        )
+    if isinstance(scenario.policy, LanguageModel):
+        raise ValueError(
+            f"a network's {len(scenario.policy.parameters):,} parameters have too large a covariance matrix; gl.exact.moments gives "
+            "its trace, gl.backprop the inner products between responses"
+        )
+    with torch.no_grad():
+        # Raises where there is no mean to centre at.
+        mean = None if isinstance(scenario.policy, Markov) else moments(estimator, scenario).mean
+        rollout = _rollout([estimator], scenario)
+        p, n = rollout.table.numel(), len(rollout.weight)
+        if p * max(p, n) > COVARIANCE_DOUBLES:
+            raise ValueError(
+                f"the covariance of {p} parameters over {n} responses needs {p * max(p, n):.2g} numbers, more than the "
+                f"{COVARIANCE_DOUBLES:.2g} allowed; take a smaller policy, or gl.exact.moments for the trace alone"
+            )
+        table = gradients([estimator], rollout).tables(0).flatten(1)
+        centred = table - (rollout.weight @ table if mean is None else mean)
+        scaled = centred * rollout.weight.sqrt()[:, None]
+        found = scaled.T @ scaled
+        if isinstance(scenario.policy, Gaussian):
+            for j in range(p):
+                for k in range(p):
+                    if _tail(table[:, j] * table[:, k], rollout):
+                        found[j, k] = float("inf") if j == k else float("nan")
+        return found
+
+
+@dataclass(frozen=True)
+class ValueMoments:
+    """Mean and variance of one sample's value of a kernel, in nats and nats²."""
+
+    mean: float
+    variance: float
+
+
+def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> ValueMoments:
+    """Exact moments of the *value* `Σ_t k(ℓ_t)` (credit `token`) or `k(S)` (`sequence`) under the sampler.
+
+    This is what KL estimators are usually compared by: Schulman, "Approximating KL divergence" (2020). On a `Gaussian` a
+    variance that diverges is `inf`. Raises `ValueError` for an unknown kernel or credit.
+    """
+    estimator = Estimator(kernel, credit=credit)  # type: ignore[arg-type]  # checked at run time
+    if isinstance(scenario.policy, Markov):
+        return ValueMoments(*markov.value_moments(kernel, scenario, credit))
+    rollout = _rollout([estimator], scenario)
+    values = kernel_values(estimator, rollout).sum(-1)
+    mean = rollout.weight @ values
+    squares = (values - mean).square()
+    diverges = isinstance(scenario.policy, Gaussian) and _tail(squares, rollout)
+    return ValueMoments(float(mean), float("inf") if diverges else float(rollout.weight @ squares))
+
+
+# ---- quadrature ---------------------------------------------------------------------------------------------------------
+
+
+def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+    rollout = _rollout(losses, scenario)
+    found = moments_of(losses, rollout, "quadrature")
+    for e, loss in enumerate(losses):
+        if isinstance(loss, Estimator) and loss.grouped:
+            continue
+        table = gradients([loss], rollout).tables(0)[:, 0]
+        if any(_tail(column, rollout) for column in table.unbind(-1)):
+            raise ValueError(
+                f"the expected gradient on {scenario.label} does not fit the reach of quadrature, {REACH:g} standard "
+                "deviations of the sampler: the reference is too much wider than the sampler, or the mean does not exist"
+            )
+        if _tail(table.square().sum(-1), rollout):
+            found[e] = replace(found[e], trace_cov=float("inf"))
+    return found
+
+
+def _tail(values: Tensor, rollout: Rollout) -> bool:
+    """Whether `E_μ[values]` diverges.
+
+    Integrands are polynomials times the exponential of a quadratic, so where one has not settled at the end of the
+    quadrature the sign of the quadratic decides. Raises `ValueError` when that is a fall, which ends beyond the reach, or
+    when it is too close to 0 to call.
+    """
+    terms = (rollout.weight * values).abs()
+    x, log_density = rollout.tokens[:, 0], values.abs().log() + rollout.behaviour_log_prob[:, 0]
+    # What lies beyond the reach, if the fall over the outermost panel goes on at its rate.
+    beyond = sum(_remainder(x[[end, inner]], log_density[[end, inner]]) for end, inner in ((0, ORDER), (-1, -1 - ORDER)))
+    if beyond <= 1e-10 * float(terms.sum()) < float("inf"):
+        return False
+    std = float(rollout.behaviour_table[0, 1])
+    z = (rollout.tokens[:, 0] - rollout.behaviour_table[0, 0]) / std
+    if _rises_for_good([_quadratic(z[side], log_density[side]) for side in (z < 0, z > 0)]):
+        return True
+    raise ValueError(
+        f"an integrand of this Gaussian scenario has not decayed within {REACH:g} standard deviations of the sampler: either "
+        "the reference is too much wider than the sampler, or the variances are too close to where the moment stops existing"
+    )
+
+
+def _remainder(x: Tensor, log_density: Tensor) -> float:
+    """Integral beyond `x[0]` of an exponential through two points; infinite when it rises outwards."""
+    fall = float(log_density[1] - log_density[0]) / abs(float(x[1] - x[0]))
+    end = float(log_density[0].exp())
+    return 0.0 if end == 0 else end / fall if fall > 0 else float("inf")
+
+
+def _quadratic(z: Tensor, log_density: Tensor) -> tuple[float, float]:
+    """`a` of `log density = a z² + b z + c log|z| + d`, fitted to four points of one tail, and how much it may be wrong.
+
+    The error is judged by a second fit further in, where the lower orders of the polynomial weigh more.
+    """
+    outer = torch.where(torch.isfinite(log_density), z.abs(), 0.0)
+    found = []
+    for shares in ((1.0, 0.92, 0.84, 0.76), (0.88, 0.8, 0.72, 0.64)):
+        at = torch.stack([(outer - share * outer.max()).abs().argmin() for share in shares])
+        x, y = z[at], log_density[at]
+        if len(set(at.tolist())) < 4 or not bool(torch.isfinite(y).all()):
+            return float("-inf"), float("inf")
+        found.append(float(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0]))
+    return found[0], 2 * abs(found[0] - found[1])
+
+
+def _rises_for_good(tails: list[tuple[float, float]]) -> bool:
+    """Whether the quadratic, the same in both tails, is positive for certain in the tail where it is known better."""
+    quadratic, error = min(tails, key=lambda tail: tail[1])
+    return quadratic > BORDER + error
+
+
+def _rollout(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
+    """All responses, with the quadrature of a Gaussian cut where any of the estimators has a kink."""
+    if not isinstance(scenario.policy, Gaussian):
+        return Rollout.enumerated(scenario)
+    levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator)]
+    ratios, weights = ({x for level in levels for x in level[side]} for side in (0, 1))
+    return Rollout.enumerated(scenario, sorted(ratios), sorted(weights))
+
+
+def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
+    """Levels of the log-ratio `ℓ` and of `log ρ` at which an estimator's coefficient has a kink or a jump.
+
+    `kl` is the step's KL, which a `kl` baseline compares the kernel with.
+    """
+    ratios = [kink for kernel in {e.kernel, e.pulling_kernel} & set(KERNELS) for kink in KERNELS[kernel].kinks]
+    if e.clamp_log_ratio is not None:
+        ratios += [-e.clamp_log_ratio, e.clamp_log_ratio]
+    if e.clamp_value is not None:
+        ratios += _level(e.kernel, e.clamp_value)
+    log_weights = [] if e.truncate is None else [log(e.truncate)]
+    if e.clip is not None:
+        ratios += _level(e.kernel, kl if e.baseline == "kl" else 0.0)
+        log_weights += [log1p(e.clip)] + ([log1p(-e.clip)] if e.clip < 1 else [])
+    return ratios, log_weights
+
+
+def _level(name: str, level: float) -> list[float]:
+    """Where `|k(ℓ)| = level`; nowhere for a kernel that is no function of `ℓ` alone."""
+    if name not in KERNELS or KERNELS[name].times_reference:
+        return []
+    if level == 0:
+        return [0.0]
+
+    def excess(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        log_ratio = torch.from_numpy(x)
+        found: npt.NDArray[np.float64] = (KERNELS[name].value(log_ratio, torch.zeros_like(log_ratio)).abs() - level).numpy()
+        return found
+
+    def at(x: float) -> float:
+        return float(excess(np.array([x]))[0])
+
+    # |k| passes a level once on each side of 0 for every kernel of gradlab, and where it does so more often every pass is found
+    # that is wider than a step of 2 %.
+    size = np.geomspace(1e-9, 1e4, 1500)
+    grid = np.concatenate([-size[::-1], size])
+    with np.errstate(over="ignore"):
+        sign = np.sign(np.nan_to_num(excess(grid), nan=np.inf))
+    ends = [(float(grid[i]), float(grid[i + 1])) for i in np.flatnonzero(sign[1:] != sign[:-1])]
+    return [float(scipy.optimize.brentq(at, low, high, xtol=1e-14)) for low, high in ends]

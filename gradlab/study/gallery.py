@@ -1,0 +1,73 @@
+"""The gallery: one self-contained page of every figure with its caption, data and command, and the ledger above them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+
+from gradlab._common.files import written
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the gallery: its name, caption as HTML, picture as a data URI, and the files beside it."""
+
+    name: str
+    caption: str
+    picture: str
+    files: tuple[str, ...]
+
+
+def plates(folder: Path) -> list[Plate]:
+    """Every figure of a folder that has a picture and a caption, in the order of their names."""
+    markdown = MarkdownIt("commonmark", {"html": False})
+    found = []
+    for picture in sorted(folder.glob("[0-9]*.png")):
+        caption = picture.with_suffix(".md")
+        if not caption.is_file():
+            continue
+        files = tuple(f"{picture.stem}.{kind}" for kind in ("csv", "pdf") if (folder / f"{picture.stem}.{kind}").is_file())
+        encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
+        html = markdown.render(caption.read_text(encoding="utf-8"))
+        found.append(Plate(picture.stem, html, f"data:image/png;base64,{encoded}", files))
+    return found
+
+
+def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Path:
+    """Write `index.html` for a folder of results: the settled ledger, then the figures of each analysis under its title.
+
+    `titles` maps an analysis's name, which starts with its number, to its question. The page needs nothing but itself; links
+    to data are relative. Returns the path of the page.
+    """
+    environment = Environment(
+        loader=PackageLoader("gradlab.study", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = plates(folder)
+    chapters = []
+    for name, title in titles.items():
+        number = name.split("_")[0]
+        chapter = [plate for plate in shown if plate.name.startswith(f"{number}_")]
+        if chapter:
+            chapters.append({"name": name, "title": title, "plates": chapter})
+    rows = settled.astype(object).where(settled.notna(), None)
+    ledger = [part.to_dict("records") for _, part in rows.groupby("id", sort=False)]
+    page = environment.get_template("gallery.html").render(
+        chapters=chapters,
+        ledger=ledger,
+        audit=(folder / "audit.html").is_file(),
+        counts=settled["verdict"].value_counts().to_dict(),
+    )
+    path = folder / "index.html"
+    with written(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path

@@ -1,0 +1,178 @@
+"""What an analysis leaves behind: pictures, the data plotted, captions — written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from gradlab._common import frames
+from gradlab._common.console import wide_console
+from gradlab._common.files import writable as writable
+from gradlab._common.files import writable_file as writable_file
+from gradlab._common.files import written as written
+from gradlab._common.names import check_name
+from gradlab._common.provenance import versions
+from gradlab.ledger import verify
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+#: Nothing that differs between two runs of one command may enter a file.
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One run of one analysis: where it writes, how large it is, how many processes it may use, and its entropy."""
+
+    name: str
+    output: Path = Path("figures")
+    quick: bool = False
+    jobs: int = 1
+    seed: int = 0
+
+    def pick(self, full: T, quick: T) -> T:
+        """Return the size for this run: `quick` under `--quick`, else `full`."""
+        return quick if self.quick else full
+
+    @property
+    def command(self) -> str:
+        """The command that makes these results again."""
+        seed = f" --seed {self.seed}" if self.seed else ""
+        return f"gradlab reproduce --only {self.name}{' --quick' if self.quick else ''}{seed}"
+
+    def save_frame(self, name: str, frame: pd.DataFrame) -> Path:
+        """Write a frame as CSV, see `gradlab._common.frames`."""
+        return frames.save(writable(self.output), name, frame, {"quick": self.quick, "seed": self.seed})
+
+    def save_figure(self, name: str, figure: Figure, frame: pd.DataFrame, caption: str) -> Path:
+        """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
+        from gradlab.plots import stylesheet  # who saves a figure has drawn one; nobody else waits for the library
+
+        folder = writable(self.output)
+        for suffix, metadata in _METADATA.items():
+            with written(folder / f"{name}.{suffix}") as part, stylesheet():
+                figure.savefig(part, format=suffix, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once: the same picture in every format
+        self.save_frame(name, frame)
+        stamp = ", ".join(f"{package} {number}" for package, number in versions().items())
+        with written(folder / f"{name}.md") as part:
+            part.write_text(f"{caption}\n\nMade by `{self.command}`, seed {self.seed}, with {stamp}.\n", encoding="utf-8")
+        return folder / f"{name}.png"
+
+    def verdicts(self, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+        """Settle the claims that these frames decide, print how many of each came out how and return them.
+
+        Raises `ValueError` for a frame that decides no claim.
+        """
+        settled = verify.verify(found)
+        for name in found:
+            check_name("frame", name, dict.fromkeys(settled["frame"]))
+        settled = settled[settled["frame"].isin(list(found))].reset_index(drop=True)
+        show_verdicts(settled)
+        return settled
+
+
+def sentence(settled: pd.DataFrame, frame: str | None = None, topic: str | None = None) -> str:
+    """Verdicts in words, for a caption: `value-k2 HOLDS (Gaussian; bandit). …`; of one frame or one topic, if given."""
+    if frame is not None:
+        settled = settled[settled["frame"] == frame]
+    if topic is not None:
+        settled = settled[settled["id"].str.split(".").str[0] == topic]
+    parts = []
+    for name, rows in settled.groupby("id", sort=False):
+        found = [f"{v} ({'; '.join(part['scope'])})" for v, part in rows.groupby("verdict", sort=False)]
+        parts.append(f"{name} {', '.join(found)}.")
+    return " ".join(parts)
+
+
+def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
+    """The one value of a column in rows with these values, for a caption. Raises `ValueError` unless there is exactly one."""
+    rows = frame
+    for key, value in where.items():
+        rows = rows[rows[key] == value]
+    found = rows[column].drop_duplicates()
+    if len(found) != 1:
+        raise ValueError(f"{column} has {len(found)} values where {where}, expected one")
+    return found.iloc[0]
+
+
+def study(script: str) -> Study:
+    """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`)."""
+    parser = argparse.ArgumentParser(description=f"Run the analysis {Path(script).stem}.")
+    parser.add_argument("--quick", action="store_true", help="a smaller version that finishes in seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="worker processes")
+    parser.add_argument("--seed", type=int, default=0, help="entropy of every draw")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder for pictures and data")
+    given, _ = parser.parse_known_args(sys.argv[1:])  # a notebook's own arguments are not ours
+    torch.set_num_threads(1)  # small tensors run faster so, and sums come out the same on every machine
+    return Study(Path(script).stem, given.output, given.quick, given.jobs, given.seed)
+
+
+_COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "dim"}
+
+
+def show_verdicts(settled: pd.DataFrame) -> None:
+    """Print a settled ledger on one screen: a line for every topic, with how many of its scopes came out how, and the sum."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("claim", no_wrap=True)
+    table.add_column("published", no_wrap=True, overflow="ellipsis", ratio=1)
+    for verdict, colour in _COLOURS.items():
+        table.add_column(verdict, justify="right", style=colour)
+    for row in verify.summary(settled).to_dict("records"):
+        table.add_row(row["id"], escape(row["published"]), *(str(row[verdict] or "") for verdict in _COLOURS))
+    console = wide_console()
+    console.print(table)
+    counts = settled["verdict"].value_counts()
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if verdict in counts)
+    console.print(f"{len(settled)} verdicts: {said}. `gradlab claims ID` tells the scopes and the evidence.", highlight=False)
+
+
+def show_claims(settled: pd.DataFrame) -> None:
+    """Print a settled ledger in full: every claim's sentence, and for each scope its verdict, what decides, and the row that did."""
+    console = wide_console()
+    for topic, rows in settled.groupby(settled["id"].str.split(".").str[0], sort=False):
+        first = rows.iloc[0]
+        console.print(f"[bold]{topic}[/]: {escape(first['published'])} [dim]({escape(first['source'])})[/]", highlight=False)
+        for name, part in rows.groupby("id", sort=False):
+            table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left", title_style="")
+            table.title = f"[bold]{name}[/]: {escape(part['statement'].iloc[0])}"
+            for heading in ("verdict", "scope", "rule", "effect", "decided by", "figure"):
+                table.add_column(heading, overflow="fold")
+            for row in part.to_dict("records"):
+                verdict = f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]"
+                rule = row["rule"].replace(f" row of {row['frame']} has", "")
+                table.add_row(verdict, *map(escape, (row["scope"], rule, _effect(row), _evidence(row), row["figure"])))
+            console.print(table)
+
+
+def _effect(row: Mapping[Any, Any]) -> str:
+    """The decisive number, its interval where it has one, and the number of samples that could decide where this did not."""
+    if pd.isna(row["effect"]):
+        return ""
+    interval = "" if row["low"] == row["high"] or pd.isna(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
+    needed = "" if pd.isna(row["samples_needed"]) else f"; {row['samples_needed']:,} samples could decide"
+    return f"{row['effect']:.4g}{interval}{needed}"
+
+
+def _evidence(row: Mapping[Any, Any]) -> str:
+    """The row that decided, and how many there are."""
+    if not row["rows"]:
+        return ""
+    several = f", {row['distinct']} distinct numbers" if 1 < row["distinct"] < row["rows"] else ""
+    return f"{row['evidence']} ({row['rows']} row{'s' * (row['rows'] > 1)}{several})"
