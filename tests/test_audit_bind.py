@@ -282,3 +282,12 @@ def test_what_a_package_is_called_and_its_version_are_recorded():
     subject = bind(torch.nn.functional.l1_loss, roles={"input": "log_prob", "target": "reference_log_prob"})
     assert (subject.package, subject.version) == ("torch", torch.__version__)
     assert subject.function.endswith("l1_loss")
+
+
+def test_the_error_of_a_function_is_told_and_not_that_of_a_form_it_does_not_take():
+    def loss(log_probs, ref_log_probs, mask, advantages):
+        kept = log_probs[~mask]  # numbers cannot be inverted: only one form of the mask gets further
+        return (log_probs - ref_log_probs).sum() + kept.sum() + "no number"
+
+    with pytest.raises(gl.audit.LossError, match="unsupported operand type"):
+        gl.audit.bind(loss)

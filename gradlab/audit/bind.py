@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +122,17 @@ def bind(
         if reduction:
             configuration["reduced"] = reduction
         return Subject(label, loss, package, number, where, configuration)
-    raise LossError.of(Subject(label, lambda batch: batch.mask), problems[0]) from problems[0]
+    told = _likeliest(problems)
+    raise LossError.of(Subject(label, lambda batch: batch.mask), told) from told
+
+
+def _likeliest(problems: Sequence[Exception]) -> Exception:
+    """The error of the function itself: the one that most forms of its arguments led to; of several the first.
+
+    A mask or an advantage in a form that is not wanted fails in its own way; what is wrong in the function fails whatever it is given.
+    """
+    counts = Counter((type(problem), str(problem)) for problem in problems)
+    return max(problems, key=lambda problem: counts[type(problem), str(problem)])
 
 
 def _bound(function: Callable[..., Any], label: str, roles: dict[str, str], settings: dict[str, object]) -> dict[str, str]:

@@ -8,22 +8,14 @@ An `Estimator` is a recipe. Called on a rollout it gives the per-sample surrogat
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradlab._common.names import check_name
-from gradlab.estimators import kernels
-from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.estimators import kernels, rules
+from gradlab.estimators.kernels import VOCABULARY_KERNELS
 from gradlab.rollout import Rollout
-
-PLACEMENTS = ("loss", "reward", "loss+reward", "straight_through")
-CREDITS = ("token", "to_go", "return", "sequence")
-WEIGHTS = ("none", "token", "prefix", "sequence")
-NORMALISERS = ("sum", "mean", "token_mean", "fixed")
-BASELINES = ("kl", "group_mean", "leave_one_out")
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class Estimator:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        rules.check(self)
 
     @property
     def on_vocabulary(self) -> bool:
@@ -228,101 +220,3 @@ def _group_baseline(estimator: Estimator, rollout: Rollout, values: Tensor) -> T
     total = groups.sum(1, keepdim=True)
     mean = total / size if estimator.baseline == "group_mean" else (total - groups) / (size - 1)
     return mean.expand_as(groups).reshape(values.shape)
-
-
-def _check(e: Estimator) -> None:
-    """Refuse unknown names and combinations that mean nothing, saying why and what would."""
-    check_name("kernel", e.kernel, [*KERNELS, *VOCABULARY_KERNELS])
-    for what, allowed in (
-        ("placement", PLACEMENTS),
-        ("credit", CREDITS),
-        ("weight", WEIGHTS),
-        ("normalise", NORMALISERS),
-    ):
-        check_name(what, getattr(e, what), allowed)
-    if e.baseline is not None:
-        check_name("baseline", e.baseline, BASELINES)
-    for what in ("truncate", "clip", "clamp_log_ratio", "clamp_value"):
-        bound = getattr(e, what)
-        if bound is not None and not (isinstance(bound, Real) and 0 < float(bound) < float("inf")):
-            raise ValueError(f"{what} must be a positive number or None, got {bound!r}")
-    vocabulary, reward = e.kernel in VOCABULARY_KERNELS, e.placement == "reward"
-    rules: list[tuple[bool, str]] = [
-        (
-            e.placement == "loss" and e.credit not in ("token", "sequence"),
-            f"a loss differentiates each term where it stands, so credit={e.credit!r} has no meaning with placement='loss'; "
-            "use credit='token' or 'sequence', or placement='reward' for credit over later tokens",
-        ),
-        (
-            e.placement == "straight_through" and e.credit != "token",
-            f"straight_through replaces a per-token gradient; credit must be 'token', got {e.credit!r}",
-        ),
-        (
-            vocabulary and e.credit == "sequence",
-            f"{e.kernel!r} sums over the vocabulary of one step; over whole responses that sum is the KL itself, "
-            "gl.exact.gradient('reverse_kl', scenario); use credit='token', 'to_go' or 'return'",
-        ),
-        (
-            vocabulary and e.placement == "straight_through",
-            f"straight_through exchanges the gradient of a sampled kernel; {e.kernel!r} is not one of {list(KERNELS)}",
-        ),
-        (
-            e.credit == "sequence" and e.weight not in ("none", "sequence"),
-            f"a whole-response kernel has one weight: weight must be 'none' or 'sequence', got {e.weight!r}",
-        ),
-        (
-            e.weight == "none" and (e.differentiate_weight or e.truncate is not None or e.clip is not None),
-            "differentiate_weight, truncate and clip act on an importance weight, and weight is 'none'; "
-            "choose weight='token', 'prefix' or 'sequence'",
-        ),
-        (
-            e.clip is not None and not reward,
-            f"clip is PPO's clipped surrogate of a reward; placement is {e.placement!r}, use 'reward' or truncate the weight",
-        ),
-        (
-            e.clip is not None and (e.truncate is not None or vocabulary),
-            "clip bounds the ratio on its own and multiplies a sampled coefficient: it goes neither with truncate nor with "
-            f"a vocabulary kernel (kernel={e.kernel!r}, truncate={e.truncate!r})",
-        ),
-        (
-            vocabulary and e.differentiate_weight and e.placement in ("reward", "loss+reward"),
-            "complete Rao–Blackwell writes the gradient of its prefix weight out as the reward term; differentiating the "
-            "weight as well would count it twice: leave differentiate_weight off, or use placement='loss'",
-        ),
-        (
-            (vocabulary or e.kernel == "mse_sampled") and (e.clamp_log_ratio is not None or e.clamp_value is not None),
-            f"clamps tame a kernel that is unbounded in the log-ratio of the sampled token; {e.kernel!r} is not one",
-        ),
-        (
-            e.gradient_kernel is not None and e.placement != "straight_through",
-            f"gradient_kernel belongs to placement='straight_through', got placement={e.placement!r}",
-        ),
-        (
-            e.baseline is not None and not reward,
-            f"a baseline is subtracted from a reward; placement must be 'reward', got {e.placement!r}",
-        ),
-        (
-            e.baseline == "kl" and (vocabulary or e.credit == "sequence"),
-            "baseline='kl' subtracts the step's KL from a sampled kernel: use it with k1, k2, k3 … and credit 'token', "
-            "'to_go' or 'return'",
-        ),
-        (
-            e.grouped and e.credit not in ("return", "sequence"),
-            f"a group baseline compares whole responses: credit must be 'return' or 'sequence', got {e.credit!r}",
-        ),
-        (
-            e.grouped and (e.clip is not None or (e.differentiate_weight)),
-            "a group baseline is offered for detached, unclipped weights only",
-        ),
-        (
-            e.grouped != (e.group is not None)
-            or (e.group is not None and not (isinstance(e.group, Integral) and e.group >= 2)),
-            "group is the number of responses to one prompt, a whole number of at least 2, and goes with a group baseline; got "
-            f"baseline={e.baseline!r}, group={e.group!r}",
-        ),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise ValueError(f"impossible estimator: {message}")
-    if e.gradient_kernel is not None:
-        check_name("gradient_kernel", e.gradient_kernel, list(KERNELS))

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from gradlab._common.names import check_name, several
 from gradlab.estimators.catalogue import ESTIMATORS
-from gradlab.estimators.estimator import CREDITS, PLACEMENTS, WEIGHTS, Estimator
+from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.estimators.rules import CREDITS, PLACEMENTS, WEIGHTS
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss, gradients
 from gradlab.rollout import Rollout
