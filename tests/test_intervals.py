@@ -237,6 +237,34 @@ def test_cosine_with_one_parameter_is_a_sign() -> None:
         assert (interval.estimate, interval.low, interval.high) == (sign, sign, sign)
 
 
+def test_cosine_of_means_is_a_jackknife_over_pairs_of_different_batches() -> None:
+    """Explicit loops over pairs, with every batch left out in turn; two runs that share their noise, and one that is none."""
+    rng = generator(32)
+    shared = rng.standard_normal((9, 4))
+    x, y = shared + 0.3 * rng.standard_normal((9, 4)) + np.array([3, 0, 1, 0]), shared + np.array([2, 1, 0, 0])
+
+    def cosine(kept: list[int]) -> float:
+        pairs = list(permutations(kept, 2))
+        xy, xx, yy = (np.mean([a[b] @ c[d] for b, d in pairs]) for a, c in ((x, y), (x, x), (y, y)))
+        return float(xy / np.sqrt(xx * yy))
+
+    whole, every = cosine([*range(9)]), [cosine([b for b in range(9) if b != out]) for out in range(9)]
+    error = np.sqrt(8 / 9 * np.square(np.array(every) - np.mean(every)).sum())
+    for level in (0.5, 0.9):
+        found = intervals.cosine_of_means(x, y, level)
+        reach = stats.t.ppf((1 + level) / 2, 8) * error
+        assert found.estimate == pytest.approx(whole, rel=1e-9)
+        assert (found.low, found.high) == pytest.approx((whole - reach, min(whole + reach, 1)), rel=1e-9)
+    for pair in ((x - x.mean(0), y), (y, x - x.mean(0))):
+        unknown = intervals.cosine_of_means(*pair)
+        assert np.isnan(unknown.estimate)
+        assert (unknown.low, unknown.high) == (-1, 1)
+    with pytest.raises(ValueError, match="level"):
+        intervals.cosine_of_means(x, y, 1.0)
+    with pytest.raises(ValueError, match="one shape"):
+        intervals.cosine_of_means(x, y[:8])
+
+
 # ── Noise ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
