@@ -12,7 +12,7 @@ from scipy import special
 
 from gradlab import intervals
 from gradlab._common.lazy import callable_module
-from gradlab._common.names import check_seed, several
+from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.measure import ROUNDING, by_name, one_thread
@@ -61,6 +61,7 @@ def components(
     """
     losses, rows = by_name(estimators), []
     check_seed(seed)
+    check_probability("level", level)
     for index, scenario in enumerate(_listed(scenarios)):
         with one_thread():
             truth = exact.gradient(target, scenario).numpy()
@@ -95,6 +96,7 @@ def values(
     """
     kernels = several(kernels)
     check_seed(seed)
+    check_probability("level", level)
     estimators, rows = [Estimator(kernel, credit=credit) for kernel in kernels], []  # type: ignore[arg-type]
     for index, scenario in enumerate(_listed(scenarios)):
         truth = np.full(1, scenario.kl())

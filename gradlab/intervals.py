@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, special
+
+from gradlab._common.names import check_probability
 
 Array = npt.NDArray[np.float64]
 
@@ -128,7 +129,7 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
     interval by the delete-one-batch jackknife with a Student quantile, cut at ±1. NaN in [−1, 1] where either squared norm is
     not told from zero. Raises ValueError as `squared_distance` does. Source: derived here.
     """
-    _check_probability("level", level)
+    check_probability("level", level)
     x, y = Batches.of(means), Batches.of(others)
     if x.deviations.shape != y.deviations.shape:
         raise ValueError(f"both runs need means of one shape; got {x.deviations.shape} and {y.deviations.shape}")
@@ -184,7 +185,7 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
     x `[..., n]` gives estimate, low and high `[..., n]`. ValueError on NaN, a bad level, or `start` < 2.
     Source: Waudby-Smith et al., arXiv 2103.06476, Theorem 2.2 (ρ: the exact minimiser, by Lambert's W).
     """
-    _check_probability("level", level)
+    check_probability("level", level)
     x = _finite("x", x)
     if x.ndim == 0 or start < 2:
         raise ValueError(f"x must be [..., n] and start at least 2; got shape {x.shape} and start = {start}")
@@ -228,8 +229,8 @@ def detectable(samples: float, noise: float, dimension: float = 1.0, level: floa
     exact or from a run (1 is the hardest case). Exact for equal eigenvalues of Σ, else two moments matched.
     Raises ValueError unless samples, noise > 0, dimension ≥ 1 and level, power are in (0, 1) with power > 1 − level.
     """
-    _check_probability("level", level)
-    _check_probability("power", power)
+    check_probability("level", level)
+    check_probability("power", power)
     if not (0 < samples < np.inf and 0 < noise < np.inf and 1 <= dimension < np.inf and power > 1 - level):
         raise ValueError(
             "samples and noise must be positive, dimension at least 1 and power above 1 − level; "
@@ -351,7 +352,7 @@ def _squared_norm(found: _Statistics, level: float) -> Interval:
 
 
 def _validated(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float) -> tuple[Batches, Array]:
-    _check_probability("level", level)
+    check_probability("level", level)
     run, target = Batches.of(means), _finite("target", target)
     if target.shape[-1:] != run.mean.shape[-1:] or not _broadcast(run.mean, target):
         raise ValueError(f"target must match the parameters of means, shape {run.mean.shape}; got {target.shape}")
@@ -376,8 +377,3 @@ def _finite(name: str, values: npt.ArrayLike) -> Array:
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite; got NaN or infinite values, usually an overflow in the loss")
     return array
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not isinstance(value, Real) or not 0 < value < 1:
-        raise ValueError(f"{name} must lie strictly between 0 and 1; got {value}")

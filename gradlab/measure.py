@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gradlab import intervals, reliability, targets
 from gradlab._common.lazy import callable_module
-from gradlab._common.names import check_jobs, check_name, check_seed, several
+from gradlab._common.names import check_jobs, check_name, check_probability, check_seed, several
 from gradlab._common.parallel import spread
 from gradlab._common.provenance import versions
 from gradlab.estimators.catalogue import ESTIMATORS, name_of
@@ -110,8 +110,8 @@ def measure(
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
     Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
-    Raises `ValueError` for unknown names, no scenarios or estimators, samples that are not positive, and for `anytime` with samples that
-    are no number of doublings of 64.
+    Raises `ValueError` for unknown names, no scenarios or estimators, samples that are not positive, a level outside (0, 1), and
+    for `anytime` with samples that are no number of doublings of 64.
     """
     losses = by_name(estimators)
     scenarios = several(scenarios)
@@ -122,6 +122,7 @@ def measure(
         raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
     check_seed(seed)
     check_jobs(jobs)
+    check_probability("level", level)
     if samples is not None:
         montecarlo.check_samples(samples)
     looked = at_look(level, samples) if anytime else level

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import gradlab as gl
+from gradlab.policies import behaviour
+from gradlab.questions import distance, log_ratios, tails
 from gradlab.rollout import Rollout
 
 BANDIT = gl.Bandit([0.0, 1.0])
@@ -69,6 +71,29 @@ REFUSED = {
     "samples 1.5": (lambda: gl.measure("k2-loss", SCENARIO, samples=1.5), r"samples must be a positive whole number, got 1\.5"),
     "level 1.5": (lambda: gl.measure("k2-loss", SCENARIO, samples=100, level=1.5), "level must lie strictly between 0 and 1"),
     "level None": (lambda: gl.measure("k2-loss", SCENARIO, samples=100, level=None), "level must lie strictly .* got None"),
+    **{
+        f"level of {name}": (call, "level must lie strictly between 0 and 1, got 1.5")
+        for name, call in {
+            "exact measure": lambda: gl.measure("k2-loss", SCENARIO, level=1.5),
+            "looks": lambda: gl.measure("k2-loss", SCENARIO, samples=64, level=1.5, anytime=True),
+            "exact components": lambda: gl.components("k2-loss", SCENARIO, level=1.5),
+            "exact values": lambda: gl.values("k2", SCENARIO, level=1.5),
+            "exact asymmetry": lambda: gl.asymmetry.measure("k2-loss", SCENARIO, level=1.5),
+            "errors": lambda: distance.sampled_rmse("k2-loss", [SCENARIO], [16], level=1.5),
+            "masses": lambda: log_ratios.masses(SCENARIO, [(-1, 1)], level=1.5),
+            "histogram": lambda: log_ratios.histogram(SCENARIO, [0], level=1.5),
+            "bounds": lambda: log_ratios.bounds(np.ones((9, 1)), np.ones(9), 1, np.ones(1), 1.5),
+            "a lost mass": lambda: behaviour.lost_mass(None, None, level=1.5),
+            "extremes": lambda: gl.language.extremes(SCENARIO, level=1.5),
+            "a binomial": lambda: gl.language.clopper_pearson(1, 9, 1.5),
+            "quotients": lambda: gl.runs.quotient([1.0, 2.0], [2.0, 1.0], 1.5),
+            "spreads": lambda: gl.runs.spread([1.0, 2.0, 3.0], [2.0, 1.0, 1.0], 1.5),
+            "runs": lambda: gl.runs.compare(None, level=1.5),
+            "runs of tails": lambda: tails.over_runs(None, [], 1.5),
+            "samples of a claim": lambda: gl.claims.samples_needed(None, 0.0, -1.0, 1.0, 100, 1.5),
+            "a power": lambda: gl.intervals.detectable(100, 1.0, level=1.5),
+        }.items()
+    },
     "verdicts of nothing": (lambda: gl.claims.verify(None), "frames must be a folder, or a mapping .*got None"),
     "verdicts of 3": (lambda: gl.claims.verify(3), "frames must be .*got 3"),
     "claim 3": (lambda: gl.claims.verify({}, only=3), "unknown claim 3"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy import stats
 
 import gradlab as gl
 from gradlab.policies import LanguageModel, behaviour
@@ -65,5 +66,8 @@ def test_a_nucleus_costs_what_it_leaves_out(policy, reference):
     assert 0.01 < lost.mass < 0.5
     sampled = behaviour.lost_mass(policy, cut, samples=640)
     assert sampled.low < lost.mass < sampled.high
+    narrow = behaviour.lost_mass(policy, cut, samples=640, level=0.5)
+    z = [stats.norm.ppf(0.5 + level / 2) for level in (0.5, 0.95)]
+    assert (narrow.high - narrow.low) / (sampled.high - sampled.low) == pytest.approx(z[0] / z[1], rel=1e-9)
     assert gl.measure("k1-reward-sequence-weight", gl.Scenario(policy, reference, cut))["bias"].iloc[0] > 1e-3
     assert behaviour.lost_mass(policy, behaviour.nucleus(policy, 1.0)).mass == 0

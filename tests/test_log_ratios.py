@@ -74,6 +74,9 @@ def test_sampled_shares_cover_the_exact_ones(scenario):
             assert (drawn[f"{name}_high"] - drawn[f"{name}_low"] < 0.35).all()
     assert hits.min() >= 16
     again = log_ratios.masses(scenario, RANGES, samples=150, seed=19)
+    surer = log_ratios.masses(scenario, RANGES, samples=150, seed=19, level=0.999)
+    assert (surer["policy_low"] < again["policy_low"]).any()
+    assert (surer["policy_high"] > again["policy_high"]).all()
     assert again.equals(drawn)
 
 

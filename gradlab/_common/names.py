@@ -54,6 +54,12 @@ def check_real(what: str, given: object) -> None:
         raise ValueError(f"{what} must be a number, got {given!r}")
 
 
+def check_probability(what: str, given: object) -> None:
+    """Raise `ValueError` unless `given` is a number strictly between 0 and 1, as the level of an interval is."""
+    if not isinstance(given, Real) or not 0 < float(given) < 1:
+        raise ValueError(f"{what} must lie strictly between 0 and 1, got {given!r}")
+
+
 def is_several(given: object) -> bool:
     """Whether `given` holds several things: a list, an array, a set, a view of a dictionary; not a name, not a function."""
     return isinstance(given, Iterable) and not isinstance(given, str) and not callable(given) and getattr(given, "ndim", 1) > 0

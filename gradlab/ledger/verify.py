@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from gradlab._common import frames as files
-from gradlab._common.names import check_name, several
+from gradlab._common.names import check_name, check_probability, several
 from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, Condition, claim
 from gradlab.ledger import claims as all_claims
 from gradlab.ledger.form import Relation
@@ -220,6 +220,8 @@ def samples_needed(
     An interval `[low, high]` shrinks as 1/√samples. It settles the claim when it ends clear of the nearest threshold; for that
     to happen with probability `power` the gap must be `1 + z_power/z_level` times the interval's reach towards it.
     """
+    for name, given in (("level", level), ("power", power)):
+        check_probability(name, given)
     value, margin, tails = claim.value, claim.margin, 1
     if claim.relation in ("=", "≠"):
         thresholds = [value - margin, value + margin]

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor
 
-from gradlab._common.names import check_held, check_whole
+from gradlab._common.names import check_held, check_probability, check_whole
 from gradlab._common.streams import generator
 from gradlab.policies.causal import Pretrained
 from gradlab.policies.language import LanguageModel
@@ -76,12 +77,16 @@ class Mass:
     high: float
 
 
-def lost_mass(policy: LanguageModel, behaviour: LanguageModel, samples: int | None = None, seed: int = 0) -> Mass:
+def lost_mass(
+    policy: LanguageModel, behaviour: LanguageModel, samples: int | None = None, seed: int = 0, level: float = 0.95
+) -> Mass:
     """Probability under the policy of responses that the behaviour never gives, `π(μ = 0)`, mean over prompts.
 
-    samples: `None` sums over all responses; otherwise `1 − E_μ[Π_t ρ_t]` from that many responses, with its 95 % interval (normal
-    approximation). Raises `ValueError` where there are too many responses to list, and for policies of different supports.
+    samples: `None` sums over all responses; otherwise `1 − E_μ[Π_t ρ_t]` from that many responses, with the normal
+    interval of `level`. Raises `ValueError` where there are too many responses to list, for policies that do not share vocabulary, length,
+    end token and prompts, and for a level outside (0, 1).
     """
+    check_probability("level", level)
     if policy.signature != behaviour.signature:
         raise ValueError("policy and behaviour must share vocabulary, length, end token and prompts")
     with torch.no_grad():
@@ -101,7 +106,7 @@ def lost_mass(policy: LanguageModel, behaviour: LanguageModel, samples: int | No
             ratio = log_probs(policy, prompts, tokens) - log_probs(behaviour, prompts, tokens)
             weights.append(torch.where(mask, ratio, 0.0).sum(-1).exp())
         weight = torch.cat(weights).numpy()
-        mass, reach = 1 - weight.mean(), 1.96 * weight.std(ddof=1) / samples**0.5
+        mass, reach = 1 - weight.mean(), scipy.special.ndtri((1 + level) / 2) * weight.std(ddof=1) / samples**0.5
         return Mass(float(mass), float(mass - reach), float(mass + reach))
 
 

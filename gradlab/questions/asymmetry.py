@@ -21,6 +21,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from gradlab._common.names import check_probability
 from gradlab._common.streams import generator
 from gradlab.components import parameters
 from gradlab.estimators.coefficients import coefficients
@@ -84,6 +85,7 @@ def measure(
     """
     losses = {name: _decomposed(name, loss) for name, loss in by_name(estimators).items()}
     listed = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
+    check_probability("level", level)
     if samples is not None:
         montecarlo.check_samples(samples)
     rows = []

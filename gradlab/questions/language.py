@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from gradlab._common.names import check_probability
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
 from gradlab.estimators.estimator import Estimator, log_ratios
@@ -42,6 +43,7 @@ def extremes(
     `responses`: share of responses that hold a token with δ below `1/factor` (above `factor`), with Clopper–Pearson ends when
     sampled; `tokens`: the share of tokens; `furthest`: the most extreme log δ met; and the token that has it, after its text.
     """
+    check_probability("level", level)
     with one_thread(), torch.no_grad():
         rollout = rollout_of(scenario, samples, seed)
         rows = []
@@ -63,6 +65,7 @@ def extremes(
 
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Exact interval of a probability from `count` successes in `n` independent trials."""
+    check_probability("level", level)
     tail = (1 - level) / 2
     low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
     return low, float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from gradlab._common.names import check_probability
 from gradlab._common.provenance import versions
 from gradlab._common.streams import generator
 from gradlab.policies import Gaussian, LanguageModel
@@ -35,7 +36,7 @@ COLUMNS: dict[str, str] = {
     "policy": "share of the policy's tokens whose ℓ is in the range",
     "reference": "share of the reference's tokens at the same prefixes",
     "vocabulary": "share of the vocabulary's tokens at the same prefixes",
-    **{f"{name}_{end}": f"{end} end of its 95 % interval (sampled only)" for name in ("policy", "reference", "vocabulary")
+    **{f"{name}_{end}": f"{end} end of its interval (sampled only)" for name in ("policy", "reference", "vocabulary")
        for end in ("low", "high")},
     "prefixes": "number of prefixes looked at",
     "via": "exact or sampled",
@@ -44,15 +45,21 @@ COLUMNS: dict[str, str] = {
 
 
 def masses(
-    scenario: Scenario, ranges: Sequence[tuple[float, float]], samples: int | None = None, seed: int = 0
+    scenario: Scenario,
+    ranges: Sequence[tuple[float, float]],
+    samples: int | None = None,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> pd.DataFrame:
     """Share of tokens whose log-ratio lies in each of the `ranges` `[low, high)`, one row per range; columns in `COLUMNS`.
 
     Prefixes are those of responses from the policy itself. samples: `None` takes every prefix with its probability; otherwise
     prefixes of that many responses of a language model, with intervals that hold for any number of them and for masses that
-    no response shows (`bounds`): where `ℓ < b` the policy has at most `e^b`, where `ℓ ≥ a` the reference at most `e^−a`.
+    no response shows (`bounds`), each with probability `level`: where `ℓ < b` the policy has at most `e^b`, where `ℓ ≥ a` the
+    reference at most `e^−a`.
     Raises `ValueError` for a Gaussian, for samples of a table, and where responses can neither be listed nor are sampled.
     """
+    check_probability("level", level)
     if isinstance(scenario.policy, Gaussian):
         raise ValueError("ratios of tokens need tokens: a Gaussian has none")
     if samples is not None and not isinstance(scenario.policy, LanguageModel):
@@ -79,7 +86,7 @@ def masses(
         rows[f"{name}_low"] = rows[f"{name}_high"] = float("nan")
         if samples is not None:
             limits = most[name].double().clamp(max=1).numpy()
-            low, high = bounds(found[:, k].numpy(), live.numpy(), scenario.policy.length, limits)
+            low, high = bounds(found[:, k].numpy(), live.numpy(), scenario.policy.length, limits, level)
             rows[f"{name}_low"], rows[f"{name}_high"] = low, high
     rows |= {
         "prefixes": int(live.sum()) if samples else len(live),
@@ -92,9 +99,11 @@ def masses(
     return frame
 
 
-def histogram(scenario: Scenario, edges: Sequence[float], samples: int | None = None, seed: int = 0) -> pd.DataFrame:
+def histogram(
+    scenario: Scenario, edges: Sequence[float], samples: int | None = None, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
     """`masses` between successive `edges` of ℓ, and beyond the first and the last."""
-    return masses(scenario, list(pairwise([-np.inf, *edges, np.inf])), samples, seed)
+    return masses(scenario, list(pairwise([-np.inf, *edges, np.inf])), samples, seed, level)
 
 
 def bounds(found: Array, lengths: Array, longest: int, limits: Array, level: float = 0.95) -> tuple[Array, Array]:
@@ -108,6 +117,7 @@ def bounds(found: Array, lengths: Array, longest: int, limits: Array, level: flo
     found: sums over the steps of a response `[n, k]`. lengths: `L` `[n]`. longest: `T`. limits `[k]`.
     Source: betting, Waudby-Smith & Ramdas, arXiv 2010.09686, with a mixture of fixed bets.
     """
+    check_probability("level", level)
     n = len(found)
     bets = 4.0 ** -np.arange(1 + ceil(log(n, 16)))[:, None, None]
     masses, shares = found / (longest * limits), (lengths / longest)[:, None]

@@ -18,6 +18,7 @@ import scipy
 import torch
 from tqdm import tqdm
 
+from gradlab._common.names import check_probability
 from gradlab._common.parallel import spread
 from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import ESTIMATORS
@@ -180,6 +181,7 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     For every column: the median with `_low`, `_high` (its interval from order statistics, exact for any law), and the 10 % and
     90 % quantiles of a run, `_q10` and `_q90`; `runs` counts them. With fewer than 6 runs the interval is that of all runs.
     """
+    check_probability("level", level)
     rows = []
     for (scenario, kernel, samples), part in frame.groupby(["scenario", "kernel", "samples"], sort=False):
         runs = len(part)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
+from gradlab._common.names import check_probability
 from gradlab.training import NONE
 
 #: Names of what differs between comparisons besides the regulariser.
@@ -61,8 +62,10 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
 def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
     """Geometric mean of `x/y` over pairs `[n]`, with the interval of a t-test on `log(x/y)`.
 
-    Unknown where a value is not positive, as a mean reward may be, and without an interval for fewer than two pairs.
+    Unknown where a value is not positive, as a mean reward may be, and without an interval for fewer than two pairs. Raises
+    `ValueError` for a level outside (0, 1), as all do that take one.
     """
+    check_probability("level", level)
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if not len(x) or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
         return UNKNOWN
@@ -81,6 +84,7 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     Unknown for fewer than three pairs and where one side does not vary.
     Source: Pitman, Biometrika 31 (1939) 9.
     """
+    check_probability("level", level)
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     n = len(x)
     if n < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or x.std() == 0 or y.std() == 0:
@@ -97,6 +101,7 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
     At equal coefficient, run by run. At matched final KL the reward is read off the straight line, in the logarithm of the KL,
     between the ends of the regulariser's runs of one seed, at the KL where `base` ended; only where that KL lies between ends.
     """
+    check_probability("level", level)
     found = ends(frame)
     runs: dict[tuple[str, float, int], pd.DataFrame] = {}
     for row in found[["estimator", "coefficient", "epochs"]].drop_duplicates().to_dict("records"):
