@@ -17,6 +17,7 @@ from rich.table import Table
 from gradlab._common.console import wide_console
 from gradlab._common.provenance import versions
 from gradlab.audit.run import Audit, frame
+from gradlab.study import pages
 from gradlab.study.report import writable, written
 
 if TYPE_CHECKING:
@@ -115,8 +116,6 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
 
     Raises `ValueError` when the folder cannot be written to.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from gradlab.plots import matches, pulls  # what prints a table waits for no drawing
 
     writable(folder)
@@ -125,24 +124,13 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
         table.to_csv(part, index=False, lineterminator="\n")
     with written(folder / "audit.json") as part:
         part.write_text(to_json(audits) + "\n", encoding="utf-8")
-    environment = Environment(
-        loader=PackageLoader("gradlab.audit", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    page = environment.get_template("page.html").render(
-        audits=[(audited, *audited.rows()) for audited in audits],
-        curves=_picture(pulls(curves(audits))),
-        heat=_picture(matches(heat(audits))),
-        versions=versions(),
-    )
-    path = folder / "audit.html"
-    with written(path) as part:
-        part.write_text(page, encoding="utf-8")
-    return path
+    values = {
+        "audits": [(audited, *audited.rows()) for audited in audits],
+        "curves": _picture(pulls(curves(audits))),
+        "heat": _picture(matches(heat(audits))),
+        "versions": versions(),
+    }
+    return pages.write(folder / "audit.html", "gradlab.audit", "page.html", values, {"number": number})
 
 
 def _picture(figure: Figure) -> str:

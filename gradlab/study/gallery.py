@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from gradlab._common.files import written
+from gradlab.study import pages
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,6 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
     `titles` maps an analysis's name, which starts with its number, to its question. The page needs nothing but itself; links
     to data are relative. Returns the path of the page.
     """
-    environment = Environment(
-        loader=PackageLoader("gradlab.study", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = plates(folder)
     chapters = []
     for name, title in titles.items():
@@ -61,13 +53,10 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
             chapters.append({"name": name, "title": title, "plates": chapter})
     rows = settled.astype(object).where(settled.notna(), None)
     ledger = [part.to_dict("records") for _, part in rows.groupby("id", sort=False)]
-    page = environment.get_template("gallery.html").render(
-        chapters=chapters,
-        ledger=ledger,
-        audit=(folder / "audit.html").is_file(),
-        counts=settled["verdict"].value_counts().to_dict(),
-    )
-    path = folder / "index.html"
-    with written(path) as part:
-        part.write_text(page, encoding="utf-8")
-    return path
+    values = {
+        "chapters": chapters,
+        "ledger": ledger,
+        "audit": (folder / "audit.html").is_file(),
+        "counts": settled["verdict"].value_counts().to_dict(),
+    }
+    return pages.write(folder / "index.html", "gradlab.study", "gallery.html", values)

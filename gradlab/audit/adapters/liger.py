@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 from torch import Tensor
 
+from gradlab.audit.adapters import grpo as grpo_types
 from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "liger_kernel"
 INSTALL = "pip install liger-kernel==0.8.5"
 
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
-#: Name in the report → `use_bias_correction_kl` and `importance_sampling_level`. Without the correction the level is not read.
-CORRECTIONS = {"plain": (False, "token"), "corrected": (True, "token"), "corrected-sequence": (True, "sequence")}
 #: Loss types that refuse sequence-level ratios.
 TOKEN_ONLY = ("cispo", "sapo", "vespo")
 
@@ -27,26 +23,7 @@ def subjects() -> list[Subject]:
 
     shipped, function = version("liger-kernel"), "liger_kernel.chunked_loss.grpo_loss.LigerFusedLinearGRPOFunction.ppo_loss_fn"
     source = inspect.getsource(LigerFusedLinearGRPOFunction.ppo_loss_fn)
-    found = []
-    for loss_type in LOSS_TYPES:
-        if f'"{loss_type}"' not in source:
-            continue  # an older version
-        for label, (corrected, level) in CORRECTIONS.items():
-            if level == "sequence" and loss_type in TOKEN_ONLY:
-                continue
-            options: dict[str, Any] = {
-                "loss_type": loss_type,
-                "use_bias_correction_kl": corrected,
-                "importance_sampling_level": level,
-            }
-            name = f"liger grpo {loss_type} {label}"
-            found.append(Subject(name, partial(grpo, **options), "liger_kernel", shipped, function, options))
-            if loss_type == "dapo":
-                options = {**options, "large_batch": True}
-                found.append(
-                    Subject(f"{name} large-batch", partial(grpo, **options), "liger_kernel", shipped, function, options)
-                )
-    return found
+    return list(grpo_types.configurations("liger", grpo, "liger_kernel", shipped, function, source, TOKEN_ONLY))
 
 
 def grpo(

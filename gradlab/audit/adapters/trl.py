@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradlab.audit.adapters import grpo as grpo_types
 from gradlab.audit.batch import Batch, Subject
 
 PACKAGE = "trl"
 INSTALL = "pip install trl==1.16.0"
-
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
-#: Name in the report → `use_bias_correction_kl` and `importance_sampling_level`. Without the correction the level is not read.
-CORRECTIONS = {"plain": (False, "token"), "corrected": (True, "token"), "corrected-sequence": (True, "sequence")}
 
 
 def subjects() -> list[Subject]:
@@ -31,23 +28,9 @@ def subjects() -> list[Subject]:
 
     shipped, function = version("trl"), "trl.GRPOTrainer._compute_loss"
     source = inspect.getsource(GRPOTrainer._compute_loss)
-    found = []
-    for loss_type in LOSS_TYPES:
-        if f'"{loss_type}"' not in source:
-            continue  # an older version
-        for label, (corrected, level) in CORRECTIONS.items():
-            options: dict[str, Any] = {
-                "loss_type": loss_type,
-                "use_bias_correction_kl": corrected,
-                "importance_sampling_level": level,
-            }
-            name = f"trl grpo {loss_type} {label}"
-            found.append(Subject(name, partial(grpo, **options), "trl", shipped, function, options))
-            if loss_type == "dapo":
-                options = {**options, "large_batch": True}
-                found.append(Subject(f"{name} large-batch", partial(grpo, **options), "trl", shipped, function, options))
+    found = list(grpo_types.configurations("trl", grpo, "trl", shipped, function, source))
     for normalised in (False, True):
-        options = {"normalize_advantages": normalised}
+        options: dict[str, Any] = {"normalize_advantages": normalised}
         name = "trl rloo" + (" normalised" if normalised else "")
         function = "trl.RLOOTrainer._generate_and_score_completions, _compute_loss"
         found.append(Subject(name, partial(rloo, **options), "trl", shipped, function, options, group=2))

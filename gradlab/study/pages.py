@@ -1,0 +1,29 @@
+"""Pages that need nothing but themselves, made from a template and the frame that all pages share, `base.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradlab._common.files import written
+
+
+def write(
+    path: Path, package: str, template: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None
+) -> Path:
+    """Fill the `template` that lies in a `package` with `values` and write it to `path`; returns the path."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("gradlab.study", ".")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters or {})
+    page = environment.get_template(template).render(**values)
+    with written(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
