@@ -203,7 +203,8 @@ def cosine(fields: Sequence[Field], name: str) -> float:
 def _words(combination: dict[str, float], error: float, scope: str) -> str:
     where = f" {SCOPES[scope]}" if SCOPES[scope] else ""
     free = ", in which the reference does not enter at all" if set(combination) <= set(WITHOUT_REFERENCE) else ""
-    tail = f"{free}{where}, relative error {error:.0e}"
+    told = "below 1e-12" if error < 1e-12 else f"{error:.0e}"  # digits of rounding would say something about the processor
+    tail = f"{free}{where}, relative error {told}"
     if len(combination) == 1:
         name, scale = next(iter(combination.items()))
         turned = "" if scale > 0 else "minus "

@@ -51,7 +51,7 @@ def configurations(audited: Sequence[Audit]) -> pd.DataFrame:
 def directions(audited: Sequence[Audit]) -> pd.DataFrame:
     """How every expected gradient lies to that of every objective: `subject, policy, target, cosine, degrees, moving, match`.
 
-    `degrees` is the angle of that cosine, the mean over worlds, to the rounding of the cosine (1e-6 degrees in float64).
+    `degrees` is the angle of that cosine, the mean over worlds, to 1e-5 degrees: a cosine in float64 tells 1e-6 from 0 no more.
     `match`: `everywhere` or `limited` (in some scope) where the gradient is a multiple of that one objective's, else empty.
     """
     rows = []
@@ -60,7 +60,7 @@ def directions(audited: Sequence[Audit]) -> pd.DataFrame:
             verdict = a.on_policy if row["policy"] == "on" else a.off_policy
             match = "" if list(verdict.combination) != [row["target"]] else "limited"
             match = "everywhere" if match and verdict.scope == "everywhere" else match
-            angle = math.degrees(math.acos(min(max(row["cosine"], -1.0), 1.0)))
+            angle = round(math.degrees(math.acos(min(max(row["cosine"], -1.0), 1.0))), 5)
             rows.append(
                 {"subject": a.subject.name, **row, "degrees": angle, "moving": verdict.closest != "zero", "match": match}
             )

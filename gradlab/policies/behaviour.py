@@ -52,7 +52,9 @@ def nucleus(policy: P, top_p: float) -> P:
 def low_precision(policy: P, dtype: torch.dtype = torch.bfloat16) -> P:
     """The same weights rounded to `dtype` and the network computed in it, as a separate inference engine does.
 
-    The softmax stays in float64: what differs is the logits. Raises `ValueError` for a `dtype` that is not a floating-point one.
+    The softmax stays in float64: what differs is the logits. In 16 bits every operation is rounded to the nearest number, so that
+    they are the same on every processor; an engine whose sums are rounded on the way is as far off as this one, not equal to it.
+    Raises `ValueError` for a `dtype` that is not a floating-point one.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"a network computes in a floating-point precision, got {dtype}")

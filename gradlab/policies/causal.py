@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gradlab.policies.actions import inverted
+from gradlab.policies.arithmetic import faithful
 from gradlab.policies.language import LanguageModel
-from gradlab.policies.split import Packed, faithful, lower, split, upper
+from gradlab.policies.split import Packed, lower, split, upper
 from gradlab.policies.trunk import Trunk
 
 #: Tokens that the key-value cache of one batch of responses may hold.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradlab.policies.arithmetic import portable
 from gradlab.policies.trunk import Trunk
 
 N = TypeVar("N", bound="Parameterised")
@@ -88,5 +89,6 @@ class Parameterised:
     def network(self, features: Tensor) -> Tensor:
         """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
         swapped = getattr(self, "_swapped", None)
-        found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
+        with portable(next(self.model.parameters()).dtype):
+            found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
         return found if isinstance(found, Tensor) else found.logits

@@ -10,14 +10,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from gradlab.policies.arithmetic import faithful
 from gradlab.policies.trunk import Trunk
 
 #: Largest difference of logits, relative to their size, between the two parts and the whole: rounding.
@@ -75,7 +73,7 @@ def _cut(model: Any, first: int) -> int:
         return 0
     kinds = set(getattr(model.config, "layer_types", None) or ())
     ids = torch.arange(6)[None] % model.config.vocab_size
-    with torch.no_grad():
+    with torch.no_grad(), faithful(next(model.parameters()).dtype):
         whole = model(input_ids=ids, use_cache=False).logits
         parts = upper(model, first, whole.dtype)(inputs_embeds=lower(model, first)(ids), use_cache=False).logits
     if not bool(torch.isfinite(whole.sum())):
@@ -138,24 +136,6 @@ class _Lower(nn.Module):
 def lower(model: Any, first: int) -> nn.Module:
     """The network's lowest `first` blocks, from ids to activations."""
     return _Lower(model, first)
-
-
-class _Double(TorchFunctionMode):
-    """Keeps float64 where the library's code asks for float32, as its norms and attention do whatever they are given."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.to and (args[1:] == (torch.float32,) or kwargs == {"dtype": torch.float32}):
-                return args[0]
-            if func in (F.softmax, torch.softmax) and kwargs.get("dtype") == torch.float32:
-                kwargs = {**kwargs, "dtype": None}
-        return func(*args, **kwargs)
-
-
-def faithful(precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Compute in this precision throughout: in float64 nothing is rounded to float32 on the way."""
-    return _Double() if precision == torch.float64 else nullcontext()
 
 
 def layout(vocab: int, length: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradlab.policies.arithmetic import portable
+
 
 class Trunk:
     """The frozen lower part of a network, with the activations of the sequences it has seen kept in memory.
@@ -22,7 +24,8 @@ class Trunk:
         missing = {key: i for i, key in enumerate(keys) if key not in self._kept}
         found = {}
         if missing:
-            with torch.no_grad():
+            precision = next((weight.dtype for weight in self.module.parameters()), torch.float64)
+            with torch.no_grad(), portable(precision):
                 fresh = self.module(ids[list(missing.values())])
             found = dict(zip(missing, fresh, strict=True))
         out = torch.stack([found[key] if key in found else self._kept[key] for key in keys])

@@ -49,7 +49,7 @@ class Step:
         return Step(a * b, *(a * y + x * b for x, y in zip(da, db, strict=True)))
 
     def equals(self, other: Step) -> bool:
-        """Whether value and derivatives agree everywhere."""
+        """Whether value and derivatives are the same numbers everywhere, as copies are; only time hangs on it, never a result."""
         return all(bool((a == b).all()) for a, b in zip(self.parts, other.parts, strict=True))
 
 
