@@ -35,7 +35,11 @@ def own(frames) -> pd.DataFrame:
 def test_every_claim_is_settled_by_the_committed_frames(frames):
     settled = own(frames)
     assert len(settled) == len(smollm2.CLAIMS)
-    assert set(settled["verdict"]) <= {"HOLDS", "FAILS"}
+    undecided = settled[~settled["verdict"].isin(["HOLDS", "FAILS"])]
+    # Only shares of the whole vocabulary are sampled; 64 responses cannot tell a rare one from none.
+    assert set(undecided["frame"]) <= {"11_ratios"}
+    assert undecided.index.get_level_values("scope").str.contains("all 49,152").all()
+    assert (undecided["samples_needed"] > 64).all()
     assert settled.loc[("k2-unbiased.frozen", "SmolLM2, digits"), "verdict"] == "HOLDS"
     assert settled.loc[("k1-reward", "SmolLM2, digits, credit to_go"), "verdict"] == "HOLDS"
 
