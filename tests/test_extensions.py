@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import gradlab as gl
-from gradlab._common import registry
 from gradlab.estimators.kernels import KERNELS
 
 EXTENSION = Path(__file__).parent / "extension"
@@ -141,18 +140,10 @@ print(json.dumps([str(w.message) for w in said if "gradlab" in str(w.message)] +
 # ---- by hand -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def nothing_stays(monkeypatch):
-    """What a test registers is gone after it."""
-    for each in registry._REGISTRIES.values():
-        monkeypatch.setattr(each, "_added", dict(each._added))
-
-
 def double(x, log_ref):
     return 2 * x
 
 
-@pytest.mark.usefixtures("nothing_stays")
 def test_a_scaled_kernel_runs_on_chains_and_a_name_is_registered_once():
     scaled = gl.Kernel(
         "2k3", lambda x, _: 2 * (torch.expm1(-x) + x), lambda x, _: -2 * torch.expm1(-x), "", growth=lambda x: (-x).exp()
@@ -172,7 +163,6 @@ def test_a_scaled_kernel_runs_on_chains_and_a_name_is_registered_once():
         gl.register(gl.Kernel("k1", double, lambda x, _: torch.full_like(x, 2.0), "", additive=True))
 
 
-@pytest.mark.usefixtures("nothing_stays")
 @pytest.mark.parametrize(
     ("item", "name", "said"),
     [
@@ -221,7 +211,6 @@ class Wrong(gl.policies.Tabular):
         return torch.ones(2, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("nothing_stays")
 def test_a_policy_class_is_tried():
     with pytest.raises(ValueError, match=r"Wrong.occupancy\(\) is not how often the rows of its table are visited"):
         gl.register(Wrong)
@@ -233,7 +222,6 @@ def test_a_policy_class_is_tried():
     assert gl.policies.POLICIES["right"] is right
 
 
-@pytest.mark.usefixtures("nothing_stays")
 def test_what_is_declared_of_an_estimator_is_checked():
     with pytest.raises(ValueError, match="unknown target 'reverse'"):
         gl.register(gl.Estimator("k2"), "mine", on_policy={"reverse": 1.0})
