@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_a_folder_is_written_by_one_command_at_a_time(monkeypatch, capsys, tmp_p
         assert other.stdout.readline() == "held\n"
         assert run(monkeypatch, "--output", output) == 2
         said = capsys.readouterr().err
-        assert f"{output} is being written by process {other.pid} (`gradlab reproduce`, since 20" in said
+        assert f"{output} is being written by process {other.pid} on {platform.node()} (`gradlab reproduce`, since 20" in said
         assert run(monkeypatch, "--output", tmp_path / "elsewhere") == 0
         other.kill()
     assert run(monkeypatch, "--output", output) == 0  # the system has let go

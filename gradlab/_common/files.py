@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import sys
 import tempfile
@@ -66,10 +67,10 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is being written by {said}; wait until it ends, or choose another folder with --output"
         ) from None
     try:
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command, since = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), time.strftime("%Y-%m-%d %H:%M:%S")
         with written(holder) as part:
-            part.write_text(f"process {os.getpid()} (`{command}`, since {time.strftime('%F %T')})\n", encoding="utf-8")
+            part.write_text(f"process {os.getpid()} on {platform.node()} (`{command}`, since {since})\n", encoding="utf-8")
         yield
-        holder.unlink(missing_ok=True)
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
