@@ -14,6 +14,7 @@ from gradlab.rollout import Rollout
 
 BANDIT = gl.Bandit([0.0, 1.0])
 SCENARIO = gl.Scenario(BANDIT, gl.Bandit([0.0, 0.0]))
+GAUSSIANS = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(0.1, 1))
 K2, K3 = gl.ESTIMATORS["k2-loss"], gl.ESTIMATORS["k3-loss"]
 RECIPE = gl.training.Recipe(steps=2, batch=8, group=4, watch=8, look=1)
 
@@ -97,6 +98,15 @@ REFUSED = {
     "verdicts of nothing": (lambda: gl.claims.verify(None), "frames must be a folder, or a mapping .*got None"),
     "verdicts of 3": (lambda: gl.claims.verify(3), "frames must be .*got 3"),
     "claim 3": (lambda: gl.claims.verify({}, only=3), "unknown claim 3"),
+    "twins of nothing": (lambda: gl.search.twins(None, SCENARIO), "an estimator is .*got None"),
+    "twins in no scenario": (lambda: gl.search.twins({"k2-loss": K2}, None), "a scenario is .*got None"),
+    "worlds": (lambda: gl.fixedpoints.measure("k2-loss", None, [0.1]), "a world is a World, got None"),
+    "coefficient of worlds": (lambda: gl.fixedpoints.measure("k2-loss", [], "a"), "a coefficient must be a number, got 'a'"),
+    "shares of nothing": (lambda: gl.asymmetry.measure("k2-loss", None), "a scenario is .*got None"),
+    "seed of shares": (lambda: gl.asymmetry.measure("k2-loss", SCENARIO, seed=1.5), r"seed must be .*got 1\.5"),
+    "running in none": (lambda: tails.running("k3", None, [10], 2), "a scenario is .*got None"),
+    "running sizes": (lambda: tails.running("k3", GAUSSIANS, 2.5, 2), r"each of sizes must be .*got 2\.5"),
+    "running kernel": (lambda: tails.running(3.0, GAUSSIANS, [10], 2), r"unknown kernel 3\.0"),
     "against nothing": (lambda: gl.search.against(None, SCENARIO), "an estimator is .*got None"),
     "against no scenario": (lambda: gl.search.against("k2-loss", None), "a scenario is .*got None"),
     "against goal 3": (lambda: gl.search.against("k2-loss", SCENARIO, 3), "unknown goal 3"),

@@ -127,7 +127,7 @@ def test_dropped_token_exact_quantiles_match_counted_samples():
         (lambda: tails.rare_share(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(0, 0.5)), [100]), "narrower"),
         (lambda: tails.rare_share(PAIR, [1]), "at least 2"),
         (lambda: tails.running(["k3"], one_token(0.1), [10], 2), "gl.Gaussian"),
-        (lambda: tails.running(["full"], PAIR, [10], 2), "kernels must be among"),
+        (lambda: tails.running(["full"], PAIR, [10], 2), "unknown kernel 'full'"),
         (lambda: tails.running(["k3"], PAIR, [10, 10], 2), "increase"),
         (lambda: tails.dropped(bandit([0.1, 0.2, 0.7], [0.3, 0.4, 0.3]), [10]), "two values"),
     ],

@@ -21,7 +21,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from gradlab._common.names import check_probability
+from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
 from gradlab.components import parameters
 from gradlab.estimators.coefficients import coefficients
@@ -30,7 +30,7 @@ from gradlab.measure import ROUNDING, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Tree
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact, montecarlo
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -84,12 +84,14 @@ def measure(
     gradient belongs to no sampled token) and for group baselines.
     """
     losses = {name: _decomposed(name, loss) for name, loss in by_name(estimators).items()}
-    listed = [scenarios] if isinstance(scenarios, Scenario) else list(scenarios)
+    listed = several(scenarios)
+    check_seed(seed)
     check_probability("level", level)
     if samples is not None:
         montecarlo.check_samples(samples)
     rows = []
     for index, scenario in enumerate(listed):
+        check_scenario(scenario)
         if not isinstance(scenario.policy, Bandit | Tree):
             kind = type(scenario.policy).__name__
             raise ValueError(f"shares are exact sums over tokens: the policy must be a gl.Bandit or a gl.Tree, got {kind}")

@@ -169,11 +169,17 @@ def twins(estimators: Mapping[str, Estimator], scenario: Scenario) -> dict[str, 
     Compared are two random projections of all gradients, to a relative 1e-9. An estimator that compares responses with each
     other has no gradient of its own and stays by itself. Raises `ValueError` when the responses cannot be enumerated.
     """
-    alone = {name: e for name, e in estimators.items() if not e.grouped}
+    check_scenario(scenario)
+    named, alone = by_name(estimators), {}
+    for name, loss in named.items():
+        if not isinstance(loss, Estimator):
+            raise ValueError(f"{name} is a function: twins are sought among gl.Estimator")
+        if not loss.grouped:
+            alone[name] = loss
     rollout = Rollout.enumerated(scenario)
     rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(9,)))
     directions = torch.from_numpy(rng.standard_normal((rollout.table.numel(), 2)))
-    found, prints = {name: name for name in estimators}, dict[str, Tensor]()
+    found, prints = {name: name for name in named}, dict[str, Tensor]()
     with torch.no_grad(), one_thread():
         batch = gradients(list(alone.values()), rollout)
         for e, name in enumerate(alone):

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gradlab._common.names import check_probability
+from gradlab._common.names import check_probability, check_seed, check_whole
 from gradlab._common.streams import generator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
@@ -182,6 +182,8 @@ def sampled_rmse(
     (replicates of a scenario), `rmse` and the ends of its bootstrap interval over replicates, scenarios held fixed. Responses
     are counted, so a policy must be small enough to list them; raises `ValueError` otherwise.
     """
+    check_seed(seed)
+    check_whole("replicates", replicates)
     check_probability("level", level)
     losses, rows = by_name(estimators), []
     rng = generator(seed, 11)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from gradlab._common.names import check_jobs, check_real, several
 from gradlab._common.parallel import spread
 from gradlab.estimators.estimator import Estimator
 from gradlab.measure import by_name
@@ -58,8 +59,13 @@ def measure(
     The ascent without a regulariser is added for each world (coefficient 0). jobs: worker processes, with the same result.
     Raises `ValueError` for unknown names.
     """
-    losses = by_name(estimators if isinstance(estimators, Mapping) else list(estimators))
-    listed = [worlds] if isinstance(worlds, World) else list(worlds)
+    losses, listed, coefficients = by_name(estimators), several(worlds), several(coefficients)
+    check_jobs(jobs)
+    for world in listed:
+        if not isinstance(world, World):
+            raise ValueError(f"a world is a {World.__name__}, got {world!r}")
+    for coefficient in coefficients:
+        check_real("a coefficient", coefficient)
     tasks = [(w, name, loss, c) for w in listed for name, loss in losses.items() for c in coefficients]
     for name, loss in losses.items():
         if not isinstance(loss, Estimator):

@@ -18,7 +18,7 @@ import scipy
 import torch
 from tqdm import tqdm
 
-from gradlab._common.names import check_probability
+from gradlab._common.names import check_jobs, check_name, check_probability, check_seed, check_whole, several
 from gradlab._common.parallel import spread
 from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import ESTIMATORS
@@ -27,7 +27,7 @@ from gradlab.measure import one_thread
 from gradlab.moments import CANCELLED
 from gradlab.policies import Bandit, Gaussian
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact
 
 Array = npt.NDArray[np.float64]
@@ -130,11 +130,18 @@ def running(
     Returns `scenario, kl, kernel, run, samples, mean, std`; the same bytes for any number of jobs. Raises `ValueError` for
     other policies, unknown kernels, and sizes that do not increase from at least 2.
     """
+    kernels, sizes = several(kernels), several(sizes)
+    check_scenario(scenario)
+    check_whole("runs", runs)
+    check_seed(seed)
+    check_jobs(jobs)
+    for size in sizes:
+        check_whole("each of sizes", size)
     if not isinstance(scenario.policy, Gaussian):
         raise ValueError(f"running() draws from a gl.Gaussian, got {type(scenario.policy).__name__}")
-    if unknown := [kernel for kernel in kernels if kernel not in VALUES]:
-        raise ValueError(f"kernels must be among {list(VALUES)}, got {unknown}")
-    if sizes[0] < 2 or (np.diff(sizes) <= 0).any():
+    for kernel in kernels:
+        check_name("kernel", kernel, VALUES)
+    if not sizes or sizes[0] < 2 or (np.diff(sizes) <= 0).any():
         raise ValueError(f"sizes must increase from at least 2, got {list(sizes)}")
     tasks = (
         joblib.delayed(_run)(kernels, scenario, sizes, np.random.SeedSequence(seed, spawn_key=(12, run)))
