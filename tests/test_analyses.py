@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scripts import ROOT, Run, run
+from analysis_runs import ROOT, Run, run
 
 import gradlab as gl
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from analysis_runs import ROOT, Run, run
 from scipy import optimize, stats
-from scripts import ROOT, Run, run
 
 import gradlab as gl
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scripts import Run, run
+from analysis_runs import Run, run
 from torch import Tensor
 
 import gradlab as gl

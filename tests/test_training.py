@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from analysis_runs import Run, run
 from scipy import stats
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from gradlab._common.frames import DIGITS
 from gradlab.policies import small
 from gradlab.questions import training as runs
 from gradlab.training import Recipe
-from scripts import Run, run
 
 QUICK = Recipe(steps=3, batch=8, group=4, rate=0.05, look=1, watch=8)
 
