@@ -163,7 +163,7 @@ verdicts = study.verdicts({"01_schulman": schulman, "01_crossover": crossover, "
 cell = gl.report.cell
 
 
-def schulman_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def schulman_text(frame: pd.DataFrame) -> tuple[str, str]:
     def at(column: str, scenario: str, kernel: str) -> float:
         return float(cell(frame, column, scenario=scenario, kernel=kernel, via="exact"))
 
@@ -172,44 +172,45 @@ def schulman_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     stds = [", ".join(f"{at('std', scenario, kernel):.3f}" for kernel in KERNELS) for scenario in (near, far)]
     biases = [f"{at('bias', scenario, 'k2'):.4f}" for scenario in (near, far)]
     return (
-        "**Value of three KL estimators.** Bias and standard deviation of one draw's k1, k2 and k3, over the true KL: exact, "
-        f"from {cell(frame, 'samples', via='sampled'):,} draws (seed {study.seed}, 95 % intervals) and, for Gaussians of "
-        f"equal variance, in closed form. At KL {kls[0]:.3g} nats the relative standard deviations of k1, k2, k3 are "
-        f"{stds[0]}; at {kls[1]:.3g} nats they are {stds[1]}. The relative bias of k2 there is {biases[0]} and "
-        f"{biases[1]}. Where the tail of k3 is heavy a sample of this size can still understate its noise, and its "
-        f"interval with it. Verdicts: {gl.report.sentence(verdicts, '01_schulman')}"
+        "**Value of three KL estimators.** Bias (a) and standard deviation (b) of one draw's k1, k2 and k3, over the true KL. "
+        f"For Gaussians of equal variance the standard deviations of k1, k2, k3 are {stds[0]} at KL {kls[0]:.3g} nats and "
+        f"{stds[1]} at {kls[1]:.3g} nats; the bias of k2 is {biases[0]} and {biases[1]}. Exact, in closed form, and from "
+        f"{cell(frame, 'samples', via='sampled'):,} draws.",
+        "Intervals are 95 %. Where the tail of k3 is heavy a sample of this size can still understate its "
+        "noise, and its interval with it.",
     )
 
 
-study.save_figure("01_schulman", gl.plots.schulman(schulman), schulman, schulman_caption(schulman, verdicts))
+study.save_figure("01_schulman", gl.plots.schulman(schulman), schulman, *schulman_text(schulman), verdicts)
 
 
 # %%
-def crossover_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def crossover_text(frame: pd.DataFrame) -> tuple[str, str]:
     def where(panel: str) -> str:
         found = frame[(frame["panel"] == panel) & (frame["kernel"] == "k3")].drop_duplicates("scenario")["crossover"]
         met = found[np.isfinite(found)]
-        reach = f", between {met.min():.2g} and {met.max():.2g} nats" if len(met) else ""
-        return f"k3 overtakes k1 in {len(met)} of {len(found)} cases{reach}"
+        reach = f", at {met.min():.2g}–{met.max():.2g} nats" if len(met) else ""
+        return f"in {len(met)} of {len(found)} cases{reach}"
 
     shift = cell(frame, "crossover", panel="equal variances")
     return (
-        "**k3 is the quieter estimate only near the reference.** (a) Standard deviation of one value over the KL, policy "
-        f"N(m, 1) against reference N(0, 1): k3 overtakes k1 at {shift:.5f} nats. (b–d) Standard deviation of k3 over that "
-        "of k1 (blue line) as the policy leaves a fixed reference; dots mark the crossover, lines end where the variance "
-        "of k3 becomes infinite or the walk stops. (b) Gaussian policies that shift, narrow, do both, or widen: "
-        f"{where('Gaussian policies')}. (c) Random softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) "
-        f"moved along random logits: {where('random categoricals')}. (d) Ten tokens, one of the given reference "
-        f"probability dropped: {where('one token dropped')}. All exact, no sampling. Verdicts: "
-        f"{gl.report.sentence(verdicts, '01_crossover')}"
+        "**Where k3 stops being quieter than k1.** Standard deviation of one value (a) and that of k3 over that of k1 (b–d) as the "
+        f"policy leaves a fixed reference. k3 overtakes k1 (a) at {shift:.5f} nats, (b) Gaussian policies: "
+        f"{where('Gaussian policies')}, (c) random bandits and trees: {where('random categoricals')}, (d) one token dropped: "
+        f"{where('one token dropped')}. Exact.",
+        "* (a) Policy N(m, 1) against reference N(0, 1).\n"
+        "* (b) Gaussian policies that shift, narrow, do both, or widen. Lines end where the variance of k3 becomes infinite or "
+        "the walk stops.\n"
+        "* (c) Softmax policies (bandits of 10 tokens, trees of 3 tokens and 3 steps) moved along random logits.\n"
+        "* (d) Ten tokens, one of the given reference probability dropped.",
     )
 
 
-study.save_figure("01_crossover", gl.plots.crossover(crossover), crossover, crossover_caption(crossover, verdicts))
+study.save_figure("01_crossover", gl.plots.crossover(crossover), crossover, *crossover_text(crossover), verdicts)
 
 
 # %%
-def gradients_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def gradients_text(frame: pd.DataFrame) -> tuple[str, str]:
     equal, unequal = (toy.label for toy in toys)
 
     def k3(column: str, parameter: str) -> float:
@@ -217,15 +218,16 @@ def gradients_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
 
     truth = ", ".join(f"{k3('truth', parameter):.6f}" for parameter in ("mean", "std"))
     bias, error = ([f"{k3(column, parameter):.4g}" for parameter in ("mean", "std")] for column in ("bias", "std_of_mean"))
+    draws = f"{cell(frame, 'samples', via='sampled'):,}"
     return (
-        "**An unbiased value, a wrong gradient.** Expected value and expected gradient (mean, std) of each estimator, exact "
-        f"(filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); "
-        f"black: the truth. Policy N(0, 1); reference N(1, 1) above (KL {cell(frame, 'kl', scenario=equal):.3g} nats), "
-        f"N(1, std 1.1) below (KL {cell(frame, 'kl', scenario=unequal):.3g} nats, true gradient ({truth})). There k3 as "
-        f"loss has value bias {round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) "
-        f"relative to the truth, at a relative standard error of {error[0]} and {error[1]}. Verdicts: "
-        f"{gl.report.sentence(verdicts, '01_gradients')}"
+        "**Bias of the value and of the gradient.** Expected value and gradient (mean, std) of each estimator for the policy "
+        f"N(0, 1), reference N(1, 1) above and N(1, std 1.1) below. Below, k3 as loss has value bias "
+        f"{round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) relative to the truth. Exact "
+        f"and from {draws} draws (95 % intervals).",
+        f"KL {cell(frame, 'kl', scenario=equal):.3g} nats above, {cell(frame, 'kl', scenario=unequal):.3g} below, where the true "
+        f"gradient is ({truth}). The relative standard error of a mean of {draws} draws of k3 as loss is {error[0]} (mean) and "
+        f"{error[1]} (std).",
     )
 
 
-study.save_figure("01_gradients", gl.plots.gradients(gradients), gradients, gradients_caption(gradients, verdicts))
+study.save_figure("01_gradients", gl.plots.gradients(gradients), gradients, *gradients_text(gradients), verdicts)

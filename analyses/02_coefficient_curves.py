@@ -98,8 +98,7 @@ verdicts = study.verdicts({"02_coefficients": frame})
 # %%
 
 
-# %%
-def caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def text(frame: pd.DataFrame) -> tuple[str, str]:
     plain, shipped = dict.fromkeys(frame["clamp"])
 
     def rows(name: str, clamp: str) -> pd.DataFrame:
@@ -112,17 +111,15 @@ def caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     k3, k2_reach = rows("k3-loss", plain), reach("k2-loss")
     on_k2 = rows("k2-loss", plain)["error"].abs().max() < 1e-12
     return (
-        "**The coefficient each loss puts on the score of a sampled token.** (a) Plain, (b) with the clamps verl puts on k3 "
-        f"(log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}), against the probability the "
-        f"policy gives a token of reference probability {frame['reference'].max():g}; grey: under-sampled side. The "
-        f"principled coefficient (dotted) is the log-ratio ℓ; k2 as loss is {'on' if on_k2 else 'off'} it. Up to |ℓ| = "
-        f"{k3['log_ratio'].max():g}, k3 as loss reaches {k3['coefficient'].max():.4f} on the over-sampled side and "
-        f"{k3['coefficient'].min():,.0f} on the under-sampled side. Clamped, k3 pulls only for ℓ ≥ "
-        f"{reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ {k2_reach[1]:.2f} (on a grid of {x[0]:.2g}): "
-        "beyond, the token is let go. (c) Asymmetry |c(−x)|/|c(x)| of the plain coefficients, up to "
-        f"{k3['asymmetry'].max():,.0f} for k3 (reference probability {frame['reference'].min():g}). Exact, no sampling. "
-        f"Verdicts: {gl.report.sentence(verdicts)}"
+        "**The coefficient each loss puts on the score of a sampled token**, of reference probability "
+        f"{frame['reference'].max():g}: (a) plain, (b) with the clamps that verl puts on k3. k2 as loss is {'on' if on_k2 else 'off'} "
+        f"the principled log-ratio (dotted). Up to |ℓ| = {k3['log_ratio'].max():g}, k3 as loss reaches {k3['coefficient'].max():.4f} on "
+        f"the over-sampled and {k3['coefficient'].min():,.0f} on the under-sampled side (grey), an asymmetry (c) of up to "
+        f"{k3['asymmetry'].max():,.0f}. Exact.",
+        f"* Clamps: log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}. Clamped, k3 has a gradient only for "
+        f"ℓ ≥ {reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ {k2_reach[1]:.2f} (on a grid of {x[0]:.2g}).\n"
+        f"* (c) |c(−x)|/|c(x)| of the plain coefficients, reference probability {frame['reference'].min():g}.",
     )
 
 
-study.save_figure("02_coefficients", gl.plots.coefficients(frame), frame, caption(frame, verdicts))
+study.save_figure("02_coefficients", gl.plots.coefficients(frame), frame, *text(frame), verdicts)

@@ -101,7 +101,7 @@ verdicts = study.verdicts({"03_tokens": tokens, "03_objectives": objectives, "03
 cell = gl.report.cell
 
 
-def tokens_caption(frame: pd.DataFrame, objectives: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def tokens_text(frame: pd.DataFrame, objectives: pd.DataFrame) -> tuple[str, str]:
     def vector(name: str, column: str) -> str:
         rows = frame[(frame["estimator"] == name) & (frame["via"] == "exact")]
         return f"({', '.join(f'{value + 0:.4f}' for value in rows[column].round(12))})"
@@ -110,56 +110,57 @@ def tokens_caption(frame: pd.DataFrame, objectives: pd.DataFrame, verdicts: pd.D
     k3 = frame[(frame["estimator"] == "k3-loss") & (frame["via"] == "exact")]
     cosine = cell(objectives, "cosine", scenario=scenario, estimator="k3-loss", target="reverse_kl", via="exact")
     flipped = ", ".join(k3["parameter"][k3["ratio"] < 0]) or "none"
+    vectors = {"truth": vector("k1-reward", "truth")} | {name: vector(name, "expected") for name in NAMES}
     return (
-        f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. Exact (filled) and from "
-        f"{cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}); black: the true "
-        f"gradient of the reverse KL, {vector('k1-reward', 'truth')}. k1 in reward and k2 as loss expect "
-        f"{vector('k1-reward', 'expected')} and {vector('k2-loss', 'expected')}, k3 as loss "
-        f"{vector('k3-loss', 'expected')} (cosine with the truth {cosine:.3f}; sign flipped: {flipped}), k1 as loss "
-        f"{vector('k1-loss', 'expected')}. Verdicts: {gl.report.sentence(verdicts, '03_tokens')}"
+        f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. k3 as loss: cosine with the truth "
+        f"{cosine:.3f}; sign flipped: {flipped}. Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, "
+        "95 % intervals); black: the true gradient of the reverse KL.",
+        "\n".join(f"* {name}: {numbers}" for name, numbers in vectors.items()),
     )
 
 
-study.save_figure("03_tokens", gl.plots.tokens(tokens), tokens, tokens_caption(tokens, objectives, verdicts))
+study.save_figure("03_tokens", gl.plots.tokens(tokens), tokens, *tokens_text(tokens, objectives), verdicts)
 
 
 # %%
-def objectives_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
     part = frame[frame["via"] == "exact"]
     nothing = part["gradient_norm"][part["estimator"] == "k1-loss"].max()
+    zero = part.groupby(["estimator", "target"], sort=False)["bias"].max() < 1e-9
+    descended = zero[zero].reset_index().groupby("target", sort=False)["estimator"].agg(", ".join)
     return (
-        f"**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
+        "**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
         f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL "
-        f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats, seed {study.seed}), exact; filled: 0, the loss descends that "
-        "objective. ½χ² is of π against ref, mse ½Σ(π−ref)². The expected gradient of k1 as loss has norm "
-        f"{round(float(nothing), 12):g}. Verdicts: {gl.report.sentence(verdicts, '03_objectives')}"
+        f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats), exact. Filled: 0, the loss descends that objective: "
+        f"{'; '.join(f'{target} by {names}' for target, names in descended.items()) or 'none'}. The expected gradient of k1 as loss "
+        f"has norm {round(float(nothing), 12):g}.",
+        "½χ² is of π against ref, mse ½Σ(π−ref)².",
     )
 
 
-study.save_figure("03_objectives", gl.plots.objectives(objectives), objectives, objectives_caption(objectives, verdicts))
+study.save_figure("03_objectives", gl.plots.objectives(objectives), objectives, *objectives_text(objectives), verdicts)
 
 
 # %%
-def field_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def field_text(frame: pd.DataFrame) -> tuple[str, str]:
     at = frame[(frame["grid"] == "instance") & (frame["estimator"] == "k3-loss")]
     plane = frame[frame["grid"] == "logits"]
     widest = np.log(plane["policy_0"] / plane["policy_2"]).max()
     shares = (plane.set_index("reference")["rise"] > 0).groupby(level=0, sort=False).mean()
-    area = ", ".join(f"{share:.2%} for ref {reference}" for reference, share in shares.items())
+    area = ", ".join(f"{share:.2%} (ref {reference})" for reference, share in shares.items())
     others = frame["rise"][frame["estimator"] != "k3-loss"].max()
-    points = "; ".join(
-        f"({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}) from {row.kl:.4f} to {row.kl + row.rise:.4f} nats at a "
-        f"cosine of {row.cosine:.3f} with the true gradient"
+    points = "\n".join(
+        f"* ({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}): from {row.kl:.4f} to {row.kl + row.rise:.4f} nats, at a cosine "
+        f"of {row.cosine:.3f} with the true gradient"
         for row in at.itertuples()
     )
     return (
-        "**Descent over all policies on three tokens A, B, C.** Arrows: direction in which one exact step on the logits "
-        f"moves the policy, for two references (star). Shaded: a step of {frame['step'].iloc[0]:g} with k3 as loss raises "
-        "KL(π‖ref), a strip along the edges; right, the same over the logits, where the shaded share of |log π(·)/π(C)| ≤ "
-        f"{widest:.0f} is {area}. k1 in reward and k2 as loss agree and "
-        f"{'never raise it' if others < 0 else 'raise it somewhere too'}. Circles: the step takes the KL of {points}. All "
-        f"exact, no sampling. Verdicts: {gl.report.sentence(verdicts, '03_field')}"
+        "**Descent over all policies on three tokens A, B, C**, for two references (star). Arrows: direction in which an exact "
+        f"step on the logits moves the policy. Shaded, over the logits: a step of {frame['step'].iloc[0]:g} with k3 as loss raises "
+        f"KL(π‖ref), for a share of {area}. k1 in reward and k2 as loss {'never raise it' if others < 0 else 'raise it somewhere too'}. "
+        "Exact.",
+        f"Logits: |log π(·)/π(C)| ≤ {widest:.0f}. The step with k3 as loss takes the KL of the policies in circles:\n\n{points}",
     )
 
 
-study.save_figure("03_field", gl.plots.field(field), field, field_caption(field, verdicts))
+study.save_figure("03_field", gl.plots.field(field), field, *field_text(field), verdicts)

@@ -23,8 +23,20 @@ class Run:
     def frame(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / f"{name}.csv")
 
-    def caption(self, name: str) -> str:
+    def text(self, name: str) -> str:
+        """What stands under and beside a figure: caption, notes, verdicts and provenance."""
         return (self.folder / f"{name}.md").read_text(encoding="utf-8")
+
+    def caption(self, name: str) -> str:
+        return self.text(name).partition("\n\n")[0]
+
+    def check_captions(self) -> None:
+        """Every picture has a caption that starts with what it shows and is short enough to be read under it."""
+        for path in self.folder.glob("*.png"):
+            caption = self.caption(path.stem)
+            assert caption.startswith("**"), path.stem
+            assert len(caption.split()) <= gl.report.CAPTION_WORDS, path.stem
+            assert "HOLDS" not in caption, path.stem
 
 
 def run(script: str, folder: Path) -> Run:

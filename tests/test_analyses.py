@@ -41,8 +41,9 @@ def test_every_figure_comes_with_its_data_and_a_caption(runs: dict[str, Run], sc
     found = runs[script[:2]]
     expected = {f"{name}.{suffix}" for name in SCRIPTS[script] for suffix in ("png", "pdf", "csv", "md")}
     assert {path.name for path in found.folder.iterdir()} == expected | {f"{script[:2]}_frames.json"}
+    found.check_captions()
     for name in SCRIPTS[script]:
-        text = found.caption(name)
+        text = found.text(name)
         assert re.search(r"KL|ℓ", text)
         assert re.search(r"(HOLDS|FAILS) \(", text)
         assert re.search(r"seed 0|[Ee]xact", text)
@@ -196,7 +197,7 @@ def test_the_published_bandit(runs: dict[str, Run]) -> None:
     objectives = runs["03"].frame("03_objectives").set_index(["scenario", "estimator", "target", "via"])
     cosine = objectives.loc[(frame["scenario"][0], "k3-loss", "reverse_kl", "exact"), "cosine"]
     assert cosine == pytest.approx(0.908, abs=5e-4)
-    assert "cosine with the truth 0.908; sign flipped: token 1" in runs["03"].caption("03_tokens")
+    assert "cosine with the truth 0.908; sign flipped: token 1." in runs["03"].caption("03_tokens")
 
 
 def test_what_each_loss_descends(runs: dict[str, Run]) -> None:
@@ -285,38 +286,43 @@ def test_a_planted_change_of_a_frame_changes_verdict_and_sentence(
     found = [table.set_index(["id", "scope"])["verdict"][claim] for table in (before, after)]
     assert found[1] == verdict
     assert found[0] != verdict
-    sentences = [gl.report.sentence(table, frame) for table in (before, after)]
+    sentences = [gl.report.verdict_summary(table[table["frame"] == frame]) for table in (before, after)]
     assert sentences[0] != sentences[1]
 
 
 @pytest.mark.parametrize(
-    ("caption", "frame", "change", "before", "after"),
+    ("text", "frame", "change", "before", "after"),
     [
-        ("schulman_caption", "schulman", {"samples": 77}, "from 100,000 draws", "from 77 draws"),
-        ("schulman_caption", "schulman", {"std": 9.9}, "are 20.000, 1.418, 1.417", "are 9.900, 9.900, 9.900"),
-        ("crossover_caption", "crossover", {"crossover": 0.5}, "at 0.62822 nats", "at 0.50000 nats"),
-        ("crossover_caption", "crossover", {"crossover": np.inf}, "in 40 of 40 cases, between", "in 0 of 40 cases."),
-        ("gradients_caption", "gradients", {"bias": 0.0}, "gradient bias 0.21 (mean)", "gradient bias 0 (mean)"),
-        ("caption", "frame", {"asymmetry": 2.0}, "up to 2,981 for k3", "up to 2 for k3"),
-        ("caption", "frame", {"error": 0.1}, "k2 as loss is on it", "k2 as loss is off it"),
-        ("objectives_caption", "objectives", {"gradient_norm": 0.25}, "has norm 0. Verdicts", "has norm 0.25. Verdicts"),
-        ("field_caption", "field", {"rise": 0.5}, "never raise it", "raise it somewhere too"),
+        ("schulman_text", "schulman", {"samples": 77}, "from 100,000 draws", "from 77 draws"),
+        ("schulman_text", "schulman", {"std": 9.9}, "are 20.000, 1.418, 1.417", "are 9.900, 9.900, 9.900"),
+        ("crossover_text", "crossover", {"crossover": 0.5}, "at 0.62822 nats", "at 0.50000 nats"),
+        ("crossover_text", "crossover", {"crossover": np.inf}, "in 40 of 40 cases, at", "in 0 of 40 cases, (d)"),
+        ("gradients_text", "gradients", {"bias": 0.0}, "gradient bias 0.21 (mean)", "gradient bias 0 (mean)"),
+        ("text", "frame", {"asymmetry": 2.0}, "of up to 2,981", "of up to 2."),
+        ("text", "frame", {"error": 0.1}, "k2 as loss is on the", "k2 as loss is off the"),
+        ("objectives_text", "objectives", {"gradient_norm": 0.25}, "has norm 0.", "has norm 0.25."),
+        ("objectives_text", "objectives", {"bias": 0.5}, "; forward_kl by k3-loss;", "objective: none. The"),
+        ("field_text", "field", {"rise": 0.5}, "never raise it", "raise it somewhere too"),
     ],
 )
 def test_captions_are_filled_from_the_frame(
-    runs: dict[str, Run], caption: str, frame: str, change: dict[str, float], before: str, after: str
+    runs: dict[str, Run], text: str, frame: str, change: dict[str, float], before: str, after: str
 ) -> None:
-    names = next(found.names for found in runs.values() if caption in found.names)
-    data, settled = names[frame], names["verdicts"]
-    assert before in names[caption](data, settled)
-    changed = names[caption](data.assign(**change), settled)
+    names = next(found.names for found in runs.values() if text in found.names)
+    more = (names["objectives"],) if text == "tokens_text" else ()
+    assert before in "\n\n".join(names[text](names[frame], *more))
+    changed = "\n\n".join(names[text](names[frame].assign(**change), *more))
     assert after in changed
-    assert before not in changed
+    assert changed.count(before) - (before == "has norm 0.") == 0
 
 
-def test_captions_carry_the_verdicts_they_are_given(runs: dict[str, Run]) -> None:
+def test_the_text_of_a_figure_carries_the_verdicts_it_is_given(runs: dict[str, Run], tmp_path: Path) -> None:
+    assert "`same-sign` HOLDS (one token)" in runs["02"].text("02_coefficients")
     names = runs["02"].names
     settled = names["verdicts"].assign(verdict="UNDECIDED")
-    assert "HOLDS" in names["caption"](names["frame"], names["verdicts"])
-    assert "HOLDS" not in names["caption"](names["frame"], settled)
-    assert "same-sign UNDECIDED (one token)" in names["caption"](names["frame"], settled)
+    figure = gl.plots.coefficients(names["frame"])
+    gl.report.Study("02", tmp_path).save_figure("02_coefficients", figure, names["frame"], "**Caption.**", "* Note", settled)
+    text = (tmp_path / "02_coefficients.md").read_text(encoding="utf-8")
+    assert text.startswith("**Caption.**\n\n* Note\n\nVerdicts:\n\n* `")
+    assert "HOLDS" not in text
+    assert "`same-sign` UNDECIDED (one token)" in text

@@ -308,11 +308,17 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(monk
 
 def test_the_gallery_shows_every_figure_with_its_caption_and_data(tmp_path):
     study = gl.report.Study("01_planted", output=tmp_path, quick=True)
-    study.save_figure("01_picture", Figure(figsize=(2, 1)), pd.DataFrame({"x": [1.5]}), "A caption with `code` & <signs>.")
     settled = gl.claims.verify({})
+    own = settled.iloc[:1].assign(figure="01_picture", verdict="FAILS", scope="one <case>")
+    caption, notes = "A caption with `code` & <signs>.", "* A note."
+    study.save_figure("01_picture", Figure(figsize=(2, 1)), pd.DataFrame({"x": [1.5]}), caption, notes, own)
     page = gallery.write(tmp_path, settled, {"01_planted": "Is <this> escaped?"}).read_text(encoding="utf-8")
     assert "Is &lt;this&gt; escaped?" in page
     assert "A caption with <code>code</code> &amp; &lt;signs&gt;." in page
+    under, beside = page.split("<figcaption>")[1].split("</figcaption>")
+    assert "A note." not in under
+    for told in ("<li>A note.</li>", '<span class="verdict FAILS">FAILS</span> (one &lt;case&gt;)', "Made by"):
+        assert told in beside
     assert 'href="01_picture.csv"' in page
     assert "data:image/png;base64," in page
     assert page.count('data-verdict="OPEN"') == len(settled)

@@ -107,7 +107,7 @@ class Claim:
 
     @property
     def figure(self) -> str:
-        """The figure that shows the frame and tells the verdict in its caption."""
+        """The figure that shows the frame; its text tells the verdict."""
         return DRAWN_IN.get(f"{self.frame}/{self.topic}", DRAWN_IN.get(self.frame, self.frame))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +13,33 @@ from markdown_it import MarkdownIt
 
 from gradlab.study import pages
 
+_VERDICT = re.compile(r"\b(HOLDS|FAILS|UNDECIDED|OPEN)\b")
+
 
 @dataclass(frozen=True)
 class Plate:
-    """One figure of the gallery: its name, caption as HTML, picture as a data URI, and the files beside it."""
+    """One figure of the gallery: its name, caption and notes as HTML, picture as a data URI, and the files beside it."""
 
     name: str
     caption: str
+    notes: str
     picture: str
     files: tuple[str, ...]
 
 
 def plates(folder: Path) -> list[Plate]:
-    """Every figure of a folder that has a picture and a caption, in the order of their names."""
+    """Every figure of a folder that has a picture and a text, in the order of their names."""
     markdown = MarkdownIt("commonmark", {"html": False})
     found = []
     for picture in sorted(folder.glob("[0-9]*.png")):
-        caption = picture.with_suffix(".md")
-        if not caption.is_file():
+        text = picture.with_suffix(".md")
+        if not text.is_file():
             continue
         files = tuple(f"{picture.stem}.{kind}" for kind in ("csv", "pdf") if (folder / f"{picture.stem}.{kind}").is_file())
         encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
-        html = markdown.render(caption.read_text(encoding="utf-8"))
-        found.append(Plate(picture.stem, html, f"data:image/png;base64,{encoded}", files))
+        caption, _, notes = text.read_text(encoding="utf-8").partition("\n\n")
+        shown = _VERDICT.sub(r'<span class="verdict \1">\1</span>', markdown.render(notes))
+        found.append(Plate(picture.stem, markdown.render(caption), shown, f"data:image/png;base64,{encoded}", files))
     return found
 
 

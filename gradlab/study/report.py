@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: A caption is read under its picture; what is longer stands in the notes beside it.
+CAPTION_WORDS = 80
+
 #: Nothing that differs between two runs of one command may enter a file.
 _METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": None},
@@ -60,8 +63,20 @@ class Study:
         """Write a frame as CSV, see `gradlab._common.frames`."""
         return frames.save(writable(self.output), name, frame, {"quick": self.quick, "seed": self.seed})
 
-    def save_figure(self, name: str, figure: Figure, frame: pd.DataFrame, caption: str) -> Path:
-        """Write a picture (PNG and PDF), the frame it shows (CSV) and its caption with provenance (Markdown)."""
+    def save_figure(
+        self,
+        name: str,
+        figure: Figure,
+        frame: pd.DataFrame,
+        caption: str,
+        notes: str = "",
+        verdicts: pd.DataFrame | None = None,
+    ) -> Path:
+        """Write a picture (PNG and PDF), the frame it shows (CSV) and its text (Markdown).
+
+        The text is the `caption`, one paragraph of at most `CAPTION_WORDS` words that is read under the picture, and what the page
+        shows beside it: `notes` in Markdown, the figure's verdicts among the settled `verdicts`, and the provenance.
+        """
         from gradlab.plots import stylesheet  # who saves a figure has drawn one; nobody else waits for the library
 
         folder = writable(self.output)
@@ -71,8 +86,11 @@ class Study:
             figure.set_layout_engine("none")  # laid out once: the same picture in every format
         self.save_frame(name, frame)
         stamp = ", ".join(f"{package} {number}" for package, number in versions().items())
+        told = "" if verdicts is None else verdict_summary(verdicts[verdicts["figure"] == name])
+        told = told and f"Verdicts:\n\n{told}"
+        made = f"Made by `{self.command}`, seed {self.seed}, with {stamp}."
         with written(folder / f"{name}.md") as part:
-            part.write_text(f"{caption}\n\nMade by `{self.command}`, seed {self.seed}, with {stamp}.\n", encoding="utf-8")
+            part.write_text("\n\n".join(filter(None, (caption, notes, told, made))) + "\n", encoding="utf-8")
         return folder / f"{name}.png"
 
     def verdicts(self, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -88,17 +106,13 @@ class Study:
         return settled
 
 
-def sentence(settled: pd.DataFrame, frame: str | None = None, topic: str | None = None) -> str:
-    """Verdicts in words, for a caption: `value-k2 HOLDS (Gaussian; bandit). …`; of one frame or one topic, if given."""
-    if frame is not None:
-        settled = settled[settled["frame"] == frame]
-    if topic is not None:
-        settled = settled[settled["id"].str.split(".").str[0] == topic]
-    parts = []
+def verdict_summary(settled: pd.DataFrame) -> str:
+    """A settled ledger as a Markdown list, one item per claim: `* value-k2 HOLDS (Gaussian; bandit), FAILS (…)`."""
+    items = []
     for name, rows in settled.groupby("id", sort=False):
-        found = [f"{v} ({'; '.join(part['scope'])})" for v, part in rows.groupby("verdict", sort=False)]
-        parts.append(f"{name} {', '.join(found)}.")
-    return " ".join(parts)
+        found = [f"{verdict} ({'; '.join(part['scope'])})" for verdict, part in rows.groupby("verdict", sort=False)]
+        items.append(f"* `{name}` {', '.join(found)}")
+    return "\n".join(items)
 
 
 def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
