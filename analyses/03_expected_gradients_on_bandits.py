@@ -126,13 +126,12 @@ study.save_figure("03_tokens", gl.plots.tokens(tokens), tokens, *tokens_text(tok
 def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
     part = frame[frame["via"] == "exact"]
     nothing = part["gradient_norm"][part["estimator"] == "k1-loss"].max()
-    zero = part.groupby(["estimator", "target"], sort=False)["bias"].max() < 1e-9
-    descended = zero[zero].reset_index().groupby("target", sort=False)["estimator"].agg(", ".join)
+    told = "; ".join(f"{target} by {', '.join(names)}" for target, names in gl.report.unbiased(part).items())
     return (
         "**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
         f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL "
         f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats), exact. Filled: 0, the loss descends that objective: "
-        f"{'; '.join(f'{target} by {names}' for target, names in descended.items()) or 'none'}. The expected gradient of k1 as loss "
+        f"{told or 'none'}. The expected gradient of k1 as loss "
         f"has norm {round(float(nothing), 12):g}.",
         "½χ² is of π against ref, mse ½Σ(π−ref)².",
     )

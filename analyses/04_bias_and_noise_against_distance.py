@@ -157,10 +157,8 @@ study.save_frame("04_versus", versus)
 # ## Figures
 
 # %%
-POLICIES = (
-    f"{COUNTS['bandit']} random bandits (3–20 tokens), {COUNTS['tree']} trees (2–4 tokens, 2–4 steps), {COUNTS['markov']} chains "
-    f"(2–5 tokens, 4–16 steps), on-policy, seed {study.seed}"
-)
+SIZES = f"{COUNTS['bandit']} random bandits, {COUNTS['tree']} trees and {COUNTS['markov']} chains"
+POLICIES = "Bandits of 3–20 tokens; trees of 2–4 tokens and 2–4 steps; chains of 2–5 tokens and 4–16 steps. On-policy."
 
 
 def median(frame: pd.DataFrame, column: str, kl: float, **where: object) -> float:
@@ -182,64 +180,75 @@ BIAS = ["k3-loss", "k3-loss-sequence", "k2-loss", "k3-reward-to-go", "abs-loss"]
 NOISE = ["k1-loss", "k2-loss", "k3-loss", "k3-loss-sequence", "k1-reward-to-go", "full-both"]
 
 
-def bands_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    told = near(frame, "bias", ".2g", estimator="k3-loss", target=REVERSE)
+def bands_text(frame: pd.DataFrame) -> tuple[str, str]:
     return (
         "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the reverse KL, "
-        f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band) over "
-        f"{POLICIES}. All exact. Median relative bias of k3 as loss at KL near 0.01, 0.1 and 1 nats: {told}. "
-        f"Estimators of bias 0 are left out of the first row. Verdicts: {gl.report.sentence(verdicts, '04_bands')} "
-        f"{gl.report.sentence(verdicts, '04_versus', 'k3-reward')}"
+        f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band). At KL near "
+        "0.01, 0.1 and 1 nats the bias of k3 as loss is "
+        f"{near(frame, 'bias', '.2g', estimator='k3-loss', target=REVERSE)}. {SIZES}, exact.",
+        f"{POLICIES} Estimators of bias 0 are left out of the first row.",
     )
 
 
 reverse = bands[bands["target"] == REVERSE]
 figure = gl.plots.distances(reverse, BIAS, NOISE)
-study.save_figure("04_bands", figure, bands, bands_caption(bands, verdicts))
+study.save_figure("04_bands", figure, bands, *bands_text(bands), verdicts)
 
 
 # %%
-def catalogue_caption(frame: pd.DataFrame) -> str:
+def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
     zero = frame.groupby("estimator", sort=False)["bias"].max() < ROUNDING
     return (
-        "**The whole catalogue.** Median over scenarios of the relative bias as a gradient of the reverse KL (a–c) and of the noise of "
-        f"a single response (d–f), for every estimator (rows) and KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats "
-        f"(columns): {POLICIES}. Exact. Without bias in all three families: {', '.join(zero[zero].index)}. Weights are 1 on-policy; "
-        "where they are differentiated they change the gradient all the same. Dots: not solved on chains in this run."
+        "**The whole catalogue.** Median relative bias as a gradient of the reverse KL (a–c) and median noise of a single response "
+        f"(d–f), for every estimator (rows) and KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats (columns). "
+        f"{zero.sum()} of {len(zero)} estimators have no bias in any family. {SIZES}, exact.",
+        f"Without bias: {', '.join(zero[zero].index)}.\n\n{POLICIES} Weights are 1 on-policy; where they are differentiated they "
+        "change the gradient all the same. Dots: not solved on chains in this run.",
     )
 
 
 medians = reverse[["scenario", "family", "scenarios", "estimator", "target", "via", "kl", "bias", "cosine", "noise"]]
-study.save_figure("04_catalogue", gl.plots.catalogue(medians), medians, catalogue_caption(medians))
+study.save_figure("04_catalogue", gl.plots.catalogue(medians), medians, *catalogue_text(medians), verdicts)
 
 
 # %%
-def slopes_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    def of(name: str, target: str = REVERSE) -> str:
-        part = frame[(frame["estimator"] == name) & (frame["target"] == target)]
-        found, factor = part["slope"], part["factor"]
-        return f"{found.mean():.3f} ± {found.std():.3f} (factor {factor.median():.2g}, {factor.min():.2g}–{factor.max():.2g})"
+def slopes_text(frame: pd.DataFrame, remainders: pd.DataFrame) -> tuple[str, str]:
+    def rows(name: str, target: str = REVERSE) -> pd.DataFrame:
+        return frame[(frame["estimator"] == name) & (frame["target"] == target)]
 
-    left = {credit: remainders[remainders["credit"] == credit] for credit in ("token", "sequence")}
-    smallest = {credit: part[part["kl"] == part["kl"].min()]["remainder_max"].max() for credit, part in left.items()}
+    def exponent(*of: str) -> str:
+        return f"{rows(*of)['slope'].mean():.3f} ± {rows(*of)['slope'].std():.3f}"
+
+    def factor(*of: str) -> str:
+        found = rows(*of)["factor"]
+        return f"{found.median():.2g} ({found.min():.2g}–{found.max():.2g})"
+
+    left = {credit: part[part["kl"] == part["kl"].min()] for credit, part in remainders.groupby("credit")}
+    smallest = {credit: part["remainder_max"].max() for credit, part in left.items()}
+    kinds = {
+        "k3 as loss, per token": ("k3-loss",),
+        "against the frozen-prefix form": ("k3-loss", FROZEN),
+        "the response as one action": ("k3-loss-sequence",),
+        "k2 as loss, per token": ("k2-loss",),
+    }
     return (
-        "**Exponents as KL → 0.** Relative bias ≈ factor · KL^exponent, fitted to each random scenario's "
-        f"{frame['points'].iloc[0]} smallest distances, {frame['kl_min'].min():.2g}–{frame['kl_max'].max():.2g} nats; bars: standard "
-        f"error of the fit; {POLICIES}. Exact. k3 as loss has {of('k3-loss')} per token, {of('k3-loss', FROZEN)} against the "
-        f"frozen-prefix form and {of('k3-loss-sequence')} with the response as one action; k2 as loss per token, which ignores "
-        f"prefixes, {of('k2-loss')}. Taking E[½(δ−1)² score] away leaves at most {smallest['token']:.1%} (token) and "
-        f"{smallest['sequence']:.1%} (sequence) of the error of k3 at the smallest distance. Verdicts: "
-        f"{gl.report.sentence(verdicts, '04_slopes')} {gl.report.sentence(verdicts, '04_remainders')}"
+        "**Exponents as KL → 0.** Relative bias ≈ factor · KL^exponent, fitted to each scenario's "
+        f"{frame['points'].iloc[0]} smallest distances (bars: standard error). The exponent of k3 as loss is {exponent('k3-loss')} per "
+        f"token and {exponent('k3-loss-sequence')} with the response as one action. Without E[½(δ−1)² score], at most "
+        f"{max(smallest.values()):.1%} of its error is left at the smallest distance. {SIZES}, exact.",
+        f"{POLICIES} Distances {frame['kl_min'].min():.2g}–{frame['kl_max'].max():.2g} nats. k2 as loss per token ignores what a token "
+        "does to later prefixes. Exponent, and factor with its range:\n\n"
+        + "\n".join(f"* {kind}: {exponent(*of)}, {factor(*of)}" for kind, of in kinds.items())
+        + f"\n\nLeft without E[½(δ−1)² score]: {smallest['token']:.1%} per token, {smallest['sequence']:.1%} per response.",
     )
 
 
-study.save_figure("04_slopes", gl.plots.slopes(slopes), slopes, slopes_caption(slopes, verdicts))
+study.save_figure("04_slopes", gl.plots.slopes(slopes), slopes, *slopes_text(slopes, remainders), verdicts)
 
 
 # %%
-def batches_caption(frame: pd.DataFrame) -> str:
+def batches_text(frame: pd.DataFrame) -> tuple[str, str]:
     samples = int(frame["samples"].dropna().iloc[0])
-    counts = ", ".join(f"{COUNTS[family]} {plural}" for family, plural in (("bandit", "bandits"), ("tree", "trees")))
     exact = frame[(frame["via"] == "exact") & (frame["rmse"] > 1e-9)]  # in bandits summing over the vocabulary leaves rounding
 
     def level(family: str) -> str:
@@ -247,42 +256,43 @@ def batches_caption(frame: pd.DataFrame) -> str:
         rows = exact[(exact["family"] == family) & (exact["kl"] == exact["kl"].max())].set_index("batch")
         last = rows.index.max()
         ratio = rows.loc[last].set_index("estimator")["rmse"] / rows.loc[last // 10].set_index("estimator")["rmse"]
-        return f"{family}s: {', '.join(ratio.index[ratio > 0.9]) or 'none'}"
+        return f"in {family}s {', '.join(ratio.index[ratio > 0.9]) or 'none'}"
 
     return (
-        "**Error against batch size.** Relative root mean squared error of a batch's gradient: exact median (line) and 10–90 % range "
-        f"(band) over {counts}, and the median of batches really drawn (open dots, {samples} of each size in each scenario, 95 % "
-        f"bootstrap intervals, seed {study.seed}). KL of {', '.join(f'{kl:.2g}' for kl in chosen_kls)} nats. A curve that levels "
-        f"off has reached its bias; at the largest KL that is, in {level('bandit')}; in {level('tree')} (k2 as loss, per token, misses "
-        "what a token does to later prefixes). Summing over the vocabulary has no noise in bandits, so no curve there."
+        "**Error against batch size.** Relative root mean squared error of a batch's gradient at KL of "
+        f"{', '.join(f'{kl:.2g}' for kl in chosen_kls)} nats: exact median (line) and 10–90 % range (band) over {COUNTS['bandit']} "
+        f"bandits and {COUNTS['tree']} trees, and the median of {samples} drawn batches of each size (dots). At the largest KL these "
+        f"have reached their bias and stopped falling: {level('bandit')}; {level('tree')}.",
+        f"{POLICIES} Dots with 95 % bootstrap intervals, in each scenario. k2 as loss, per token, misses what a token does to later "
+        "prefixes. Summing over the vocabulary has no noise in bandits, so no curve there.",
     )
 
 
-study.save_figure("04_batches", gl.plots.batches(batches), batches, batches_caption(batches))
+study.save_figure("04_batches", gl.plots.batches(batches), batches, *batches_text(batches), verdicts)
 
 
 # %%
-def crossover_caption(frame: pd.DataFrame) -> str:
-    told = near(frame, "crossover", ",.0f", estimator="k3-loss", target=REVERSE)
+def crossover_text(frame: pd.DataFrame, versus: pd.DataFrame) -> tuple[str, str]:
     other = versus[(versus["estimator"] == "k3-loss") & (versus["other"] == "k1-reward-to-go")]
-    beaten = near(other, "overtaken", ",.0f")
     k3 = frame[frame["estimator"] == "k3-loss"]
     near_kl = k3[k3["kl"] <= 2e-3].groupby("family")[["kl", "crossover"]]
     power = [np.polyfit(np.log(part["kl"]), np.log(part["crossover"]), 1)[0] for _, part in near_kl]
     return (
-        "**At what batch size does the bias matter?** Batch size at which the squared bias equals the variance, noise/bias², as "
-        f"gradients of the reverse KL: median and 10–90 % range over {POLICIES}. Exact. Above the line more responses do not help. "
-        f"k3 as loss at KL near 0.01, 0.1 and 1 nats, median: {told} responses. k1 in reward (to go), which has no bias but "
-        f"more noise on sequences, has the smaller error from {beaten} responses on. Up to 0.002 nats the crossover falls "
-        f"as KL^{min(power):.2f} to KL^{max(power):.2f}: near the reference noise is constant and the squared bias ∝ KL."
+        "**From which batch size on the bias matters.** Batch size noise/bias², at which the squared bias equals the variance, for "
+        "gradients of the reverse KL; above the line more responses do not help. k3 as loss at KL near 0.01, 0.1 and 1 nats: "
+        f"{near(frame, 'crossover', ',.0f', estimator='k3-loss', target=REVERSE)} responses. Median and 10–90 % range over {SIZES}, "
+        "exact.",
+        f"{POLICIES}\n\nk1 in reward (to go), which has no bias but more noise on sequences, has the smaller error than k3 as loss from "
+        f"{near(other, 'overtaken', ',.0f')} responses on. Up to 0.002 nats the crossover falls as KL^{min(power):.2f} to "
+        f"KL^{max(power):.2f}; constant noise and a squared bias ∝ KL would make it KL^-1.",
     )
 
 
-study.save_figure("04_crossover", gl.plots.crossovers(crossovers), crossovers, crossover_caption(crossovers))
+study.save_figure("04_crossover", gl.plots.crossovers(crossovers), crossovers, *crossover_text(crossovers, versus), verdicts)
 
 
 # %%
-def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
     part = frame[frame["estimator"] == "k3-loss"]
     told = [
         f"{family} {median(part, 'norm_ratio', 1, family=family):.2f} ({median(part, 'norm_ratio_min', 1, family=family):.2f}–"
@@ -290,32 +300,33 @@ def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         for family in COUNTS
     ]
     return (
-        "**Is k3 as loss the weaker regulariser?** Norm of the expected gradient of k3 as loss over that of k2 as loss in the same "
-        f"scenario, per token and with the response as one action: median, 10–90 % band and extremes (dotted) over {POLICIES}. Exact. "
-        f"At KL near 1 nat, per token: {'; '.join(told)}. Verdicts: {gl.report.sentence(verdicts, '04_versus', 'k3-weaker')}"
+        "**Strength of k3 as loss against k2 as loss.** Norm of the expected gradient of k3 over that of k2 in the same scenario, per "
+        "token and with the response as one action: median, 10–90 % band and extremes (dotted). At KL near 1 nat, per token: "
+        f"{'; '.join(told)}. {SIZES}, exact.",
+        POLICIES,
     )
 
 
 weaker = versus[versus["other"].isin(["k2-loss", "k2-loss-sequence"]) & versus["estimator"].str.startswith("k3")]
 weaker = weaker.reset_index(drop=True)
 figure = gl.plots.ratios(weaker, "norm_ratio", "‖E g‖ of k3 / of k2")
-study.save_figure("04_weaker", figure, weaker, weaker_caption(weaker, verdicts))
+study.save_figure("04_weaker", figure, weaker, *weaker_text(weaker), verdicts)
 
 
 # %%
-def blackwell_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def blackwell_text(frame: pd.DataFrame) -> tuple[str, str]:
     worst = {row["scenario"]: row for row in frame[frame["scenarios"] == 1].to_dict("records")}
-    told = [f"{name} (KL {row['kl']:.3g} nats): {row['noise_ratio']:.2f} times" for name, row in worst.items()]
+    told = [f"{row['noise_ratio']:.2f} times on the {name} (KL {row['kl']:.3g} nats)" for name, row in worst.items()]
     return (
-        "**Summing over the vocabulary.** Noise of the full-vocabulary KL per token over that of k2 as loss (same expectation, frozen "
-        "prefixes), and of complete Rao–Blackwell over that of k1 in reward to go (same expectation, reverse KL): median, 10–90 % "
-        f"band and extremes (dotted) over {POLICIES}; crosses: scenarios made to be noisier. Exact. It adds noise on the "
-        f"{'; on the '.join(told)} that of sampling. In a bandit there is none left, so nothing is drawn. Verdicts: "
-        f"{gl.report.sentence(verdicts, topic='rao-blackwell')}"
+        "**Summing over the vocabulary.** Noise of the full-vocabulary KL over that of k2 as loss, and of complete Rao–Blackwell over "
+        "that of k1 in reward to go: median, 10–90 % band and extremes (dotted). In scenarios made for it (crosses) it is "
+        f"{'; '.join(told)}. {SIZES}, exact.",
+        f"{POLICIES} Each pair has the same expectation: the first per token with frozen prefixes, the second for the reverse KL. In a "
+        "bandit no noise is left, so nothing is drawn.",
     )
 
 
 blackwell = versus[versus["estimator"].isin(["full-loss", "full-both"])].reset_index(drop=True)
 shown = blackwell[blackwell["family"] != "bandit"]
 figure = gl.plots.ratios(shown, "noise_ratio", "noise / noise of sampling")
-study.save_figure("04_rao_blackwell", figure, blackwell, blackwell_caption(blackwell, verdicts))
+study.save_figure("04_rao_blackwell", figure, blackwell, *blackwell_text(blackwell), verdicts)

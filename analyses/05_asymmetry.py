@@ -135,31 +135,32 @@ verdicts = study.verdicts({"05_sides": sides, "05_bands": bands, "05_dropped": d
 cell = gl.report.cell
 
 
-def dropped_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
     def at(column: str, estimator: str, via: str = "exact") -> float:
         return float(cell(frame, column, estimator=estimator, via=via))
 
     probability = float(mode.policy.table.softmax(-1)[0, J])
     return (
-        f"**One token of ten dropped.** The reference gives the token probability {ref[J]:g} and the others equal shares; the "
-        f"policy gives it {probability:.3e} (KL {mode.kl():.4f} nats). Pull on its logit (minus the expected gradient): "
-        f"{at('pull', 'k3-loss'):.5f} with k3 as loss, {at('pull', 'k2-loss'):.5f} with k2 as loss, which is the true one "
-        f"(line), {at('pull', 'mse-sampled-loss'):.2e} with the bounded form. The noise of a mean of 64 tokens over that pull is "
-        f"{at('noise_at_64', 'k3-loss'):.2f} (k3) and {at('noise_at_64', 'k2-loss'):.2f} (k2): k3 multiplies signal and noise "
-        f"alike. The rare token brings {at('expected_share', 'k3-loss'):.2%} of k3's pull along the true gradient and "
-        f"{at('second_share', 'k3-loss'):.2%} of its second moment ({at('expected_share', 'k2-loss'):.2%} and "
-        f"{at('second_share', 'k2-loss'):.2%} with k2), and {(1 - probability) ** 64:.1%} of all batches of 64 do not hold it. "
-        f"Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % intervals, seed {study.seed}; "
-        "in (b) of the noise alone, without the error of the signal it is divided by). "
-        f"Verdicts: {gl.report.sentence(verdicts, '05_dropped')}"
+        f"**One token of ten dropped**, from reference probability {ref[J]:g} to {probability:.3e} (KL {mode.kl():.4f} nats). Minus the "
+        f"expected gradient on its logit: {at('pull', 'k3-loss'):.5f} with k3 as loss, {at('pull', 'k2-loss'):.5f} with k2 as loss, the "
+        f"true one. A mean of 64 tokens has noise over that signal of {at('noise_at_64', 'k3-loss'):.2f} (k3) and "
+        f"{at('noise_at_64', 'k2-loss'):.2f} (k2). Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % "
+        "intervals).",
+        f"* {(1 - probability) ** 64:.1%} of all batches of 64 do not hold the token.\n"
+        f"* Its share of the expected gradient along the true one: {at('expected_share', 'k3-loss'):.2%} (k3), "
+        f"{at('expected_share', 'k2-loss'):.2%} (k2); of the second moment: {at('second_share', 'k3-loss'):.2%} (k3), "
+        f"{at('second_share', 'k2-loss'):.2%} (k2).\n"
+        f"* With the bounded form the signal is {at('pull', 'mse-sampled-loss'):.2e}.\n"
+        "* The other tokens have equal shares of the reference. Intervals in (b) are of the noise alone, without the error of the "
+        "signal it is divided by.",
     )
 
 
-study.save_figure("05_dropped", gl.plots.dropped_sides(dropped), dropped, dropped_caption(dropped, verdicts))
+study.save_figure("05_dropped", gl.plots.dropped_sides(dropped), dropped, *dropped_text(dropped), verdicts)
 
 
 # %%
-def sides_caption(frame: pd.DataFrame, raw: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def sides_text(frame: pd.DataFrame, raw: pd.DataFrame) -> tuple[str, str]:
     def median(world: str, estimator: str, quantity: str, kl: float) -> float:
         return float(cell(frame, "share", world=world, estimator=estimator, quantity=quantity, kl=kl, quantile=0.5))
 
@@ -170,47 +171,47 @@ def sides_caption(frame: pd.DataFrame, raw: pd.DataFrame, verdicts: pd.DataFrame
     )
     apart = raw.loc[raw["estimator"] == "k3-loss", "under_mass"].sub(0.5).abs().max()
     return (
-        "**What under-sampled tokens carry.** Share of the mean |coefficient| E|a|, of the expected gradient along the true one "
-        "and of the second moment E‖g‖² that comes from tokens with π < ref; the rest comes from over-sampled ones. Median "
-        f"and 10–90 % band over {draws} random policies a row (bandits of 10 and 1,000 tokens, logits of standard deviation 1 "
-        f"and 2.5; trees of 3 tokens and 4 steps), seed {study.seed}, KL {kls[0]:.2g}–{far:.2g} nats. The mean |coefficient| "
-        f"of k3 as loss is split evenly, to {round(float(apart), 12):g}: E[1 − δ] = 0, so what explodes on the under-sampled side is "
-        f"as rare as it is large. The second moment is not: at {far:.2g} nats the median share is {shares}. Exact, no sampling. "
-        f"Verdicts: {gl.report.sentence(verdicts, '05_sides')} {gl.report.sentence(verdicts, '05_bands')}"
+        "**What under-sampled tokens carry.** Share of tokens with π < ref in the mean |coefficient|, in the expected gradient along the "
+        f"true one and in the second moment E‖g‖². At {far:.2g} nats the median share of the second moment is {shares}. Median and "
+        f"10–90 % band over {draws} random policies a row, exact.",
+        f"* Bandits of 10 and 1,000 tokens, logits of standard deviation 1 and 2.5; trees of 3 tokens and 4 steps; KL {kls[0]:.2g}–"
+        f"{far:.2g} nats.\n"
+        "* E[1 − δ] = 0: over- and under-sampled tokens have equal shares of the mean |coefficient| of k3 as loss. The measured share "
+        f"is off one half by at most {round(float(apart), 12):g}.",
     )
 
 
-study.save_figure("05_bands", gl.plots.sides(bands), bands, sides_caption(bands, sides, verdicts))
+study.save_figure("05_bands", gl.plots.sides(bands), bands, *sides_text(bands, sides), verdicts)
 
 
 # %%
-def tails_caption(frame: pd.DataFrame, hill: pd.DataFrame) -> str:
+def tails_text(frame: pd.DataFrame, hill: pd.DataFrame) -> tuple[str, str]:
     def median(estimator: str, quantity: str) -> float:
         where = {"world": "1,000 tokens", "estimator": estimator, "quantity": quantity, "kl": kls[-1], "quantile": 0.5}
         return float(cell(frame, "share", **where))
 
-    ends = ", ".join(
-        f"{part['exact'].iloc[0]:.3g} against {part['index'].iloc[0]:.3g} at k = {part['k'].iloc[0]}"
+    ends = "\n".join(
+        f"* {part['exact'].iloc[0]:.3g} against {part['index'].iloc[0]:.3g} at k = {part['k'].iloc[0]}"
         for _, part in hill.groupby("ratio", sort=False)
     )
     return (
-        "**How heavy the tails are.** (a) Skewness of one response's gradient along the true one and (b) the largest share of the "
-        f"second moment that a single token has, over {draws} bandits of 1,000 tokens (median, 10–90 % band, exact, seed "
-        f"{study.seed}). At {kls[-1]:.2g} nats the median skewness is {median('k2-loss', 'skewness'):.1f} (k2) and "
-        f"{median('k3-loss', 'skewness'):.1f} (k3), and one token in a thousand has {median('k2-loss', 'largest_second'):.1%} and "
-        f"{median('k3-loss', 'largest_second'):.1%} of the second moment. (c) Tail index of δ for Gaussian policies narrower than "
-        f"their reference: exact (black), and Hill's estimate from {cell(hill, 'samples'):,} draws over the number k of largest "
-        f"values used (dashed; band: ± 1.96/√k). Exact against estimated: {ends}; the tail is a power times a power of log δ, "
-        "which Hill's estimate forgets only slowly. Below 2 (grey) the variance of k3 is infinite."
+        "**How heavy the tails are.** (a) Skewness of one response's gradient along the true one and (b) largest share of the second "
+        f"moment on one token: at {kls[-1]:.2g} nats {median('k2-loss', 'skewness'):.1f} and "
+        f"{median('k2-loss', 'largest_second'):.1%} (k2), {median('k3-loss', 'skewness'):.1f} and "
+        f"{median('k3-loss', 'largest_second'):.1%} (k3); median and 10–90 % band over {draws} bandits of 1,000 tokens, exact. (c) Tail "
+        "index of δ for Gaussian policies: exact (black) and Hill's estimate; below 2 (grey) the variance of k3 is infinite.",
+        f"(c) Policies narrower than their reference; Hill's estimate from {cell(hill, 'samples'):,} draws over the number k of largest "
+        "values used (band: ± 1.96/√k). The tail is a power times a power of log δ, which Hill's estimate forgets only slowly. Exact "
+        f"against estimated:\n\n{ends}",
     )
 
 
 tail_bands = bands[(bands["world"] == "1,000 tokens") & bands["quantity"].isin(["skewness", "largest_second"])]
-study.save_figure("05_tails", gl.plots.tail_indices(tail_bands, hill), tail_bands, tails_caption(tail_bands, hill))
+study.save_figure("05_tails", gl.plots.tail_indices(tail_bands, hill), tail_bands, *tails_text(tail_bands, hill), verdicts)
 
 
 # %%
-def restoring_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def restoring_text(frame: pd.DataFrame) -> tuple[str, str]:
     def took(estimator: str, q: float, d: float) -> str:
         where = {"estimator": estimator, "reference": q, "shift": float(d)}
         mark = "" if cell(frame, "restored", **where) else "more than "
@@ -220,14 +221,14 @@ def restoring_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
         return f"{took('k2-loss', q, d)} with k2, {took('k3-loss', q, d)} with k3"
 
     return (
-        "**Bringing a token back by the regulariser alone.** Exact gradient descent on the logits with the full expected "
-        f"gradient, step {STEP:g}. (a) The dropped token of the bandit of ten. (b, c) Time (steps × step size) until the odds of "
-        "a token are within a factor of two of the reference's, over how far its log-odds were off; hollow: not within "
-        f"{limit:,} steps. Reference probability .2: dropped by 7 nats {pair(0.2, -7)}, inflated by 7 nats {pair(0.2, 7)}. "
-        f"Reference probability .01: dropped {pair(0.01, -7)}, inflated {pair(0.01, 7)}. The expected gradient of k3 is π − ref: "
-        "it restores a dropped token at the rate ref and an inflated one at the rate π − ref, whereas the true gradient "
-        f"vanishes with π. No sampling. Verdicts: {gl.report.sentence(verdicts, '05_restoring')}"
+        "**Bringing a token back by the regulariser alone.** Exact gradient descent on the logits with the expected gradient: (a) the "
+        "dropped token of the bandit of ten; (b, c) time until a token's odds are within a factor of two of the reference's, over how "
+        f"far they were off. Reference probability .2, dropped by 7 nats: {pair(0.2, -7)}; inflated: {pair(0.2, 7)}.",
+        f"Reference probability .01, dropped by 7 nats: {pair(0.01, -7)}; inflated: {pair(0.01, 7)}.\n\n"
+        f"Time is steps × step size, step {STEP:g}; hollow: not within {limit:,} steps. No sampling. The expected gradient of k3 is "
+        "π − ref: it restores a dropped token at the rate ref and an inflated one at the rate π − ref, whereas the true gradient "
+        "vanishes with π.",
     )
 
 
-study.save_figure("05_restoring", gl.plots.restoring(way, times), times, restoring_caption(times, verdicts))
+study.save_figure("05_restoring", gl.plots.restoring(way, times), times, *restoring_text(times), verdicts)

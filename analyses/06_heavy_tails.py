@@ -158,7 +158,7 @@ study.save_frame("06_two_tokens", laws)
 cell = gl.report.cell
 
 
-def running_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def running_text(frame: pd.DataFrame) -> tuple[str, str]:
     def told(column: str, n: int) -> str:
         low, mid, high = (cell(frame, column + end, kernel="k3", samples=n) for end in ("_q10", "", "_q90"))
         return f"{mid:.3g} ({low:.3g}–{high:.3g})"
@@ -171,79 +171,83 @@ def running_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
     index = tails.tail_index(PAIR)
     k1 = gl.exact.value_moments("k1", PAIR).variance ** 0.5
     return (
-        f"**A sample cannot see the variance of k3, nor its mean.** {PAIR.label}: policy and reference of arXiv 2510.01555, App. I; KL "
-        f"{PAIR.kl():.4f} nats, variance of k3 infinite (tail index of δ {index:.3f}). (a) Sample mean over the KL and (b) sample "
-        f"standard deviation of k1 and k3 over {runs} independent samples that grow to {last:,} draws (seed {study.seed}): median "
-        "with 95 % interval (bars) and the 10–90 % range of a single sample (band); solid: exact expectation of k3 without events rarer "
-        f"than 1/n; dotted: the reported standard deviations, {REPORTED['k3']} (k3) and {REPORTED['k1']} (k1; exact {k1:.4f}). At "
-        f"{first:,} draws the mean is {told('mean_ratio', first)} of the KL and the standard deviation {told('std', first)} nats, at "
-        f"{last:,} draws {told('mean_ratio', last)} and {told('std', last)}; {REPORTED['k3']} is within the usual range at {usual} draws. "
-        f"(c) Exact share of E[k3] on events rarer than 1/n for policies N(0.1, σ²): {share['share'].iloc[0]:.0%} at n = "
-        f"{share['samples'].iloc[0]:.2g} for σ = 0.2. Verdicts: {gl.report.sentence(verdicts, '06_running')}"
+        f"**What a sample sees of k3**, whose variance is {'in' * (index <= 2)}finite here (KL {PAIR.kl():.4f} nats). (a) Sample mean "
+        f"over the KL, (b) sample standard deviation over {runs} samples that grow to {last:,} draws: median and 10–90 % of samples. At "
+        f"{first:,} draws they are {told('mean_ratio', first)} and {told('std', first)} nats, at {last:,} {told('mean_ratio', last)} "
+        f"and {told('std', last)}. (c) Share of E[k3] on events rarer than 1/n.",
+        f"* {PAIR.label}: policy and reference of arXiv 2510.01555, App. I; tail index of δ {index:.3f}.\n"
+        "* Bars: 95 % intervals of the median. Solid: exact expectation of k3 without events rarer than 1/n. Dotted: the reported "
+        f"standard deviations, {REPORTED['k3']} (k3) and {REPORTED['k1']} (k1; exact {k1:.4f}). {REPORTED['k3']} is within the usual "
+        f"range at {usual} draws.\n"
+        f"* (c) Exact, policies N(0.1, σ²): {share['share'].iloc[0]:.0%} at n = {share['samples'].iloc[0]:.2g} for σ = 0.2.",
     )
 
 
 figure = gl.plots.running(running, shares, REPORTED)
-study.save_figure("06_running", figure, running, running_caption(running, verdicts))
+study.save_figure("06_running", figure, running, *running_text(running), verdicts)
 
 
 # %%
-def variance_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def variance_text(frame: pd.DataFrame) -> tuple[str, str]:
     drawn = frame[frame["via"] == "sampled"]
     finite = frame[(frame["via"] == "exact") & np.isfinite(frame["std"])]
     gap = max(
         abs(row["std"] / tails.k3_variance(at(row["mean"], row["ratio"])) ** 0.5 - 1) for row in finite.to_dict("records")
     )
+    largest = drawn[drawn["ratio"] < BORDER]["std"].max()
     return (
-        "**Where the variance of k3 is infinite.** Standard deviation of one k3 for a policy N(mean, σ²) and the reference N(0, 1): in "
-        f"closed form (lines; they end at σ = √½, where ∫ref²/π stops existing), by quadrature (dots; at most {gap:.0e} off, relative) "
-        f"and from {int(drawn['samples'].iloc[0]):,} draws (open dots: median of {int(drawn['runs'].iloc[0])} samples, bars 10–90 % of a "
-        f"sample, seed {study.seed + 1}). Samples give finite numbers where there is nothing to estimate. Verdicts: "
-        f"{gl.report.sentence(verdicts, '06_variance')}"
+        "**Where the variance of k3 is infinite.** Standard deviation of one k3 for a policy N(mean, σ²) and the reference N(0, 1), in "
+        f"closed form (lines, up to the border σ = {BORDER:.4g}), by quadrature (dots) and from {int(drawn['samples'].iloc[0]):,} draws "
+        f"(open: median of {int(drawn['runs'].iloc[0])} samples, bars 10–90 %). Beyond the border samples give up to "
+        f"{largest:.2g} nats.",
+        "The second moment ∫ref²/π stops existing at σ = √½: beyond it samples give finite numbers of nothing. Quadrature and closed "
+        f"form differ by at most {gap:.0e}, relative.",
     )
 
 
 figure = gl.plots.variance_map(variance, BORDER)
-study.save_figure("06_variance", figure, variance, variance_caption(variance, verdicts))
+study.save_figure("06_variance", figure, variance, *variance_text(variance), verdicts)
 
 
 # %%
-def dropped_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
     exact = frame[frame["via"] == "exact"]
-    told = []
+    told, notes = [], []
     for chance in CHANCES:
         part = exact[exact["probability"].between(0.999 * chance, 1.001 * chance)]
         row = part.iloc[np.abs(np.log(part["draws_per_event"] / 0.1)).argmin()]
-        told.append(f"{row['samples']:,} draws for π = {chance:.2g}: {row['mean_ratio']:.2f} of the KL of {row['kl']:.3f} nats")
+        told.append(f"{row['mean_ratio']:.2f} for π = {chance:.2g}")
+        notes.append(f"* π = {chance:.2g}: KL {row['kl']:.3f} nats, a tenth of 1/π is {row['samples']:,} draws")
     return (
-        "**A dropped token is a finite heavy tail.** Sample mean of k3 over the KL in a bandit of ten tokens whose reference gives one "
-        "token probability 0.2 and whose policy gives it π: exact median (line) and 10–90 % range (band) of a sample of n draws, by the "
-        f"binomial law of how often the token is met, and the median of {int(frame['runs'].dropna().iloc[0])} counted samples (open, "
-        f"95 % intervals, seed {study.seed}). Up to about 1/π draws (dotted) most samples miss the token and with it the larger part of "
-        f"the KL. At a tenth of that: {'; '.join(told)}. Verdicts: {gl.report.sentence(verdicts, '06_dropped')}"
+        "**Sample mean of k3 over the KL with a dropped token**, of reference probability 0.2 and policy probability π, in a bandit of "
+        "ten: exact median (line) and 10–90 % range (band) of a sample of n draws, and the median of "
+        f"{int(frame['runs'].dropna().iloc[0])} counted samples (open, 95 % intervals). At a tenth of 1/π draws the median is "
+        f"{', '.join(told)}.",
+        "\n".join(notes)
+        + "\n\nExact by the binomial law of how often the token is drawn. Up to about 1/π draws (dotted) most samples miss it.",
     )
 
 
-study.save_figure("06_dropped", gl.plots.rare_token(dropped), dropped, dropped_caption(dropped, verdicts))
+study.save_figure("06_dropped", gl.plots.rare_token(dropped), dropped, *dropped_text(dropped), verdicts)
 
 
 # %%
-def chi2_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    told = "; ".join(
-        f"{group} {', '.join(f'{rank:.2f}' for rank in part['rank_trace_cov'])}"
+def chi2_text(random: pd.DataFrame) -> tuple[str, str]:
+    told = "\n".join(
+        f"* {group}: {', '.join(f'{rank:.2f}' for rank in part['rank_trace_cov'])}"
         for group, part in ranks.groupby("group", sort=False)
     )
     flat, steep = counterexample.to_dict("records")
     ratio = random["gradient_ratio"]
     return (
-        f"**χ² is the variance of the coefficient, not of the gradient.** (a, b) Covariance trace of the gradient of k3 as loss against "
-        f"χ²(ref‖π), summed over steps, for {count} bandits (3–20 tokens) and {count} trees (2–4 tokens, 2–4 steps) at KL of "
-        f"{', '.join(f'{kl:g}' for kl in KLS)} nats, on-policy, seed {study.seed + 6}. Exact. The ratio runs from {ratio.min():.2f} to "
-        f"{ratio.max():.2f}; rank correlation at equal KL: {told}. (c) Two tokens: 2(1 − 2p)² (line), by enumeration with reference "
-        f"(.3 .7) (dots). The smallest counterexample: {flat['scenario']} has χ² {flat['chi2']:.2f} and gradient variance "
-        f"{flat['trace_cov']:.2g}, {steep['scenario']} has χ² {steep['chi2']:.2f} and {steep['trace_cov']:.2f}. Verdicts: "
-        f"{gl.report.sentence(verdicts, topic='k3-variance')}"
+        "**χ² against the variance of the gradient of k3 as loss.** (a, b) Covariance trace against χ²(ref‖π), summed over steps, for "
+        f"{count} bandits and {count} trees at KL of {', '.join(f'{kl:g}' for kl in KLS)} nats, exact: the ratio is "
+        f"{ratio.min():.2f} to {ratio.max():.2f}. (c) The ratio for two tokens. A counterexample: {flat['scenario']} has χ² "
+        f"{flat['chi2']:.2f} and gradient variance {round(flat['trace_cov'], 12):.2g}, {steep['scenario']} {steep['chi2']:.2f} and "
+        f"{steep['trace_cov']:.2f}.",
+        "χ² is the variance of the coefficient 1 − δ. Bandits of 3–20 tokens, trees of 2–4 tokens and 2–4 steps, on-policy. (c) "
+        f"2(1 − 2p)² (line), and by enumeration with reference (.3 .7) (dots). Rank correlation at equal KL:\n\n{told}",
     )
 
 
-study.save_figure("06_chi2", gl.plots.chi2(random, laws), chi2, chi2_caption(chi2, verdicts))
+study.save_figure("06_chi2", gl.plots.chi2(random, laws), chi2, *chi2_text(random), verdicts)

@@ -270,31 +270,34 @@ verdicts = study.verdicts(
 # ## Figures
 
 # %%
-cell, sentence = gl.report.cell, gl.report.sentence
+cell = gl.report.cell
 
 
 def range_of(frame: pd.DataFrame, column: str) -> str:
     return f"{frame[column].min():.2g}–{frame[column].max():.2g}"
 
 
-part = objectives[objectives["target"] == TARGETS[0]]
-token = part[part["estimator"] == "k2-loss"]
-study.save_figure(
-    "07_objectives",
-    gl.plots.objectives(objectives),
-    objectives,
-    "**Which objective each credit descends.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
-    f"{objectives['scenario'].nunique()} random chains and trees, half of them with an end token ({objectives['vocab'].min()}–"
-    f"{objectives['vocab'].max()} tokens, length {objectives['length'].min()}–{objectives['length'].max()}, KL "
-    f"{range_of(part, 'kl')} "
-    f"nats, seed {study.seed}), exact; filled: 0. From left to right: KL(π‖ref) of whole responses, its frozen-prefix form, "
-    "KL(ref‖π) of whole responses, its frozen-prefix form. Per token, k2 as loss misses the true gradient by "
-    f"{token['bias'].min():.1%} to {token['bias'].max():.1%}. Verdicts: {sentence(verdicts, '07_objectives')}",
-)
+def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
+    part = frame[frame["target"] == TARGETS[0]]
+    token = part[part["estimator"] == "k2-loss"]
+    descended = gl.report.unbiased(frame)
+    return (
+        "**Which objective each credit descends.** Largest relative bias ‖E g − ∇‖/‖∇‖; filled: 0. The reverse KL of whole responses "
+        f"is descended by {', '.join(descended.get(TARGETS[0], ['none']))}; per token, k2 as loss misses its gradient by "
+        f"{token['bias'].min():.1%} to {token['bias'].max():.1%}. {frame['scenario'].nunique()} random chains and trees "
+        f"({frame['vocab'].min()}–{frame['vocab'].max()} tokens, length {frame['length'].min()}–{frame['length'].max()}, "
+        f"KL {range_of(part, 'kl')} nats), exact.",
+        "From left to right: KL(π‖ref) of whole responses, its frozen-prefix form, KL(ref‖π) of whole responses, its frozen-prefix "
+        "form. Half of the policies have an end token.\n\n"
+        + "\n".join(f"* {target} by {', '.join(names)}" for target, names in descended.items()),
+    )
+
+
+study.save_figure("07_objectives", gl.plots.objectives(objectives), objectives, *objectives_text(objectives), verdicts)
 
 
 # %%
-def credit_caption(frame: pd.DataFrame) -> str:
+def credit_text(frame: pd.DataFrame) -> tuple[str, str]:
     def of(name: str, column: str) -> float:
         return float(cell(frame, column, estimator=name, target="reverse_kl", via="exact"))
 
@@ -302,27 +305,26 @@ def credit_caption(frame: pd.DataFrame) -> str:
     hits = {
         c: ((sampled[f"{c}_low"] <= inside[c] + 1e-12) & (inside[c] <= sampled[f"{c}_high"])).mean() for c in ("bias", "noise")
     }
+    even = (of("k1-reward-to-go", "noise") - of("k1-reward", "noise")) / of("k1-reward", "bias") ** 2
     return (
-        f"**Credit on one chain.** {chain.label}, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses "
-        "(a) and of "
-        f"its frozen-prefix form (b), and noise (c); exact (filled) and from {samples:,} responses (open, 95 % intervals, seed "
-        f"{study.seed}; the exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of "
-        "those of the noise; all estimators share the draws). Credit token is biased by "
-        f"{of('k1-reward', 'bias'):.3f} at noise {of('k1-reward', 'noise'):.3g}; to_go by {of('k1-reward-to-go', 'bias'):.0e} at noise "
-        f"{of('k1-reward-to-go', 'noise'):.3g}, return at {of('k1-reward-return', 'noise'):.3g}, complete Rao–Blackwell "
-        "(full-both) at "
-        f"{of('full-both', 'noise'):.3g}. Token beats to_go in root mean squared error up to batches of "
-        f"{(of('k1-reward-to-go', 'noise') - of('k1-reward', 'noise')) / of('k1-reward', 'bias') ** 2:.0f} responses. k1 as "
-        "loss has no "
-        f"direction, only noise. Verdicts: {sentence(verdicts, '07_credit')} {sentence(verdicts, '07_pairs')}"
+        f"**Credit on one chain**, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses (a) and of its "
+        f"frozen-prefix form (b), and noise (c). k1 in reward has bias {of('k1-reward', 'bias'):.3f} and noise "
+        f"{of('k1-reward', 'noise'):.3g} with credit token, {round(of('k1-reward-to-go', 'bias'), 9):g} and "
+        f"{of('k1-reward-to-go', 'noise'):.3g} with to_go; complete Rao–Blackwell (full-both) has noise {of('full-both', 'noise'):.3g}. "
+        f"Exact (filled) and from {samples:,} responses (open, 95 % intervals).",
+        f"* {chain.label}\n"
+        f"* Credit return has noise {of('k1-reward-return', 'noise'):.3g}. Token beats to_go in root mean squared error up to batches "
+        f"of {even:.0f} responses.\n"
+        f"* The exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of those of the noise; all "
+        "estimators share the draws.",
     )
 
 
-study.save_figure("07_credit", gl.plots.credit(credit), credit, credit_caption(credit))
+study.save_figure("07_credit", gl.plots.credit(credit), credit, *credit_text(credit), verdicts)
 
 
 # %%
-def gap_caption(frame: pd.DataFrame) -> str:
+def gap_text(frame: pd.DataFrame, step: pd.DataFrame) -> tuple[str, str]:
     k2 = frame[frame["estimator"] == "k2-loss"]
 
     def ends(sweep: str, column: str = "bias") -> str:
@@ -331,33 +333,26 @@ def gap_caption(frame: pd.DataFrame) -> str:
 
     middle = k2.groupby(["sweep", "x"])["bias"].median().reset_index()
     slope = gl.sequences.exponents(middle, ["sweep"], "x", "bias").set_index("sweep")["exponent"]
-    worst = k2.loc[k2["cosine"].idxmin()]
-    at = step.set_index("estimator").loc["k2-loss"]
+    at = step.set_index("estimator")
     return (
-        "**What the gradient of a token's own KL misses.** Relative bias (above) and cosine (below) against the gradient of "
-        "the reverse "
-        "KL of responses, exact: k2 as loss per token (equal to k1 in reward with credit token, and to full), k3 as loss per "
-        "token and "
-        f"on the response. Lazy chains of 8 tokens, memory 10, length 64, {PER_TOKEN:g} nats per token unless swept; median "
-        "and "
-        f"range of {draws} draws (seed {study.seed}). The median bias of k2 goes {ends('length')} over the length (at a fixed "
-        "KL per "
-        f"token), {ends('kl')} over the KL (exponent {slope['kl']:.2f}), {ends('vocab')} over the vocabulary, and "
-        f"{ends('memory')} over "
-        f"the memory (exponent {slope['memory']:.2f}), where its cosine falls {ends('memory', 'cosine')} (lowest of all draws "
-        f"{worst['cosine']:.2f}). On a tree of 2 tokens and 2 steps, KL {at['kl']:.3f} nats, it is {at['cosine']:.3f}: an "
-        "exact step of "
-        f"{STEP:g} changes the KL by {at['rise']:+.4f} with k2 as loss, "
-        f"{step.set_index('estimator')['rise']['k1-reward-to-go']:+.4f} with k1 "
-        f"in reward to_go. Verdicts: {sentence(verdicts, '07_step')}"
+        "**What the gradient of a token's own KL misses.** Relative bias (above) and cosine (below) against the gradient of the "
+        f"reverse KL of responses. The median bias of k2 as loss goes {ends('length')} over the length, {ends('kl')} over the KL, "
+        f"{ends('vocab')} over the vocabulary and {ends('memory')} over the memory. Median and range of {draws} chains, exact.",
+        f"* Lazy chains of 8 tokens, memory 10, length 64, {PER_TOKEN:g} nats per token unless swept. k2 as loss per token equals k1 in "
+        "reward with credit token, and full; k3 as loss per token and on the response.\n"
+        f"* Exponent of the median bias of k2: {slope['kl']:.2f} in the KL, {slope['memory']:.2f} in the memory, over which its cosine "
+        f"goes {ends('memory', 'cosine')} (lowest of all draws {k2['cosine'].min():.2f}).\n"
+        f"* On a tree of 2 tokens and 2 steps, KL {at['kl']['k2-loss']:.3f} nats, its cosine is {at['cosine']['k2-loss']:.3f}: an exact "
+        f"step of {STEP:g} changes the KL by {at['rise']['k2-loss']:+.4f} with k2 as loss, {at['rise']['k1-reward-to-go']:+.4f} with k1 "
+        "in reward to_go.",
     )
 
 
-study.save_figure("07_gap", gl.plots.gap(gap), gap, gap_caption(gap))
+study.save_figure("07_gap", gl.plots.gap(gap), gap, *gap_text(gap, step), verdicts)
 
 
 # %%
-def growth_caption(frame: pd.DataFrame, fits: pd.DataFrame) -> str:
+def growth_text(frame: pd.DataFrame, fits: pd.DataFrame) -> tuple[str, str]:
     table = fits.set_index(["sweep", "estimator"])
 
     def of(sweep: str, *names: str) -> str:
@@ -367,54 +362,48 @@ def growth_caption(frame: pd.DataFrame, fits: pd.DataFrame) -> str:
         )
 
     first, second = "length, KL per token", "length, KL per response"
-    listed = ("k1-reward", "full-loss", "k1-reward-to-go", "full-both", "k1-reward-return", "k1-reward-loo")
+    told = ("k1-reward", "k1-reward-to-go", "full-both")
+    others = ("full-loss", "k1-reward-return", "k1-reward-loo")
     top = frame[(frame["sweep"] == first) & (frame["estimator"] == "k3-loss-sequence")].groupby("x")["noise"].median()
     return (
-        f"**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² (median of {study.pick(3, 1)} random chains, exact, "
-        f"seed {study.seed}) over "
-        f"the length with 4 tokens at {RATE:g} nats per token (a) and at 1 nat per response (b), over the KL at length "
-        f"{study.pick(64, 8)} (c) "
-        "and over the "
-        f"vocabulary at 1 nat and length {study.pick(32, 8)} (d). The chain's parameters are shared by all steps, so in (a) the "
-        "squared signal grows as length². "
-        f"Exponents in the length (least squares ± standard error, length ≥ {LARGE[first]:g}): (a) {of(first, *listed)}; (b) "
-        f"{of(second, *listed)}. Between the two longest, to_go in (a) has "
-        f"{table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}. k3 as "
-        f"loss on the response grows exponentially with its KL: {top.iloc[-1]:.1e} at {top.index[-1]:g} tokens, beyond the "
-        "frame."
+        "**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² over the length at a fixed KL per token (a) and per response "
+        f"(b), over the KL (c) and the vocabulary (d). Exponents in the length: (a) {of(first, *told)}; (b) {of(second, *told)}. Median "
+        f"of {study.pick(3, 1)} random chains, exact.",
+        f"* (a) {RATE:g} nats per token and (b) 1 nat per response, 4 tokens; (c) length {study.pick(64, 8)}; (d) 1 nat, length "
+        f"{study.pick(32, 8)}. The chain's parameters are shared by all steps, so in (a) the squared signal grows as length².\n"
+        f"* Exponents by least squares ± standard error, length ≥ {LARGE[first]:g}; others: (a) {of(first, *others)}; (b) "
+        f"{of(second, *others)}. Between the two longest, to_go in (a) has {table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}.\n"
+        f"* k3 as loss on the response has a noise of {top.iloc[-1]:.1e} at {top.index[-1]:g} tokens, beyond the frame.",
     )
 
 
-study.save_figure("07_growth", gl.plots.growth(growth, fits), growth, growth_caption(growth, fits))
+study.save_figure("07_growth", gl.plots.growth(growth, fits), growth, *growth_text(growth, fits), verdicts)
 
 
 # %%
-def baselines_caption(frame: pd.DataFrame) -> str:
+def baselines_text(frame: pd.DataFrame) -> tuple[str, str]:
     exact = frame[frame["via"] == "exact"]
-    loo = exact[exact["baseline"] == "leave_one_out"]
     step_kl = exact[exact["baseline"] == "kl"]
     ratios = "; ".join(
         f"KL {kl:.3g}: {rows['noise_ratio'].iloc[0]:.2f} (n = 2) to {rows['noise_ratio'].iloc[-1]:.2f} (n = 8)"
-        for kl, rows in loo.groupby("kl")
+        for kl, rows in exact[exact["baseline"] == "leave_one_out"].groupby("kl")
     )
     return (
-        f"**Baselines for the KL in the reward.** Chains of 4 tokens and length {tokens}, k1 in reward with credit return. (a) "
-        "Relative bias of the "
-        f"group mean (shrinks the gradient by 1 − 1/n, bias 1/n) and of leave-one-out (none): exact (filled) and from "
-        f"{drawn:,} responses "
-        f"(open, 95 % intervals, seed {study.seed}), KL {middle.kl():.3g} nats. (b) Noise of leave-one-out over that without "
-        "baseline, equal to the "
-        f"group mean's at equal signal: {ratios}. Subtracting the step's KL from to_go leaves "
-        f"{step_kl['noise_ratio'].min():.3f}–{step_kl['noise_ratio'].max():.3f} of its noise. Verdicts: "
-        f"{sentence(verdicts, '07_baselines')}"
+        f"**Baselines for the KL in the reward**, k1 in reward with credit return, chains of length {tokens}. (a) Relative bias of the "
+        f"group mean and of leave-one-out: exact (filled) and from {drawn:,} responses (open, 95 % intervals). (b) Noise of "
+        f"leave-one-out over that without baseline: {ratios}.",
+        f"* (a) The group mean shrinks the gradient by 1 − 1/n, a bias of 1/n; KL {middle.kl():.3g} nats, 4 tokens.\n"
+        "* (b) Equal to the group mean's at equal signal.\n"
+        f"* Subtracting the step's KL from to_go leaves {step_kl['noise_ratio'].min():.3f}–{step_kl['noise_ratio'].max():.3f} of its "
+        "noise.",
     )
 
 
-study.save_figure("07_baselines", gl.plots.baselines(baselines), baselines, baselines_caption(baselines))
+study.save_figure("07_baselines", gl.plots.baselines(baselines), baselines, *baselines_text(baselines), verdicts)
 
 
 # %%
-def normalisers_caption(frame: pd.DataFrame) -> str:
+def normalisers_text(frame: pd.DataFrame) -> tuple[str, str]:
     variable = frame[frame["variable"] & (frame["normaliser"] == "mean")]
     k1, k2 = (variable[variable["estimator"] == name] for name in ("k1-loss", "k2-loss"))
     finite = frame[frame["normaliser"].str.startswith("token_mean of") & (frame["estimator"] == "k2-loss")]
@@ -423,41 +412,34 @@ def normalisers_caption(frame: pd.DataFrame) -> str:
     longer = (k1["length_change"] > 0).sum()
     kept = frame.loc[frame["normaliser"].isin(["fixed", "token_mean"]), "misdirection"].max()
     return (
-        f"**Dividing by the length.** {variable['scenario'].nunique()} policies with an end token (mean length "
-        f"{range_of(variable, 'mean_length')}, "
-        f"KL {variable['kl'].median():.2g} nats, seed {study.seed}), all exact. (a) Angle between the expected gradient with "
-        "and without 1/L: for "
-        f"k2 as loss a sine of {k2['misdirection'].min():.2f}–{k2['misdirection'].max():.2f}. (b) Cosine between the descent "
-        "direction and "
-        f"longer responses, without (small) and with 1/L (large). k1 as loss, which has no expected gradient otherwise, "
-        "becomes ∇E[1/L] "
-        f"(relative error {k1['inverse_length'].max():.0e}) and lengthens responses in {longer} of {len(k1)} policies. (c) "
-        "One mean over all "
-        f"tokens of a batch: the angle falls as n^{slope:.2f} (tree of 3 tokens and 6 steps); with 1/T or an infinite batch "
-        f"it is {kept:.0e}. Verdicts: {sentence(verdicts, '07_normalisers')}"
+        "**Dividing by the length.** (a) Sine of the angle between the expected gradient with and without 1/L: "
+        f"{k2['misdirection'].min():.2f}–{k2['misdirection'].max():.2f} for k2 as loss. (b) Cosine between the descent direction and "
+        f"longer responses, without (small) and with 1/L (large): k1 as loss lengthens responses in {longer} of {len(k1)} policies. (c) "
+        f"One mean over all tokens of a batch of n: the angle falls as n^{slope:.2f}. {variable['scenario'].nunique()} policies with an "
+        "end token, exact.",
+        f"* Mean length {range_of(variable, 'mean_length')}, KL {variable['kl'].median():.2g} nats.\n"
+        "* k1 as loss, which has no expected gradient otherwise, becomes ∇E[1/L] (relative error "
+        f"{k1['inverse_length'].max():.0e}).\n"
+        f"* (c) Tree of 3 tokens and 6 steps; with 1/T or an infinite batch the angle is {kept:.0e}.",
     )
 
 
-study.save_figure("07_normalisers", gl.plots.normalisers(normalisers), normalisers, normalisers_caption(normalisers))
+study.save_figure("07_normalisers", gl.plots.normalisers(normalisers), normalisers, *normalisers_text(normalisers), verdicts)
 
 
 # %%
-def noise_caption(frame: pd.DataFrame) -> str:
+def noise_text(frame: pd.DataFrame) -> tuple[str, str]:
     def least(kind: str) -> str:
         rows = frame[frame["reward"] == kind]
         at = rows.loc[rows["noise_ratio"].idxmin()]
         return f"{at['noise_ratio']:.3f} (at β = {at['coefficient']:.2g})"
 
     return (
-        f"**k1 as loss beside a reward.** Noise of −r ∇log π + β ∇k1 over that without k1, {world.label}, KL {world.kl():.2g} "
-        "nats, "
-        f"{draws_of_reward} random rewards per response (uniform in [0, 1]; solid) and the same less their mean (dotted); "
-        "exact, seed "
-        f"{study.seed}. The mean gradient stays (relative change {frame['shift'].max():.0e}): β is a constant baseline. The "
-        "noise falls to "
-        f"{least('in [0, 1]')} with raw rewards and to {least('centred')} with centred ones. Verdicts: "
-        f"{sentence(verdicts, '07_noise')}"
+        f"**k1 as loss beside a reward.** Noise of −r ∇log π + β ∇k1 over that without k1, KL {world.kl():.2g} nats, {draws_of_reward} "
+        f"random rewards per response (solid) and the same less their mean (dotted). It falls to {least('in [0, 1]')} with raw rewards "
+        f"and to {least('centred')} with centred ones; the mean gradient changes by at most {frame['shift'].max():.0e}. Exact.",
+        f"* {world.label}; rewards uniform in [0, 1].\n* The mean gradient stays because β is a constant baseline.",
     )
 
 
-study.save_figure("07_noise", gl.plots.shifted(noise), noise, noise_caption(noise))
+study.save_figure("07_noise", gl.plots.shifted(noise), noise, *noise_text(noise), verdicts)

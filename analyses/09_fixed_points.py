@@ -195,50 +195,47 @@ verdicts = study.verdicts({"09_fixed_points": ends, "09_weaker": weaker})
 cell = gl.report.cell
 
 
-def paths_caption(frame: pd.DataFrame, ends: pd.DataFrame) -> str:
+def paths_text(frame: pd.DataFrame) -> tuple[str, str]:
     def at(column: str, estimator: str, beta: float) -> float:
-        return float(cell(ends, column, world=three.name, estimator=estimator, coefficient=beta))
+        return float(cell(frame, column, world=three.name, estimator=estimator, coefficient=beta))
 
     beta = min(coefficients)
-    error = ends[(ends["estimator"] == "k2-loss") & (ends["family"] == "bandit")]["to_reverse"].max()
-    other = ends[(ends["estimator"] == "k3-loss") & (ends["family"] == "bandit")]["to_forward"].max()
+    error = frame[(frame["estimator"] == "k2-loss") & (frame["family"] == "bandit")]["to_reverse"].max()
+    other = frame[(frame["estimator"] == "k3-loss") & (frame["family"] == "bandit")]["to_forward"].max()
     return (
-        "**Exact ascent over three responses.** Lines: the flow of E[r] − β·penalty under the exact expected gradient of each "
-        f"regulariser, from {len(starts)} start(s); rewards at the corners, reference (.5, .3, .2). Star: π* ∝ ref·exp(r/β); "
-        "square: the forward-KL optimum β·ref/(Λ − r); dotted: both over all β. k2 as loss ends at the star (largest "
-        f"difference of a probability {error:.0e}), k3 as loss at the square ({other:.0e}). At β = {beta:g} that is "
-        f"{at('kl', 'k2-loss', beta):.3f} and {at('kl', 'k3-loss', beta):.3f} nats from the reference. k1 as loss and k3 in "
-        f"reward go to a corner; the best response's is missed by {at('regret', 'k1-loss', beta):.0e} and "
-        f"{at('regret', 'k3-reward-to-go', beta):.0e} in reward. Exact, no sampling; integrated to time "
-        f"{gl.ascent.HORIZON:.0e}."
+        "**Exact ascent over three responses** of E[r] − β·penalty, from "
+        f"{len(starts)} start(s). k2 as loss ends at π* ∝ ref·exp(r/β) (star) to {error:.0e}, k3 as loss at the forward-KL optimum "
+        f"β·ref/(Λ − r) (square) to {other:.0e}: at β = {beta:g} {at('kl', 'k2-loss', beta):.3f} and {at('kl', 'k3-loss', beta):.3f} "
+        f"nats from the reference. k1 as loss and k3 in reward end {round(at('regret', 'k1-loss', beta), 12):.0g} and "
+        f"{round(at('regret', 'k3-reward-to-go', beta), 12):.0g} in reward from the best response.",
+        "Lines: the flow under the exact expected gradient of each regulariser; rewards at the corners, reference (.5, .3, .2); dotted: "
+        "both optima over all β. Errors are the largest difference of a probability. No sampling; integrated to time "
+        f"{gl.ascent.HORIZON:.0e}.",
     )
 
 
-study.save_figure("09_paths", gl.plots.ascents(paths, optima), paths, paths_caption(paths, ends))
+study.save_figure("09_paths", gl.plots.ascents(paths, optima), paths, *paths_text(ends), verdicts)
 
 
 # %%
-def trees_caption(frame: pd.DataFrame, curves: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def trees_text(frame: pd.DataFrame) -> tuple[str, str]:
     def worst(estimator: str, column: str) -> float:
         return float(frame.loc[frame["estimator"] == estimator, column].max())
 
     beta = min(coefficients)
-    gaps = "; ".join(
-        f"{part['kl_reverse'].iloc[0]:.3g} nats ({world})"
-        for world, part in frame[(frame["estimator"] == "k2-loss") & (frame["coefficient"] == beta)].groupby(
-            "world", sort=False
-        )
-    )
+    k2 = frame[(frame["estimator"] == "k2-loss") & (frame["coefficient"] == beta)]
+    gaps = "; ".join(f"{part['kl_reverse'].iloc[0]:.3g} nats ({world})" for world, part in k2.groupby("world", sort=False))
     sizes = " and ".join(f"{len(w.reward)}" for w in (tree, ended) if w.name in set(frame["world"]))
+    at_optimum = [name for name in ("k1-reward-to-go", "k2-loss-sequence", "full-both") if worst(name, "to_reverse") < 1e-6]
     return (
-        f"**Where a regulariser leaves a tree.** KL of the end point from π* over the coefficient, on trees of 3 tokens and 3 steps "
-        f"({sizes} responses, rewards uniform in [0, 1], seed {study.seed}). Dots: exact ascent; dotted: closed form; grey: rounding. "
-        f"k1 in reward with to_go, k2 as loss of the whole response and complete Rao–Blackwell end at π* (largest difference of a "
-        f"probability {worst('k2-loss-sequence', 'to_reverse'):.0e}). Per-token k2 ends where every context solves its own problem "
-        "with the reward it goes on to collect but not the KL it goes on to pay "
-        f"({worst('k2-loss', 'to_token_reverse'):.0e}); at β = {beta:g} that is {gaps} from π*. Its expected gradient is no gradient "
-        f"there: the antisymmetric part of its Jacobian is up to {worst('k2-loss', 'curl'):.2f} of the symmetric part. Verdicts: "
-        f"{gl.report.sentence(verdicts, '09_fixed_points')}"
+        "**Where a regulariser leaves a tree.** KL of the end point from π* over the coefficient; dots: exact ascent, dotted: closed "
+        f"form, grey: rounding. At π* end {', '.join(at_optimum) or 'none'}. Per-token k2 ends, at β = {beta:g}, {gaps} from it. Trees of "
+        f"3 tokens and 3 steps ({sizes} responses), exact.",
+        "* Rewards uniform in [0, 1].\n"
+        f"* k2 as loss of the whole response is off π* by at most {worst('k2-loss-sequence', 'to_reverse'):.0e} of a probability.\n"
+        "* Per-token k2 ends where every context solves its own problem with the reward it goes on to collect but not the KL it goes on "
+        f"to pay (to {worst('k2-loss', 'to_token_reverse'):.0e}). Its expected gradient there is the gradient of no function if its "
+        f"Jacobian is not symmetric: the antisymmetric part is up to {worst('k2-loss', 'curl'):.2f} of the symmetric part.",
     )
 
 
@@ -247,27 +244,28 @@ shown = ends[(ends["family"] == "tree") & ends["estimator"].isin(ON_TREES)].copy
 shown["estimator"] = pd.Categorical(shown["estimator"], ON_TREES, ordered=True)
 shown = shown.sort_values(["world", "estimator", "coefficient"]).astype({"estimator": str})
 curves = curves[curves["world"].isin(shown["world"])]
-study.save_figure("09_trees", gl.plots.fixed_points(shown, curves), shown, trees_caption(shown, curves, verdicts))
+study.save_figure("09_trees", gl.plots.fixed_points(shown, curves), shown, *trees_text(shown), verdicts)
 
 
 # %%
-def weaker_caption(frame: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
     def median(kind: str, beta: float) -> float:
         return float(cell(frame, "ratio", kind=kind, coefficient=beta, quantile=0.5))
 
-    ratios = "; ".join(
-        f"{kind} {median(kind, betas[0]):.2f} and {median(kind, betas[-1]):.2f}" for kind in dict.fromkeys(frame["kind"])
-    )
+    kinds = dict.fromkeys(frame["kind"])
+    ratios = ", ".join(f"{kind} {median(kind, betas[0]):.2f}" for kind in kinds)
+    high = ", ".join(f"{median(kind, betas[-1]):.2f}" for kind in kinds)
     counts = frame.drop_duplicates("kind").set_index("kind")["count"]
     return (
-        "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 as loss "
-        "(line at 1), over the coefficient; above 1 k3 is the weaker regulariser. (a) "
-        f"{counts['uniform rewards']} bandits of {TOKENS} tokens with rewards uniform in [0, 1]. (b, c) Reward 1 for one token of "
-        f"reference probability {RARE:g} and 0 for the others, or the other way round: a single case each, which that probability "
-        f"fixes. (d, e) {counts['trees, per token']} trees of 3 tokens and 3 steps with uniform rewards, per token and with the "
-        f"response as one action. Median and 10–90 % band, closed form, seed {study.seed}; medians at β = {betas[0]:g} and "
-        f"{betas[-1]:g}: {ratios}. No sampling. Verdicts: {gl.report.sentence(verdicts, '09_weaker')}"
+        "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 as loss; "
+        f"above 1 k3 is the weaker regulariser. At β = {betas[0]:g}: {ratios}. Median and 10–90 % band over "
+        f"{counts['uniform rewards']} bandits (a) and {counts['trees, per token']} trees (d, e); single cases (b, c). Closed form.",
+        f"* At β = {betas[-1]:g}, in the same order: {high}.\n"
+        f"* (a) {TOKENS} tokens, rewards uniform in [0, 1].\n"
+        f"* (b, c) Reward 1 for one token of reference probability {RARE:g} and 0 for the others, or the other way round; that "
+        "probability fixes the case.\n"
+        "* (d, e) Trees of 3 tokens and 3 steps with uniform rewards, per token and with the response as one action.",
     )
 
 
-study.save_figure("09_weaker", gl.plots.weaker(weaker), weaker, weaker_caption(weaker, verdicts))
+study.save_figure("09_weaker", gl.plots.weaker(weaker), weaker, *weaker_text(weaker), verdicts)

@@ -126,6 +126,13 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
     return found.iloc[0]
 
 
+def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The estimators whose `bias` is 0 to rounding in every row of a target, for each target that has some."""
+    worst = frame.groupby(["target", "estimator"], sort=False)["bias"].max()
+    zero = worst[worst < verify.ROUNDING].reset_index()
+    return {str(target): list(names) for target, names in zero.groupby("target", sort=False)["estimator"]}
+
+
 def study(script: str) -> Study:
     """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`)."""
     parser = argparse.ArgumentParser(description=f"Run the analysis {Path(script).stem}.")
