@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gradlab.questions import gradient_flow as ascent
     from gradlab.questions import training as runs
     from gradlab.questions.bandits import field, simplex
+    from gradlab.records import Records
     from gradlab.rollout import Rollout
     from gradlab.scenario import Scenario
     from gradlab.solvers import exact, montecarlo
@@ -53,6 +54,7 @@ __all__ = [
     "Markov",
     "Moments",
     "Policy",
+    "Records",
     "Rollout",
     "Scenario",
     "Target",
@@ -96,6 +98,7 @@ _HOMES = {
     **dict.fromkeys(["field", "simplex"], "questions.bandits"),
     "Kernel": "estimators.kernels",
     "Moments": "moments",
+    "Records": "records",
     "Rollout": "rollout",
     "Scenario": "scenario",
     "TARGETS": "targets",

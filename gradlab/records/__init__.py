@@ -1,0 +1,21 @@
+"""Records: what a training run wrote of its rollouts, read, checked and looked into.
+
+The way of the data: reader → `Records` (blocks of `Responses`) → checks → statistics → page.
+"""
+
+from typing import TYPE_CHECKING
+
+from gradlab._common.lazy import attach
+
+if TYPE_CHECKING:
+    from gradlab.records.checks import Finding, check
+    from gradlab.records.responses import Responses
+    from gradlab.records.schema import COLUMNS
+    from gradlab.records.table import Records
+
+__all__ = ["COLUMNS", "Finding", "Records", "Responses", "check"]
+
+_HOMES = {"COLUMNS": "schema", "Finding": "checks", "Records": "table", "Responses": "responses", "check": "checks"}
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(__name__, __all__, _HOMES)
