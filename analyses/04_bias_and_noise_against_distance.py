@@ -14,7 +14,7 @@ from gradlab.solvers import markov
 
 study = gl.report.study(__file__)
 REVERSE, FROZEN = "reverse_kl", "reverse_kl_frozen_prefix"
-ROUNDING = distance.ROUNDING
+BIAS_FLOOR = distance.BIAS_FLOOR
 
 # %% [markdown]
 # ## The whole catalogue, from 1e-4 to 5 nats
@@ -197,7 +197,7 @@ study.save_figure("04_bands", figure, bands, *bands_text(bands), verdicts)
 
 # %%
 def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
-    zero = frame.groupby("estimator", sort=False)["bias"].max() < ROUNDING
+    zero = frame.groupby("estimator", sort=False)["bias"].max() < BIAS_FLOOR
     return (
         "**The whole catalogue.** Median relative bias as a gradient of the reverse KL (a–c) and median noise of a single response "
         f"(d–f), for every estimator (rows) and KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats (columns). "

@@ -95,7 +95,7 @@ rows = []
 for index, ratio in enumerate((0.9, 0.8, 0.7, 0.5)):
     scenario = gl.Scenario(gl.Gaussian(0, ratio), gl.Gaussian(0, 1))
     rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(10, index)))
-    delta = np.exp(-gl.Rollout.drawn(scenario, many, rng).log_ratio[:, 0].numpy())
+    delta = np.exp(-gl.Rollout.from_sampler(scenario, many, rng).log_ratio[:, 0].numpy())
     for k in np.geomspace(30, many // 100, 15).astype(int):
         found = gl.tails.hill(delta, int(k))
         ends = {"index_low": found / (1 + 1.96 / k**0.5), "index_high": found / max(1 - 1.96 / k**0.5, 1e-3)}

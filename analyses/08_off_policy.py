@@ -15,7 +15,7 @@ import gradlab as gl
 
 study = gl.report.study(__file__)
 seed = study.seed
-behind, variant = gl.off_policy.behind, gl.search.reweighted
+at_lag, variant = gl.off_policy.at_lag, gl.search.reweighted
 TRUNCATIONS = (1, 2, 5, 10)
 GOAL = "reverse_kl"
 
@@ -30,14 +30,14 @@ GOAL = "reverse_kl"
 # %%
 def tree(vocab: int, length: int, draw: int, lag: float, kl: float = 0.5, eos: int | None = None) -> gl.Scenario:
     policy = gl.Tree.random(vocab, length, seed + draw, eos=eos)
-    behaviour = behind(policy, lag, seed + draw) if lag else None
+    behaviour = at_lag(policy, lag, seed + draw) if lag else None
     name = f"random tree {draw}, {vocab} tokens, {length} steps" + (f", lag {lag:g}" if lag else ", on-policy")
     return gl.Scenario(policy, policy.perturbed(kl=kl, seed=seed + 100 + draw), behaviour, name)
 
 
 def bandit(draw: int, lag: float) -> gl.Scenario:
     policy = gl.Bandit.random(5, seed + draw)
-    behaviour = behind(policy, lag, seed + draw) if lag else None
+    behaviour = at_lag(policy, lag, seed + draw) if lag else None
     name = f"random bandit {draw}, 5 tokens" + (f", lag {lag:g}" if lag else ", on-policy")
     return gl.Scenario(policy, policy.perturbed(kl=0.5, seed=seed + 100 + draw), behaviour, name)
 
@@ -55,7 +55,9 @@ unbiased = compositions.loc[compositions["unbiased"], "estimator"]
 rao_blackwell = gl.ESTIMATORS["full-both-prefix"].name
 ratios = noises / noises.loc[rao_blackwell]
 compositions["noise_ratio"] = compositions["estimator"].map(ratios.min(axis=1))
-compositions["same_as"] = compositions["estimator"].map(gl.search.twins({n: tried[n] for n in unbiased}, trees[0]))
+compositions["same_as"] = compositions["estimator"].map(
+    gl.search.equivalent_estimators({n: tried[n] for n in unbiased}, trees[0])
+)
 
 # %% [markdown]
 # ## What is shipped, and what is published
@@ -167,7 +169,7 @@ RATE = 0.01
 
 def chain(length: int, lag: float, draw: int, kl: float = 1.0) -> gl.Scenario:
     policy = gl.Markov.random(4, length, seed + 30 + draw)
-    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=seed + 130 + draw), behind(policy, lag, seed + 30 + draw))
+    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=seed + 130 + draw), at_lag(policy, lag, seed + 30 + draw))
 
 
 lengths = study.pick(full=[2, 4, 8, 16, 32, 64, 128], quick=[2, 4, 8, 32, 64])

@@ -25,7 +25,7 @@ three = gl.ascent.World("3 tokens", gl.Bandit(np.log([0.5, 0.3, 0.2])), torch.te
 
 
 def world(name: str, reference: gl.Bandit | gl.Tree) -> gl.ascent.World:
-    return gl.ascent.World(name, reference, torch.from_numpy(rng.random(len(reference.enumerate()[0]))))
+    return gl.ascent.World(name, reference, torch.from_numpy(rng.random(len(reference.enumerate()))))
 
 
 ten = world("10 tokens", gl.Bandit.random(10, study.seed))
@@ -210,7 +210,7 @@ def paths_text(frame: pd.DataFrame) -> tuple[str, str]:
         f"{round(at('regret', 'k3-reward-to-go', beta), 12):.0g} in reward from the best response.",
         "Lines: the flow under the exact expected gradient of each regulariser; rewards at the corners, reference (.5, .3, .2); dotted: "
         "both optima over all β. Errors are the largest difference of a probability. No sampling; integrated to time "
-        f"{gl.ascent.HORIZON:.0e}.",
+        f"{gl.ascent.T_MAX:.0e}.",
     )
 
 

@@ -133,7 +133,7 @@ tree_case = gl.Scenario(tree, tree.perturbed(kl=0.5, seed=seed + 1), tree.pertur
 tried = {name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
 searched = gl.search.against(tried, [tree_case], [TARGETS[0]])
 known = sorted(searched.loc[searched["bias"] < gl.search.UNBIASED, "estimator"], key=lambda name: name not in gl.ESTIMATORS)
-unbiased = list(dict.fromkeys(gl.search.twins({name: tried[name] for name in known}, tree_case).values()))
+unbiased = list(dict.fromkeys(gl.search.equivalent_estimators({name: tried[name] for name in known}, tree_case).values()))
 BEST = "full-both-prefix"
 
 
@@ -179,12 +179,14 @@ ALL = {name: tried[name] for name in dict.fromkeys([*OFF, *unbiased])}
 frames, steps_of_engine = [], []
 for kind, engine in ENGINES.items():
     case = gl.Scenario(policy, one["reference"], engine, name=f"addition, {STEPS[stage]} steps, {kind}")
-    lost = 0.0 if engine is None else behaviour.lost_mass(policy, engine).mass
+    lost = 0.0 if engine is None else behaviour.missing_support_probability(policy, engine).value
     frames.append(gl.measure(ALL, case, TARGETS).assign(behaviour=kind, lost_mass=lost))
     if kind in ("bfloat16 engine", "stale weights"):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(21,)))
-        said = gl.Rollout.drawn(case, many, rng)
-        steps_of_engine.append(pd.DataFrame({"engine": kind, "log_ratio": said.log_weight[said.mask].numpy()}))
+        drawn_responses = gl.Rollout.from_sampler(case, many, rng)
+        steps_of_engine.append(
+            pd.DataFrame({"engine": kind, "log_ratio": drawn_responses.log_weight[drawn_responses.mask].numpy()})
+        )
 engines = pd.concat(frames, ignore_index=True)
 on = engines[engines["behaviour"] == "on-policy"].set_index(["estimator", "target"])["bias"]
 engines["excess"] = (
@@ -272,7 +274,7 @@ def catalogue_caption(frame: pd.DataFrame) -> str:
         f"Rao–Blackwell has {at('noise_ratio', 'full-both'):.3f} of the noise of k1 in the reward. In single precision biases differ "
         f"by at most {precision['bias_error'].max():.1e}. Names are sampled ({draws:,} draws, 95 % intervals, seed {seed}), with the "
         "target's gradient estimated from the same draws by complete Rao–Blackwell, which therefore has no bias of its own to show. "
-        f"Verdicts: {gl.report.sentence(verdicts, '10_catalogue')}"
+        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_catalogue')}"
     )
 
 
@@ -293,7 +295,8 @@ def ratios_caption(frame: pd.DataFrame) -> str:
     return (
         "**Do δ → 0 and δ → ∞ occur?** Share of tokens in each range of the log-ratio, a quarter of a decade wide, at the prefixes "
         "that the policy reaches: counted by the policy's probability, the reference's, and one each. Addition exact, names from "
-        f"{many:,} responses with 95 % bands, seed {seed}. {'; '.join(told)}. Verdicts: {gl.report.sentence(verdicts, '10_extremes')}"
+        f"{many:,} responses with 95 % bands, seed {seed}. {'; '.join(told)}. "
+        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_extremes')}"
     )
 
 
@@ -313,7 +316,7 @@ def sides_caption(frame: pd.DataFrame) -> str:
         "**What under-sampled tokens carry in language models.** Share, of tokens with π < ref, of the mean |coefficient|, of the "
         "expected gradient along the true one (parts counted positive) and of the second moment Σ E a²‖∇log π‖², in the network's "
         f"parameters. {told}. Exact; of names the first {LETTERS} letters. "
-        f"Verdicts: {gl.report.sentence(verdicts, '10_sides')}"
+        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_sides')}"
     )
 
 
@@ -358,7 +361,7 @@ def engines_caption(frame: pd.DataFrame) -> str:
     return (
         "**Data from an engine that is not quite the policy.** Relative bias against the gradient of the reverse KL, exact, on the "
         f"addition {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). {told}. Right: |log ρ| of the "
-        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.sentence(verdicts[verdicts['figure'] == '10_engines'])}"
+        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.verdict_summary(verdicts[verdicts['figure'] == '10_engines'])}"
     )
 
 
@@ -411,7 +414,7 @@ def growth_caption(frame: pd.DataFrame) -> str:
         f"relative to the gradient of KL(π‖ref) of names that long: {told}. "
         f"Among the listed lengths it grows least from {slowest['since']} to {slowest['length']}, to {slowest['growth']:.3g} times "
         f"({slowest['estimator']}, {slowest['behaviour']}). "
-        f"Verdicts: {gl.report.sentence(verdicts[verdicts['figure'] == '10_growth'])}"
+        f"Verdicts: {gl.report.verdict_summary(verdicts[verdicts['figure'] == '10_growth'])}"
     )
 
 

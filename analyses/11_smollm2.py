@@ -172,7 +172,7 @@ for q in [asked[0], *study.pick(full=asked[2::2], quick=[])]:
         name = f"{q.line} from {kind}"
         offs.append(gl.Scenario(policy, alone[q], engine, name=name))
         kinds[name] = kind
-        masses[name] = 0.0 if engine is None else behaviour.lost_mass(policy, engine).mass
+        masses[name] = 0.0 if engine is None else behaviour.missing_support_probability(policy, engine).value
 mismatch = gl.measure(OFF, offs, target=TARGETS)
 mismatch.insert(1, "behaviour", [kinds[name] for name in mismatch["scenario"]])
 mismatch["lost_mass"] = mismatch["scenario"].map(masses)
@@ -218,7 +218,7 @@ verdicts = study.verdicts({
 # ## Figures
 
 # %%
-sentence = gl.report.sentence
+verdict_summary = gl.report.verdict_summary
 MODEL = "SmolLM2-135M-Instruct"
 size = f"{len(reference.parameters):,} parameters"
 
@@ -275,7 +275,7 @@ def stages_caption() -> str:
         f"{ends('k3-loss', 'cosine')} for k3 as loss, {ends('k3-reward-to-go', 'cosine')} for k3 in reward. (c) Noise: "
         f"{ends('k1-reward-to-go', 'noise')} for k1 in reward to go, {ends('k3-loss', 'noise')} for k3 as loss, "
         f"{ends('full-both', 'noise')} for complete Rao–Blackwell. The action set leaves out {lost.min():.2%} to {lost.max():.2%} of the "
-        f"first step's probability. Verdicts: {sentence(verdicts, '11_catalogue')}"
+        f"first step's probability. Verdicts: {verdict_summary(verdicts, '11_catalogue')}"
     )
 
 
@@ -303,7 +303,7 @@ def ratios_caption() -> str:
         f"policy draws what it has dropped much less often than the reference would. Beyond the axis are up to {beyond:.0%} of a panel's "
         f"tokens. After {stages[0]} steps no share of drawn tokens beyond a factor of ten is "
         f"above {max(float(share(w, k, steps=stages[0])) for w in ('digits', 'all tokens') for k in ('δ < 1/10', 'δ > 10')):.2g}. "
-        f"Verdicts: {sentence(verdicts, '11_ratios')}"
+        f"Verdicts: {verdict_summary(verdicts, '11_ratios')}"
     )
 
 
@@ -327,7 +327,7 @@ def tokens_caption() -> str:
         f"log-ratio; exact, {size}. k3 as loss draws most of its second moment from {said}. (c) Share of the second moment from "
         f"under-sampled tokens on {len(asked)} prompts after {', '.join(map(str, stages))} steps: median "
         f"{median(sides, 'under_second', estimator='k2-loss'):.2f} with k2 and "
-        f"{median(sides, 'under_second', estimator='k3-loss'):.2f} with k3 as loss. Verdicts: {sentence(verdicts, '11_sides')}"
+        f"{median(sides, 'under_second', estimator='k3-loss'):.2f} with k3 as loss. Verdicts: {verdict_summary(verdicts, '11_sides')}"
     )
 
 
@@ -364,7 +364,7 @@ def mismatch_caption() -> str:
         f"nucleus leaves out responses of probability {at('k2-loss', 'top-p 0.95', 'lost_mass')}, which no weight brings back. (b) "
         f"|log ρ| of the tokens that an engine with a key-value cache drew, its own report against the trainer's float32 without a "
         f"cache: median {off.median():.2g} and at most {off.max():.2g} in bfloat16, {on.median():.1g} and {on.max():.1g} in float32 "
-        f"({len(off)} and {len(on)} tokens of all 49,152). Verdicts: {sentence(verdicts, '11_mismatch')}"
+        f"({len(off)} and {len(on)} tokens of all 49,152). Verdicts: {verdict_summary(verdicts, '11_mismatch')}"
     )
 
 

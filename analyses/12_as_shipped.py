@@ -74,7 +74,7 @@ def kinds_caption(frame: pd.DataFrame, kinds: pd.DataFrame, verdicts: pd.DataFra
         f"with frozen prefixes, {counted(on, 'forward_kl_frozen_prefix')} the forward KL with frozen prefixes; in {len(lost)} the "
         f"reference does not enter. Off-policy {counted(off, 'reverse_kl')} descend the reverse KL of whole responses and "
         f"{counted(off, 'reverse_kl_frozen_prefix')} that with frozen prefixes. Gradients leak into padding in: {leaks}. {WORLDS}. "
-        f"All configurations are in 12_configurations.csv. Verdicts: {gl.report.sentence(verdicts)}"
+        f"All configurations are in 12_configurations.csv. Verdicts: {gl.report.verdict_summary(verdicts)}"
     )
 
 
@@ -121,7 +121,7 @@ def curves_caption(curves: pd.DataFrame, shown: pd.DataFrame, frame: pd.DataFram
 on = frame[(frame["policy"] == "on") & ~frame["failures"].str.contains("length|padding|batch")]
 summed = curves[curves["subject"].isin(on["subject"])]
 shown = shipped.distinct(summed)
-study.save_figure("12_pulls", gl.plots.pulls(shown), shown, curves_caption(summed, shown, frame))
+study.save_figure("12_pulls", gl.plots.audited_curves(shown), shown, curves_caption(summed, shown, frame))
 
 # %% [markdown]
 # ## The page

@@ -25,7 +25,9 @@ MIDDLE = 0.1
 
 def trained(names: list[str], coefficients: list[float], epochs: int = 1) -> pd.DataFrame:
     """Runs of equally many optimiser steps, however many of them a batch is used for."""
-    recipe = training.Recipe(steps=steps // epochs, epochs=epochs, rate=5e-4, look=max(1, steps // 6 // epochs), watch=watch)
+    recipe = training.Recipe(
+        steps=steps // epochs, epochs=epochs, rate=5e-4, eval_every=max(1, steps // 6 // epochs), eval_responses=watch
+    )
     return gl.train(policy, reward, names, coefficients, recipe=recipe, seeds=seeds, seed=study.seed, jobs=study.jobs)
 
 
@@ -89,7 +91,7 @@ def compared_caption(frame: pd.DataFrame) -> str:
         "(c) Noise of the gradient along the run over what it is without the regulariser. KL at the end over that of k2 as loss: "
         f"{listed}. With {EPOCHS} "
         f"steps per batch k1 in the reward ends at {ratio(later, 'kl_over_k2', estimator='k1-reward')} times the KL of k2 as loss. "
-        f"Verdicts: {gl.report.sentence(verdicts)}"
+        f"Verdicts: {gl.report.verdict_summary(verdicts)}"
     )
 
 

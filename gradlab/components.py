@@ -15,9 +15,8 @@ from gradlab._common.lazy import callable_module
 from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator, kernel_values
-from gradlab.measure import ROUNDING, by_name, one_thread
+from gradlab.measure import ZERO_TOLERANCE, by_name, one_thread
 from gradlab.moments import Loss
-from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact, montecarlo
@@ -62,7 +61,7 @@ def components(
     losses, rows = by_name(estimators), []
     check_seed(seed)
     check_probability("level", level)
-    for index, scenario in enumerate(_listed(scenarios)):
+    for index, scenario in enumerate(_checked(scenarios)):
         with one_thread():
             truth = exact.gradient(target, scenario).numpy()
             if samples is not None:
@@ -70,14 +69,14 @@ def components(
             for e, (name, loss) in enumerate(losses.items()):
                 if samples is None:
                     mean = exact.moments(loss, scenario).mean.numpy()
-                    found = _exact(mean, exact.covariance(loss, scenario).diag().sqrt().numpy(), truth)
+                    columns = _exact(mean, exact.covariance(loss, scenario).diag().sqrt().numpy(), truth)
                 else:
                     batches = runs[e].batch_means
                     assert batches is not None
-                    found = _sampled(batches.numpy().T, None, truth, samples, level)
-                for j, parameter in enumerate(parameters(scenario)):
+                    columns = _sampled(batches.numpy().T, None, truth, samples, level)
+                for j, parameter in enumerate(scenario.policy.parameter_names):
                     row = {"estimator": name, "target": target, "parameter": parameter}
-                    rows.append({**_common(scenario, samples), **row, **{key: column[j] for key, column in found.items()}})
+                    rows.append({**_common(scenario, samples), **row, **{key: column[j] for key, column in columns.items()}})
     return _frame(rows, "kernel")
 
 
@@ -98,7 +97,7 @@ def values(
     check_seed(seed)
     check_probability("level", level)
     estimators, rows = [Estimator(kernel, credit=credit) for kernel in kernels], []  # type: ignore[arg-type]
-    for index, scenario in enumerate(_listed(scenarios)):
+    for index, scenario in enumerate(_checked(scenarios)):
         truth = np.full(1, scenario.kl())
         with one_thread():
             if samples is not None:
@@ -106,27 +105,15 @@ def values(
             for e, kernel in enumerate(kernels):
                 if samples is None:
                     moments = exact.value_moments(kernel, scenario, credit)
-                    found = _exact(np.full(1, moments.mean), np.full(1, moments.variance) ** 0.5, truth)
+                    columns = _exact(np.full(1, moments.mean), np.full(1, moments.variance) ** 0.5, truth)
                 else:
-                    found = _sampled(means[e, None], variances[e, None], truth, samples, level)
-                row = {"kernel": kernel, "parameter": "value", **{key: column[0] for key, column in found.items()}}
+                    columns = _sampled(means[e, None], variances[e, None], truth, samples, level)
+                row = {"kernel": kernel, "parameter": "value", **{key: column[0] for key, column in columns.items()}}
                 rows.append({**_common(scenario, samples), **row})
     return _frame(rows, "estimator", "target")
 
 
-def parameters(scenario: Scenario) -> list[str]:
-    """Names of the policy's parameters, in the order of its gradients."""
-    if isinstance(scenario.policy, Gaussian):
-        return ["mean", "std"]
-    if isinstance(scenario.policy, LanguageModel):
-        raise ValueError(
-            "a network's parameters have no names worth reading one by one; use gl.measure, or gl.language for tokens"
-        )
-    nodes, v = scenario.policy.table.shape
-    return [(f"node {i} " if nodes > 1 else "") + f"token {j}" for i in range(nodes) for j in range(v)]
-
-
-def _listed(scenarios: Scenario | Iterable[Scenario]) -> list[Scenario]:
+def _checked(scenarios: Scenario | Iterable[Scenario]) -> list[Scenario]:
     listed: list[Scenario] = several(scenarios)
     for scenario in listed:
         check_scenario(scenario)
@@ -135,8 +122,7 @@ def _listed(scenarios: Scenario | Iterable[Scenario]) -> list[Scenario]:
 
 def _common(scenario: Scenario, samples: int | None) -> dict[str, Any]:
     via = "exact" if samples is None else "sampled"
-    family = type(scenario.policy).__name__.lower()
-    return {"scenario": scenario.label, "family": family, "via": via, "samples": samples, "kl": scenario.kl()}
+    return {"scenario": scenario.label, "family": scenario.family, "via": via, "samples": samples, "kl": scenario.kl()}
 
 
 def _frame(rows: list[dict[str, Any]], *without: str) -> pd.DataFrame:
@@ -147,31 +133,33 @@ def _frame(rows: list[dict[str, Any]], *without: str) -> pd.DataFrame:
 
 
 def _exact(mean: Array, std: Array, truth: Array) -> dict[str, Array]:
-    ratio, std = _over(mean, truth), _over(std, np.abs(truth))
+    ratio, std = _relative(mean, truth), _relative(std, np.abs(truth))
     return {"truth": truth, "expected": mean, "ratio": ratio, "bias": ratio - 1, "std": std}
 
 
-def _over(numerator: Array, denominator: Array) -> Array:
-    return numerator / np.where(np.abs(denominator) <= ROUNDING, np.nan, denominator)
+def _relative(numerator: Array, denominator: Array) -> Array:
+    return numerator / np.where(np.abs(denominator) <= ZERO_TOLERANCE, np.nan, denominator)
 
 
 def _sampled(means: Array, variances: Array | None, truth: Array, samples: int, level: float) -> dict[str, Array]:
     """From batch means `[p, B]` and, where there are any, variances within batches `[p, B]`."""
     batches = means.shape[-1]
-    centre = means.mean(-1)
+    mean = means.mean(-1)
     low, high, std, std_low, std_high = (np.full(len(means), end) for end in (-np.inf, np.inf, np.nan, 0.0, np.inf))
     if batches >= intervals.MINIMUM_BATCHES:
-        reach = special.stdtrit(batches - 1, (1 + level) / 2) * means.std(-1, ddof=1) / batches**0.5
-        low, high = centre - reach, centre + reach
+        half_width = special.stdtrit(batches - 1, (1 + level) / 2) * means.std(-1, ddof=1) / batches**0.5
+        low, high = mean - half_width, mean + half_width
         # The noise of a single parameter is its variance; without variances the spread of the batch means stands in.
         noise = intervals.noise(means[..., None], variances, [1.0], level)
         scale = samples / batches if variances is None else 1.0
-        std, std_low, std_high = (_over(np.sqrt(scale * end), np.abs(truth)) for end in (noise.estimate, noise.low, noise.high))
-    ends = np.sort(np.stack([_over(low, truth), _over(high, truth)]), axis=0)
-    ratio = _over(centre, truth)
+        std, std_low, std_high = (
+            _relative(np.sqrt(scale * end), np.abs(truth)) for end in (noise.estimate, noise.low, noise.high)
+        )
+    ends = np.sort(np.stack([_relative(low, truth), _relative(high, truth)]), axis=0)
+    ratio = _relative(mean, truth)
     return {
         "truth": truth,
-        **{"expected": centre, "expected_low": low, "expected_high": high},
+        **{"expected": mean, "expected_low": low, "expected_high": high},
         **{"ratio": ratio, "ratio_low": ends[0], "ratio_high": ends[1]},
         **{"bias": ratio - 1, "bias_low": ends[0] - 1, "bias_high": ends[1] - 1},
         **{"std": std, "std_low": std_low, "std_high": std_high},
@@ -186,10 +174,10 @@ def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int
     with torch.no_grad():
         for batch, size in enumerate(parts):
             rng = generator(seed, 3, index, batch)
-            rollout = Rollout.drawn(scenario, size, rng)
-            drawn = np.stack([kernel_values(estimator, rollout).sum(-1).numpy() for estimator in estimators])
-            means.append(drawn.mean(-1))
-            variances.append(drawn.var(-1, ddof=1) if size > 1 else np.full(len(drawn), np.nan))
+            rollout = Rollout.from_sampler(scenario, size, rng)
+            kernel_sums = np.stack([kernel_values(estimator, rollout).sum(-1).numpy() for estimator in estimators])
+            means.append(kernel_sums.mean(-1))
+            variances.append(kernel_sums.var(-1, ddof=1) if size > 1 else np.full(len(kernel_sums), np.nan))
     return np.stack(means, -1), np.stack(variances, -1)
 
 

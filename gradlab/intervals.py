@@ -113,12 +113,12 @@ def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float =
     norm = _statistics(run, run.mean)
     along, centre = run.along(direction), (run.mean * direction).sum(-1)
     across = _squared_norm(_statistics(run, run.mean - centre[..., None] * direction, along), half)
-    reach = special.stdtrit(batches - 1, (1 + half) / 2) * along.std(-1, ddof=1) / np.sqrt(batches)
-    low = _cosine_of(centre - reach, np.where(centre > reach, across.high, across.low))
-    high = _cosine_of(centre + reach, np.where(centre > -reach, across.low, across.high))
-    known, squared = _told_from_zero(norm, level), norm.unit * norm.excess
-    estimate = np.clip(centre / np.sqrt(np.where(known, squared, np.nan)), -1, 1)
-    ends = estimate, np.where(known, low, -1.0), np.where(known, high, 1.0)
+    half_width = special.stdtrit(batches - 1, (1 + half) / 2) * along.std(-1, ddof=1) / np.sqrt(batches)
+    low = _cosine_of(centre - half_width, np.where(centre > half_width, across.high, across.low))
+    high = _cosine_of(centre + half_width, np.where(centre > -half_width, across.low, across.high))
+    significant, squared = _significantly_nonzero(norm, level), norm.unit * norm.excess
+    estimate = np.clip(centre / np.sqrt(np.where(significant, squared, np.nan)), -1, 1)
+    ends = estimate, np.where(significant, low, -1.0), np.where(significant, high, 1.0)
     return Interval(*(np.where(np.isnan(size), np.nan, end)[()] for end in ends))
 
 
@@ -127,7 +127,7 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
 
     `⟨m, t⟩ / √(∥m∥² ∥t∥²)` with every product an average over pairs of different batches, which takes the noise out of it;
     interval by the delete-one-batch jackknife with a Student quantile, cut at ±1. NaN in [−1, 1] where either squared norm is
-    not told from zero. Raises ValueError as `squared_distance` does. Source: derived here.
+    not significantly different from zero. Raises ValueError as `squared_distance` does. Source: derived here.
     """
     check_probability("level", level)
     x, y = Batches.of(means), Batches.of(others)
@@ -144,11 +144,11 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
         return np.concatenate([middle - total / (B * (B - 1)), left_out], -1)
 
     value = pairs(x, y) / np.sqrt(np.maximum(pairs(x, x), 1e-300) * np.maximum(pairs(y, y), 1e-300))
-    whole, error = value[..., 0], np.sqrt((B - 1) * value[..., 1:].var(-1))
-    reach = special.stdtrit(B - 1, (1 + level) / 2) * error
-    known = _told_from_zero(_statistics(x, x.mean), level) & _told_from_zero(_statistics(y, y.mean), level)
-    ends = ((whole, np.nan), (whole - reach, -1.0), (whole + reach, 1.0))
-    return Interval(*(np.where(known, np.clip(end, -1, 1), unknown)[()] for end, unknown in ends))
+    estimate, error = value[..., 0], np.sqrt((B - 1) * value[..., 1:].var(-1))
+    half_width = special.stdtrit(B - 1, (1 + level) / 2) * error
+    significant = _significantly_nonzero(_statistics(x, x.mean), level) & _significantly_nonzero(_statistics(y, y.mean), level)
+    ends = ((estimate, np.nan), (estimate - half_width, -1.0), (estimate + half_width, 1.0))
+    return Interval(*(np.where(significant, np.clip(end, -1, 1), default)[()] for end, default in ends))
 
 
 def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: npt.ArrayLike, level: float = 0.95) -> Interval:
@@ -196,8 +196,8 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
     v = k / start * (-1 - special.lambertw(-(alpha**2) / np.e, -1).real)
     normal = np.sqrt(2 * (1 + 1 / v) * np.log(np.sqrt(v + 1) / alpha))
     student = -special.stdtrit(np.maximum(k - 1, 1), special.ndtr(-normal))
-    reach = np.where(k < start, np.inf, error * student)
-    return Interval(mean, mean - reach, mean + reach)
+    half_width = np.where(k < start, np.inf, error * student)
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
 def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Interval:
@@ -217,8 +217,8 @@ def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level:
 def effective_dimension(means: npt.ArrayLike | Batches) -> Array:
     """Effective number of noise directions, `(tr Σ)² / tr(Σ²)` in [1, p], from batch means `[..., B, p]`."""
     run = Batches.of(means)
-    found = _statistics(run, np.zeros_like(run.mean))
-    return np.clip(found.first**2 / found.second, 1, run.mean.shape[-1])
+    stats = _statistics(run, np.zeros_like(run.mean))
+    return np.clip(stats.first**2 / stats.second, 1, run.mean.shape[-1])
 
 
 def detectable(samples: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> float:
@@ -298,57 +298,57 @@ def _statistics(run: Batches, offset: Array, without: Array | None = None) -> _S
     return _Statistics(batches, size / batches, signal - first, first, second, third, once - second, slope)
 
 
-def _probability_below(found: _Statistics, excess: Array, distance: Array) -> Array:
+def _probability_below(stats: _Statistics, excess: Array, distance: Array) -> Array:
     """P(`∥√B·mean∥² − tr Ŝ` ≤ excess) if `D` were `distance`: a Pearson III law with three matched moments.
 
     Variance `2 tr S² B/(B−1) + 4B dᵀSd`, third cumulant `8 tr S³ + 24B dᵀS²d`. As in a score test, `dᵀSd` is estimated
     under the hypothesis: it shares its noise with the statistic and errs by `slope` times as much, and what the
     statistic lacks may hide in the noisiest direction, `tr S³/tr S²`. Else an interval that lands low is too short.
     """
-    lack = distance - found.excess
-    slope = np.where(lack > 0, np.maximum(found.slope, found.third / found.second), found.slope)
-    along = np.clip(found.along + slope * lack, 0, np.cbrt(found.third) * distance)
-    variance = 2 * found.second * found.batches / (found.batches - 1) + 4 * along
-    shape = 4 * variance**3 / (8 * found.third + 24 * slope * along) ** 2
+    shortfall = distance - stats.excess
+    slope = np.where(shortfall > 0, np.maximum(stats.slope, stats.third / stats.second), stats.slope)
+    along = np.clip(stats.along + slope * shortfall, 0, np.cbrt(stats.third) * distance)
+    variance = 2 * stats.second * stats.batches / (stats.batches - 1) + 4 * along
+    shape = 4 * variance**3 / (8 * stats.third + 24 * slope * along) ** 2
     return np.asarray(special.gammainc(shape, np.maximum(shape + (excess - distance) * np.sqrt(shape / variance), 0)))
 
 
-def _studentised(found: _Statistics, probability: float | Array) -> Array:
+def _studentised(stats: _Statistics, probability: float | Array) -> Array:
     """Probability that a law with known moments must exceed for one with estimated moments to exceed `probability`.
 
     The normal quantile is replaced by a Student one with half of the `B − 1` degrees of freedom: at zero the variance is of
     fourth order in the data.
     """
-    return np.asarray(special.ndtr(special.stdtrit((found.batches - 1) / 2, probability)), dtype=np.float64)
+    return np.asarray(special.ndtr(special.stdtrit((stats.batches - 1) / 2, probability)), dtype=np.float64)
 
 
-def _told_from_zero(found: _Statistics, level: float) -> npt.NDArray[np.bool_]:
+def _significantly_nonzero(stats: _Statistics, level: float) -> npt.NDArray[np.bool_]:
     """Whether the lower end of `_squared_norm` is above 0."""
-    return np.greater(_probability_below(found, found.excess, np.zeros_like(found.excess)), _studentised(found, level))
+    return np.greater(_probability_below(stats, stats.excess, np.zeros_like(stats.excess)), _studentised(stats, level))
 
 
-def _largest_distance(found: _Statistics, excess: Array, probability: Array) -> Array:
+def _largest_distance(stats: _Statistics, excess: Array, probability: Array) -> Array:
     """Largest `D ≥ 0` with `_probability_below(D)` above a probability, or 0, by bisection."""
-    least = _studentised(found, probability)
-    low, high = np.zeros_like(excess), np.maximum(excess, 0) + np.sqrt(found.second)
-    while (short := _probability_below(found, excess, high) > least).any():
+    least = _studentised(stats, probability)
+    low, high = np.zeros_like(excess), np.maximum(excess, 0) + np.sqrt(stats.second)
+    while (short := _probability_below(stats, excess, high) > least).any():
         high = np.where(short, 2 * high, high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        below = _probability_below(found, excess, middle) > least
+        below = _probability_below(stats, excess, middle) > least
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return low
 
 
-def _squared_norm(found: _Statistics, level: float) -> Interval:
+def _squared_norm(stats: _Statistics, level: float) -> Interval:
     """Interval for the squared norm of the offset, see `squared_distance`."""
     alpha = 1 - level
-    excess, floored, zero = found.excess, np.maximum(found.excess, 0), np.zeros_like(found.excess)
+    excess, floored, zero = stats.excess, np.maximum(stats.excess, 0), np.zeros_like(stats.excess)
     probability = np.reshape([alpha / 2, alpha, 1 - alpha, 1 - alpha / 2], (4, *[1] * excess.ndim))
-    high, quiet, one, two = _largest_distance(found, np.stack([floored, zero, excess, excess]), probability)
+    high, quiet, one, two = _largest_distance(stats, np.stack([floored, zero, excess, excess]), probability)
     # Up to `quiet` the upper end, never below that of an estimate of 0, cannot fail: a one-sided lower end is enough.
     low = np.maximum(two, np.minimum(one, quiet))
-    return Interval(found.unit * excess, found.unit * low, found.unit * high)
+    return Interval(stats.unit * excess, stats.unit * low, stats.unit * high)
 
 
 def _validated(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float) -> tuple[Batches, Array]:

@@ -23,7 +23,6 @@ from gradlab._common.provenance import versions
 from gradlab.estimators.catalogue import ESTIMATORS, name_of
 from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Loss, Moments
-from gradlab.policies import Gaussian, LanguageModel
 from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact, montecarlo
 
@@ -32,11 +31,11 @@ Array = npt.NDArray[np.float64]
 #: Batch sizes at which the root mean squared error is tabulated.
 BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 #: A gradient smaller than this share of its own scale is rounding, not a direction.
-ROUNDING = 1e-12
+ZERO_TOLERANCE = 1e-12
 #: A relative bias smaller than this, or than so many units in the last place of the policy's precision, is rounding: exactly, 0.
-NO_BIAS, UNITS = 1e2 * ROUNDING, 1e2
+NO_BIAS, UNITS = 1e2 * ZERO_TOLERANCE, 1e2
 #: Doubles of batch means that are compared with their targets at a time.
-TOGETHER = 2**20
+BLOCK_NUMBERS = 2**20
 
 #: Estimators whose expectation is the gradient of a target, on- and off-policy: they stand in where it cannot be computed.
 UNBIASED = {"reverse_kl": "full-both-prefix", "reverse_kl_frozen_prefix": "full-loss", "mse_frozen_prefix": "mse-loss"}
@@ -78,7 +77,7 @@ COLUMNS: dict[str, str] = {
     "(sampled only, see gradlab.reliability)",
     "unseen": "share of E‖g − E g‖² expected on gradients larger than any that so many responses show; missing where the gradient's "
     "law is not known (sampled only)",
-    "cosine": "cosine between E g and ∇; missing when either is zero or not told from zero",
+    "cosine": "cosine between E g and ∇; missing when either is zero or not significantly different from zero",
     "noise": "tr Cov(g) / ‖∇‖² of a single response",
     "crossover": "batch size at which squared bias equals variance, noise / bias²; inf when unbiased but for rounding (missing "
     "where a sample's bias is floored at 0)",
@@ -192,53 +191,54 @@ def _rows(
     """All rows of one scenario; runs in a worker, on one thread so that sums have one order."""
     with one_thread():
         if samples is None:
-            found = exact.moments(list(losses.values()), scenario)
+            moments_by_run = exact.moments(list(losses.values()), scenario)
         else:
-            estimated = {} if _listed(scenario) else {name: _unbiased(name) for name in names}
-            chosen = [*losses.values(), *estimated.values()]
-            found = montecarlo.moments(chosen, scenario, samples, seed, stream=(index,))
-            known = reliability.reliability(chosen, found, scenario, seed)
-        kind = type(scenario.policy).__name__.lower()
+            target_estimators = {} if scenario.policy.tabulated else {name: _unbiased_estimator(name) for name in names}
+            all_losses = [*losses.values(), *target_estimators.values()]
+            moments_by_run = montecarlo.moments(all_losses, scenario, samples, seed, stream=(index,))
+            reliabilities = reliability.reliability(all_losses, moments_by_run, scenario, seed)
         # Where responses are too many to list, those that were drawn for the moments tell the distances, too.
-        apart = None if _listed(scenario) else found[0].distances
+        apart = None if scenario.policy.tabulated else moments_by_run[0].distances
         kl, lag = (scenario.kl(), scenario.lag()) if apart is None else apart
         common = {
             "scenario": scenario.label,
-            "family": kind,
-            "vocab": None if isinstance(scenario.policy, Gaussian) else int(scenario.policy.vocab),
+            "family": scenario.family,
+            "vocab": int(scenario.policy.vocab) or None,
             "length": scenario.policy.length,
             "off_policy": scenario.behaviour is not None,
             "kl": kl,
             "lag": lag,
         }
-        if not _listed(scenario):
-            rows = [[_both_sampled(run, truth, level) for truth in found[len(losses) :]] for run in found[: len(losses)]]
+        if not scenario.policy.tabulated:
+            rows = [
+                [_against_sampled_target(run, truth, level) for truth in moments_by_run[len(losses) :]]
+                for run in moments_by_run[: len(losses)]
+            ]
         else:
             truths = [exact.gradient(name, scenario) for name in names]
             if samples is None:
                 unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
-                rows = [[_exact(run, truth, unbiased) for truth in truths] for run in found]
+                rows = [[_exact(run, truth, unbiased) for truth in truths] for run in moments_by_run]
             else:
-                rows = _sampled(found, truths, level)
+                rows = _sampled(moments_by_run, truths, level)
         finished = []
         for e, (label, loss) in enumerate(losses.items()):
             for g, (name, row) in enumerate(zip(names, rows[e], strict=True)):
-                if not _listed(scenario) and _stands_in(loss, name, scenario):
+                if not scenario.policy.tabulated and _is_target_estimator(loss, name, scenario):
                     # That it equals itself says nothing about its bias.
                     row |= dict.fromkeys(_COMPARISONS, float("nan"))
                 if samples is not None:
-                    told = known[e] if _listed(scenario) else known[e].against(known[len(losses) + g])
-                    row = reliability.opened(row, told)
+                    row_reliability = (
+                        reliabilities[e]
+                        if scenario.policy.tabulated
+                        else reliabilities[e].against(reliabilities[len(losses) + g])
+                    )
+                    row = reliability.with_open_ends(row, row_reliability)
                 finished.append({**common, "estimator": label, "target": name, **_errors(row)})
     return finished
 
 
-def _listed(scenario: Scenario) -> bool:
-    """Whether the truth about a scenario can be computed."""
-    return not isinstance(scenario.policy, LanguageModel) or scenario.policy.enumerable
-
-
-def _unbiased(target: str) -> Loss:
+def _unbiased_estimator(target: str) -> Loss:
     if target not in UNBIASED:
         raise ValueError(
             f"the responses of this language model cannot be listed, and no estimator of gradlab is unbiased for {target!r}; "
@@ -247,7 +247,7 @@ def _unbiased(target: str) -> Loss:
     return ESTIMATORS[UNBIASED[target]]
 
 
-def _stands_in(loss: Loss, target: str, scenario: Scenario) -> bool:
+def _is_target_estimator(loss: Loss, target: str, scenario: Scenario) -> bool:
     """Whether a loss is the very estimator that stands in for the target's gradient; on-policy a detached weight is 1."""
 
     def plain(e: Loss) -> Loss:
@@ -255,15 +255,15 @@ def _stands_in(loss: Loss, target: str, scenario: Scenario) -> bool:
             return e
         return replace(e, weight="none")
 
-    return plain(loss) == plain(_unbiased(target))
+    return plain(loss) == plain(_unbiased_estimator(target))
 
 
 def _exact(moments: Moments, gradient: Tensor, unbiased: float) -> dict[str, Any]:
     """A row's exact columns; a relative bias of at most `unbiased` is rounding, and is 0."""
     size, norm = float(gradient.norm()), float(moments.mean.norm())
-    spread = moments.trace_cov if np.isfinite(moments.trace_cov) else 0.0
-    scale = (spread + norm**2) ** 0.5
-    zero_mean, zero_target = norm <= ROUNDING * scale or norm == 0, size <= ROUNDING
+    finite_trace = moments.trace_cov if np.isfinite(moments.trace_cov) else 0.0
+    scale = (finite_trace + norm**2) ** 0.5
+    zero_mean, zero_target = norm <= ZERO_TOLERANCE * scale or norm == 0, size <= ZERO_TOLERANCE
     nan, gap = float("nan"), float((moments.mean - gradient).norm())
     gap = 0.0 if gap <= unbiased * size else gap
     return {
@@ -279,15 +279,15 @@ def _exact(moments: Moments, gradient: Tensor, unbiased: float) -> dict[str, Any
     }
 
 
-def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float) -> list[list[dict[str, Any]]]:
+def _sampled(moments: Sequence[Moments], truths: Sequence[Tensor], level: float) -> list[list[dict[str, Any]]]:
     """One row per run and target; runs of one shape are compared with all targets at once."""
-    rows: list[list[dict[str, Any]]] = [[] for _ in found]
+    rows: list[list[dict[str, Any]]] = [[] for _ in moments]
     targets = np.stack([truth.numpy() for truth in truths])
     size = np.linalg.norm(targets, axis=-1)
-    targets[size <= ROUNDING] = 0  # nothing is relative to it
-    relative_size = np.where(size > ROUNDING, size, np.nan)
-    for alike in _blocks(found):
-        runs = [found[e] for e in alike]
+    targets[size <= ZERO_TOLERANCE] = 0  # nothing is relative to it
+    relative_size = np.where(size > ZERO_TOLERANCE, size, np.nan)
+    for same_shape in _blocks(moments):
+        runs = [moments[e] for e in same_shape]
         mean, samples = np.stack([run.mean.numpy() for run in runs]), np.array([[run.samples] for run in runs])
         trace = np.array([[run.trace_cov] for run in runs])
         # ‖mean − t‖² − tr Σ̂/n is the U-statistic over pairs of different samples: unbiased for the squared distance.
@@ -301,7 +301,7 @@ def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float) -
             # Estimates use every sample, intervals the batches: with very few samples one can fall outside the other.
             columns[f"{key}_low"] = np.fmin(interval.low, columns[key])
             columns[f"{key}_high"] = np.fmax(interval.high, columns[key])
-        for i, e in enumerate(alike):
+        for i, e in enumerate(same_shape):
             common = {
                 "via": "sampled",
                 "method": runs[i].method,
@@ -316,16 +316,16 @@ def _sampled(found: Sequence[Moments], truths: Sequence[Tensor], level: float) -
     return rows
 
 
-def _blocks(found: Sequence[Moments]) -> list[list[int]]:
+def _blocks(moments: Sequence[Moments]) -> list[list[int]]:
     """Indices of runs whose batches have one shape, as many together as a few megabytes of batch means hold."""
-    alike: dict[tuple[torch.Size, bool], list[int]] = {}
-    for e, run in enumerate(found):
+    by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
+    for e, run in enumerate(moments):
         assert run.batch_means is not None
-        alike.setdefault((run.batch_means.shape, run.batch_traces is None), []).append(e)
+        by_shape.setdefault((run.batch_means.shape, run.batch_traces is None), []).append(e)
     return [
         list(part)
-        for (shape, _), every in alike.items()
-        for part in np.array_split(every, -(-len(every) * shape.numel() // TOGETHER))
+        for (shape, _), every in by_shape.items()
+        for part in np.array_split(every, -(-len(every) * shape.numel() // BLOCK_NUMBERS))
         if len(part)
     ]
 
@@ -335,9 +335,12 @@ def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[st
     means = np.stack([run.batch_means.numpy() for run in runs if run.batch_means is not None])[:, None]
     if means.shape[-2] < intervals.MINIMUM_BATCHES:
         # Too few to say anything: the widest intervals there are, around what has no estimate.
-        blank = np.where(targets.any(-1), 0.0, np.nan) + np.zeros((len(runs), 1))
+        no_estimate = np.where(targets.any(-1), 0.0, np.nan) + np.zeros((len(runs), 1))
         widest = {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0), "noise": (0.0, np.inf)}
-        return {key: intervals.Interval(blank * np.nan, blank + low, blank + high) for key, (low, high) in widest.items()}
+        return {
+            key: intervals.Interval(no_estimate * np.nan, no_estimate + low, no_estimate + high)
+            for key, (low, high) in widest.items()
+        }
     batches = intervals.Batches.of(means)
     traces = [run.batch_traces.numpy() for run in runs if run.batch_traces is not None]
     return {
@@ -347,7 +350,7 @@ def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[st
     }
 
 
-def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, Any]:
+def _against_sampled_target(moments: Moments, target: Moments, level: float) -> dict[str, Any]:
     """As `_sampled`, where the target's gradient is estimated from the same draws.
 
     Squared bias is the U-statistic of the draws' differences, the target's norm one of its own; their intervals, each at half
@@ -379,8 +382,10 @@ def _both_sampled(moments: Moments, target: Moments, level: float) -> dict[str, 
         for key, part in (("bias", gap), ("noise", trace)):
             estimate = np.maximum(part.estimate, 0) / np.float64(size.estimate) if size.estimate > 0 else np.float64(np.nan)
             low, high = np.maximum(part.low, 0) / size.high, np.float64(part.high) / np.maximum(size.low, 0)
-            found = np.array([estimate, low, high])
-            row[key], row[f"{key}_low"], row[f"{key}_high"] = (float(x) for x in (np.sqrt(found) if key == "bias" else found))
+            estimate_low_high = np.array([estimate, low, high])
+            row[key], row[f"{key}_low"], row[f"{key}_high"] = (
+                float(x) for x in (np.sqrt(estimate_low_high) if key == "bias" else estimate_low_high)
+            )
     row["noise"] = moments.trace_cov / row["target_norm"] ** 2 if row["target_norm"] else float("nan")
     cosine = intervals.cosine_of_means(run, truth, level)
     row["cosine"], row["cosine_low"], row["cosine_high"] = (float(x) for x in (cosine.estimate, cosine.low, cosine.high))

@@ -24,7 +24,7 @@ CANCELLED = 1e-3
 #: … but a sum over responses of squared distances from the mean, where their gradients in full are no more numbers than this.
 CENTRED_DOUBLES = 2**23
 #: Weighted sums `Σ w g` `[e, p]` and `Σ w ‖g‖²` `[e]` of gradients, in the parameters of the policy.
-Pull = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
+Pullback = Callable[["Gradients", Tensor], tuple[Tensor, Tensor]]
 
 
 #: An enumerated rollout, one part after the other: each with the rows of the whole table that it holds (`None` where it is whole),
@@ -166,24 +166,26 @@ class Gradients:
 
 def gradients(losses: Sequence[Loss], rollout: Rollout) -> Gradients:
     """Differentiate every loss at every response: estimators in closed form, other callables by one backward pass each."""
-    known = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
-    parts = {e: coefficients(estimator, rollout) for e, estimator in known.items()}
-    blank = torch.zeros_like(rollout.log_prob)
-    score = torch.stack([parts[e].score if e in parts else blank for e in range(len(losses))])
+    estimators = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
+    parts = {e: coefficients(estimator, rollout) for e, estimator in estimators.items()}
+    no_score = torch.zeros_like(rollout.log_prob)
+    score = torch.stack([parts[e].score if e in parts else no_score for e in range(len(losses))])
     direct = []
     for kernel in VOCABULARY_KERNELS:
-        found = {e: d for e, part in parts.items() if known[e].kernel == kernel and (d := part.direct) is not None}
-        if found:
+        coefficients_by_loss = {
+            e: d for e, part in parts.items() if estimators[e].kernel == kernel and (d := part.direct) is not None
+        }
+        if coefficients_by_loss:
             slope = rollout.family.slope(kernel, rollout.table, rollout.reference_table)
-            direct.append((list(found), torch.stack(list(found.values())), slope))
-    cotangents = {e: cotangent(loss, rollout) for e, loss in enumerate(losses) if e not in known}
+            direct.append((list(coefficients_by_loss), torch.stack(list(coefficients_by_loss.values())), slope))
+    cotangents = {e: cotangent(loss, rollout) for e, loss in enumerate(losses) if e not in estimators}
     return Gradients(rollout, score, tuple(direct), cotangents)
 
 
 def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
     """Gradient of a callable's per-sample losses with respect to each response's own logits, `[n, t, v]`, by autograd.
 
-    What leaks from behind the end of a response stays in: a callable that forgets the mask descends that, too.
+    What leaks from after the end of a response stays in: a callable that forgets the mask descends that, too.
     Raises `ValueError` when the callable does not return one differentiable loss per response.
     """
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -204,11 +206,11 @@ def in_logits(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
     return batch.mean(weight), batch.square(weight)
 
 
-def total(parts: Parts, batch: Callable[[Rollout], Gradients], pull: Pull, rows: int = 0) -> tuple[Tensor, Tensor]:
+def total(parts: Parts, batch: Callable[[Rollout], Gradients], pullback: Pullback, rows: int = 0) -> tuple[Tensor, Tensor]:
     """`Σ_i weight_i g_i` `[e, p]` and `Σ_i weight_i ‖g_i‖²` `[e]` over all parts of a rollout whose whole table has `rows` rows."""
     sums = squares = None
     for rollout, own, share in parts():
-        found, square = pull(batch(rollout), share * rollout.weight)
+        found, square = pullback(batch(rollout), share * rollout.weight)
         if own is None:
             return found, square
         found = found.view(len(found), len(own), -1)
@@ -226,19 +228,19 @@ def moments_in_parts(losses: Sequence[Loss], parts: Parts, rows: int, method: st
     return _moments(losses, [parts], rows, method, in_logits)
 
 
-def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pull: Pull = in_logits) -> list[Moments]:
-    """Exact moments of every loss over an enumerated rollout, in the parameters that `pull` leads to.
+def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pullback: Pullback = in_logits) -> list[Moments]:
+    """Exact moments of every loss over an enumerated rollout, in the parameters that `pullback` leads to.
 
     Grouped estimators are averaged over all groups in closed form, see `group_moments`.
     Raises `ValueError` when a mean overflows float64.
     """
-    found = _moments(losses, [_whole(part) for part in rollout.by_prompt()], 0, method, pull, _whole(rollout))
+    by_loss = _moments(losses, [_whole(part) for part in rollout.by_prompt()], 0, method, pullback, _whole(rollout))
     in_full = rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES
     for e, loss in enumerate(losses):
-        lost = found[e].trace_cov < CANCELLED * float(found[e].mean.square().sum())
-        if pull is in_logits and in_full and lost and not (isinstance(loss, Estimator) and loss.grouped):
-            found[e] = replace(found[e], trace_cov=float(centred_trace(gradients([loss], rollout), 0, found[e].mean)))
-    return found
+        lost = by_loss[e].trace_cov < CANCELLED * float(by_loss[e].mean.square().sum())
+        if pullback is in_logits and in_full and lost and not (isinstance(loss, Estimator) and loss.grouped):
+            by_loss[e] = replace(by_loss[e], trace_cov=float(centred_trace(gradients([loss], rollout), 0, by_loss[e].mean)))
+    return by_loss
 
 
 def _whole(rollout: Rollout) -> Parts:
@@ -246,15 +248,15 @@ def _whole(rollout: Rollout) -> Parts:
 
 
 def _moments(
-    losses: Sequence[Loss], prompts: Sequence[Parts], rows: int, method: str, pull: Pull, parts: Parts | None = None
+    losses: Sequence[Loss], prompts: Sequence[Parts], rows: int, method: str, pullback: Pullback, parts: Parts | None = None
 ) -> list[Moments]:
     """Moments over `parts`, of grouped estimators over those of every prompt (of the one there is, without `parts`)."""
     groups = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
     plain = [e for e in range(len(losses)) if e not in groups]
-    found = group_moments(groups, prompts, rows, method, pull)
+    found = group_moments(groups, prompts, rows, method, pullback)
     if plain:
         chosen = [losses[e] for e in plain]
-        means, squares = total(parts or prompts[0], lambda part: gradients(chosen, part), pull, rows)
+        means, squares = total(parts or prompts[0], lambda part: gradients(chosen, part), pullback, rows)
         for e, mean, square in zip(plain, means, squares.tolist(), strict=True):
             found[e] = Moments(mean, max(square - float(mean.square().sum()), 0.0), method=method)
     for e, loss in enumerate(losses):
@@ -271,7 +273,7 @@ def centred_trace(batch: Gradients, e: int, mean: Tensor) -> Tensor:
 
 
 def group_moments(
-    estimators: Mapping[int, Estimator], prompts: Sequence[Parts], rows: int, method: str, pull: Pull
+    estimators: Mapping[int, Estimator], prompts: Sequence[Parts], rows: int, method: str, pullback: Pullback
 ) -> dict[int, Moments]:
     """Exact moments of estimators that compare the `G` responses of a group, from the responses to every prompt.
 
@@ -281,14 +283,14 @@ def group_moments(
     is `G` times the covariance trace of the group average, so that both compare with ungrouped estimators sample for sample.
     A group answers one prompt; over several prompts the variance between them is added (law of total variance).
     """
-    found = {}
+    by_loss = {}
     statistics: dict[Estimator, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for e, estimator in estimators.items():
-        alone = replace(estimator, baseline=None, group=None)
-        if alone not in statistics:
-            statistics[alone] = [_covariance_statistics(alone, parts, rows, pull) for parts in prompts]
-        found[e] = _over_prompts([of_group(estimator, *each, method) for each in statistics[alone]], estimator.group or 1)
-    return found
+        ungrouped = replace(estimator, baseline=None, group=None)
+        if ungrouped not in statistics:
+            statistics[ungrouped] = [_covariance_statistics(ungrouped, parts, rows, pullback) for parts in prompts]
+        by_loss[e] = _over_prompts([of_group(estimator, *each, method) for each in statistics[ungrouped]], estimator.group or 1)
+    return by_loss
 
 
 def _over_prompts(parts: list[Moments], group: int) -> Moments:
@@ -310,20 +312,20 @@ def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Ten
     return Moments(shrink * covariance, max(float(shrink**2 * size * variance), 0.0), method=method)
 
 
-def _covariance_statistics(estimator: Estimator, parts: Parts, rows: int, pull: Pull) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance_statistics(estimator: Estimator, parts: Parts, rows: int, pullback: Pullback) -> tuple[Tensor, Tensor, Tensor]:
     """`Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂` of the kernel `½ (c − c')(s − s')`."""
     held = [(share * rollout.weight, group_parts(estimator, rollout)[0]) for rollout, _, share in parts()]
     weight, values = (torch.cat(each) for each in zip(*held, strict=True))
     average = weight @ values
-    spread = weight @ (values - average).square()
+    variance = weight @ (values - average).square()
 
     def stacked(rollout: Rollout) -> Gradients:
         c, s = group_parts(estimator, rollout)
         a = (c - average)[:, None]
         return Gradients(rollout, torch.stack([s.expand_as(rollout.log_prob), a * s, a * a * s]))
 
-    (centre, covariance, second), (square_s, square_as, _) = total(parts, stacked, pull, rows)
-    m22 = square_as - 2 * second @ centre + spread * (centre @ centre)
+    (centre, covariance, second), (square_s, square_as, _) = total(parts, stacked, pullback, rows)
+    m22 = square_as - 2 * second @ centre + variance * (centre @ centre)
     zeta1 = (m22 - covariance @ covariance) / 4
-    zeta2 = (m22 + spread * (square_s - centre @ centre)) / 2
+    zeta2 = (m22 + variance * (square_s - centre @ centre)) / 2
     return covariance, zeta1, zeta2

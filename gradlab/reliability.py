@@ -32,9 +32,8 @@ from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Gradients, Loss, Moments, gradients
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
-from gradlab.solvers import montecarlo
-from gradlab.solvers.exact import kinks
+from gradlab.scenario import Scenario, is_of
+from gradlab.solvers import exact, montecarlo
 
 Array = npt.NDArray[np.float64]
 
@@ -65,22 +64,22 @@ class Reliability:
         return Reliability(self.mean and target.mean, self.noise and target.mean, float(np.fmax(self.unseen, target.unseen)))
 
 
-def opened(row: dict[str, Any], known: Reliability) -> dict[str, Any]:
+def with_open_ends(row: dict[str, Any], known: Reliability) -> dict[str, Any]:
     """A row of sampled results with `reliable` and `unseen`, and with the ends opened that are not known."""
     ends: dict[str, tuple[float, float]] = {} if known.noise else {"noise": (0.0, np.inf)}
     if not known.mean:
         ends |= {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0)}
     # What has no interval, as nothing is relative to a target of 0, gets none.
-    found = {
+    opened_ends = {
         f"{column}_{side}": end
         for column, pair in ends.items()
         for side, end in zip(("low", "high"), pair, strict=True)
         if not np.isnan(row.get(f"{column}_{side}", np.nan))
     }
-    return row | found | {"reliable": known.mean and known.noise, "unseen": known.unseen}
+    return row | opened_ends | {"reliable": known.mean and known.noise, "unseen": known.unseen}
 
 
-def sentence(frame: pd.DataFrame) -> str | None:
+def unreliable_rows_message(frame: pd.DataFrame) -> str | None:
     """What a frame's readers are told about rows that are not reliable; `None` where all are."""
     rows = frame["reliable"].notna() & ~frame["reliable"].fillna(True).astype(bool)
     if not rows.any():
@@ -97,26 +96,26 @@ def sentence(frame: pd.DataFrame) -> str | None:
     )
 
 
-def reliability(losses: Sequence[Loss], found: Sequence[Moments], scenario: Scenario, seed: int = 0) -> list[Reliability]:
-    """What the sampled moments `found` of the losses can tell; the same seed looks at the same steps."""
-    samples = found[0].samples
+def reliability(losses: Sequence[Loss], moments: Sequence[Moments], scenario: Scenario, seed: int = 0) -> list[Reliability]:
+    """What the sampled moments `moments` of the losses can tell; the same seed looks at the same steps."""
+    samples = moments[0].samples
     assert samples is not None
     with torch.no_grad():
-        listed = isinstance(scenario.policy, Gaussian) or montecarlo._countable(scenario)
-        alone = [e for e, loss in enumerate(losses) if not (isinstance(loss, Estimator) and loss.grouped)]
+        listed = is_of(scenario, Gaussian) or montecarlo._countable(scenario)
+        ungrouped = [e for e, loss in enumerate(losses) if not (isinstance(loss, Estimator) and loss.grouped)]
         known: dict[int, Reliability] = {}
-        if listed and alone:
-            rates, sizes = _law([losses[e] for e in alone], scenario)
-            known = {e: judged(samples * rates, x, found[e].mean.numel()) for e, x in zip(alone, sizes, strict=True)}
+        if listed and ungrouped:
+            rates, sizes = _enumerated_norms([losses[e] for e in ungrouped], scenario)
+            known = {e: assess(samples * rates, x, moments[e].mean.numel()) for e, x in zip(ungrouped, sizes, strict=True)}
         ahead = [e for e, loss in enumerate(losses) if e not in known and isinstance(loss, Estimator)]
         if ahead:
-            rates, sizes = _ahead([losses[e] for e in ahead], scenario, samples, seed)  # type: ignore[misc]
+            rates, sizes = _one_step_ahead([losses[e] for e in ahead], scenario, samples, seed)  # type: ignore[misc]
             for e, x in zip(ahead, sizes, strict=True):
-                known[e] = judged(samples * rates, x, found[e].mean.numel())
-    return [known[e] if e in alone and listed else _seen(found[e], known.get(e)) for e in range(len(losses))]
+                known[e] = assess(samples * rates, x, moments[e].mean.numel())
+    return [known[e] if e in ungrouped and listed else _with_batch_traces(moments[e], known.get(e)) for e in range(len(losses))]
 
 
-def judged(rates: Array, sizes: Array, parameters: int) -> Reliability:
+def assess(rates: Array, sizes: Array, parameters: int) -> Reliability:
     """From the expected numbers of occurrences `[n]` of gradients and their squared distances `[n]` from the mean."""
     order = np.argsort(-sizes, kind="stable")
     rates, sizes = rates[order], sizes[order]
@@ -124,27 +123,25 @@ def judged(rates: Array, sizes: Array, parameters: int) -> Reliability:
     if not np.isfinite(total):
         return Reliability(False, False, 1.0)
     # Batches estimate their own means, too: with few responses each, that is most of the error of a steady second moment.
-    own = 2 * montecarlo.BATCHES * (total / rates.sum()) ** 2 / parameters
+    batch_mean_variance = 2 * montecarlo.BATCHES * (total / rates.sum()) ** 2 / parameters
     unseen = float((rates * sizes) @ np.exp(-rates.cumsum())) / total if total else 0.0
-    return Reliability(carried(rates, np.sqrt(sizes)), carried(rates, sizes, own, centred=True), unseen)
+    return Reliability(
+        is_well_sampled(rates, np.sqrt(sizes)), is_well_sampled(rates, sizes, batch_mean_variance, centred=True), unseen
+    )
 
 
-def carried(rates: Array, sizes: Array, variance: float = 0.0, centred: bool = False) -> bool:
+def is_well_sampled(rates: Array, sizes: Array, variance: float = 0.0, centred: bool = False) -> bool:
     """Whether enough responses carry `Σ sizes`, of events sorted by falling size with expected numbers `rates`."""
     rare = rates.cumsum() <= RARE
-    rest, counted, often = float(rates[rare] @ sizes[rare]), sizes[~rare], rates[~rare]
-    excess = counted - (often @ counted) / often.sum() if centred else counted
-    second, third = float(often @ excess**2) + variance, float(often @ np.maximum(excess, 0) ** 3)
-    return bool(third**2 * NEEDED <= second**3 < np.inf and rest <= SHIFT * second**0.5)
+    rare_sum, common_sizes, common_rates = float(rates[rare] @ sizes[rare]), sizes[~rare], rates[~rare]
+    excess = common_sizes - (common_rates @ common_sizes) / common_rates.sum() if centred else common_sizes
+    second, third = float(common_rates @ excess**2) + variance, float(common_rates @ np.maximum(excess, 0) ** 3)
+    return bool(third**2 * NEEDED <= second**3 < np.inf and rare_sum <= SHIFT * second**0.5)
 
 
-def _law(losses: Sequence[Loss], scenario: Scenario) -> tuple[Array, Array]:
+def _enumerated_norms(losses: Sequence[Loss], scenario: Scenario) -> tuple[Array, Array]:
     """Probabilities `[n]` of all responses, and squared distances `[e, n]` of their gradients from the mean."""
-    if isinstance(scenario.policy, Gaussian):
-        levels = [kinks(loss, scenario.kl()) for loss in losses if isinstance(loss, Estimator)]
-        rollout = Rollout.enumerated(scenario, *({x for level in levels for x in level[side]} for side in (0, 1)))
-    else:
-        rollout = Rollout.enumerated(scenario)
+    rollout = exact.enumerated(losses, scenario)
     batch = gradients(losses, rollout)
     sizes = squared_norms(batch, batch.mean(rollout.weight))
     possible = rollout.weight > 0
@@ -160,72 +157,73 @@ def squared_norms(batch: Gradients, centres: Tensor | None = None) -> Tensor:
     if centres is not None and rollout.revisits:
         each = [batch.tables(e).flatten(1) for e in range(len(batch.score))]
         return torch.stack([(g - centre).square().sum(-1) for g, centre in zip(each, centres, strict=True)])
-    at = rollout.table, rollout.contexts, rollout.tokens
-    norms = (batch.score.square() * family.score_norm(*at)).sum(-1)
+    steps = rollout.table, rollout.contexts, rollout.tokens
+    norms = (batch.score.square() * family.score_norm(*steps)).sum(-1)
     for losses, direct, slope in batch.direct:
-        norms[losses] += (2 * batch.score[losses] * direct * family.score_dot(*at, slope)).sum(-1)
+        norms[losses] += (2 * batch.score[losses] * direct * family.score_dot(*steps, slope)).sum(-1)
         norms[losses] += (direct.square() * slope.square().sum(-1)[rollout.contexts]).sum(-1)
     for e, cotangent in batch.cotangents.items():
         norms[e] = cotangent.square().sum((-2, -1))
     if centres is None:
         return norms
-    found = norms.clone()
+    squared = norms.clone()
     for e, centre in enumerate(centres.view(-1, *rollout.table.shape)):
-        along = (batch.score[e] * family.score_dot(*at, centre)).sum(-1)
+        along = (batch.score[e] * family.score_dot(*steps, centre)).sum(-1)
         for losses, direct, slope in batch.direct:
             if e in losses:
                 along += (direct[losses.index(e)] * (slope * centre).sum(-1)[rollout.contexts]).sum(-1)
         if e in batch.cotangents:
             along = (batch.cotangents[e] * centre[rollout.contexts]).sum((-2, -1))
-        found[e] += centre.square().sum() - 2 * along
-    return torch.where(found < 1e-12 * (norms + centres.square().sum(-1, keepdim=True)), 0.0, found)
+        squared[e] += centre.square().sum() - 2 * along
+    return torch.where(squared < 1e-12 * (norms + centres.square().sum(-1, keepdim=True)), 0.0, squared)
 
 
-def _ahead(losses: Sequence[Estimator], scenario: Scenario, samples: int, seed: int) -> tuple[Array, Array]:
+def _one_step_ahead(losses: Sequence[Estimator], scenario: Scenario, samples: int, seed: int) -> tuple[Array, Array]:
     """Expected numbers per response `[k]` of tokens at some steps, and what `‖g‖²` grows by with them, `[e, k]`, in logits."""
     policy = scenario.policy
-    assert not isinstance(policy, Gaussian)
     # A normaliser by the length is applied afterwards: a response that is cut has another one.
-    whole = [replace(loss, normalise="sum", baseline=None, group=None) for loss in losses]
+    summed = [replace(loss, normalise="sum", baseline=None, group=None) for loss in losses]
     v, t = policy.vocab, policy.length
-    count = 1 if t == 1 and not isinstance(policy, LanguageModel) else max(8, min(STEPS, TOKENS // (v * t)))
+    count = 1 if t == 1 and not is_of(scenario, LanguageModel) else max(8, min(STEPS, TOKENS // (v * t)))
     rng = generator(seed, 16)
-    drawn = Rollout.drawn(scenario, min(count, samples), rng)
-    lengths = drawn.mask.sum(-1)
+    sampled = Rollout.from_sampler(scenario, min(count, samples), rng)
+    lengths = sampled.mask.sum(-1)
     steps = torch.from_numpy(rng.integers(0, lengths.numpy()))
-    places = torch.arange(drawn.tokens.shape[1])
+    positions = torch.arange(sampled.tokens.shape[1])
     by_mean = torch.tensor([loss.normalise == "mean" for loss in losses])[:, None, None]
     rates, sizes = [], []
     for part in torch.split(torch.arange(len(steps)), max(1, TOKENS // (v * t))):
         step, m = steps[part], len(part)
         # Every token in the place of the drawn one, and last the response before it, where there is anything before it.
-        tokens, contexts = (item[part].repeat_interleave(v + 1, 0) for item in (drawn.tokens, drawn.contexts))
-        lines = torch.arange(m * (v + 1)).view(m, v + 1)
-        tokens[lines[:, :v], step[:, None]] = torch.arange(v)
+        tokens, contexts = (item[part].repeat_interleave(v + 1, 0) for item in (sampled.tokens, sampled.contexts))
+        row_index = torch.arange(m * (v + 1)).view(m, v + 1)
+        tokens[row_index[:, :v], step[:, None]] = torch.arange(v)
         ends = step[:, None].expand(m, v + 1).clone()
         ends[:, v] = (step - 1).clamp(min=0)
-        prompts = None if drawn.prompts is None else drawn.prompts[part].repeat_interleave(v + 1)
+        prompts = None if sampled.prompts is None else sampled.prompts[part].repeat_interleave(v + 1)
         weight = torch.ones(len(tokens), dtype=torch.float64)
-        cut = replace(drawn, tokens=tokens, mask=places <= ends.view(-1, 1), contexts=contexts, prompts=prompts, weight=weight)
-        norms = squared_norms(gradients(whole, cut.narrowed()[0])).view(-1, m, v + 1)
+        cut = replace(
+            sampled, tokens=tokens, mask=positions <= ends.view(-1, 1), contexts=contexts, prompts=prompts, weight=weight
+        )
+        norms = squared_norms(gradients(summed, cut.narrowed()[0])).view(-1, m, v + 1)
         grown = (norms[..., :v] - norms[..., v:] * (step > 0)[:, None]).abs()
         sizes.append(torch.where(by_mean, grown / lengths[part, None] ** 2, grown).flatten(1))
-        at = drawn.behaviour_table[drawn.contexts[part, step]]
+        at = sampled.behaviour_table[sampled.contexts[part, step]]
         rates.append((at.softmax(-1) * lengths[part, None] / len(steps)).flatten())
     return torch.cat(rates).double().numpy(), torch.cat(sizes, 1).double().numpy()
 
 
-def _seen(found: Moments, known: Reliability | None) -> Reliability:
+def _with_batch_traces(moments: Moments, known: Reliability | None) -> Reliability:
     """What the batches show besides: their traces are skewed, or vary, where few responses carry them."""
     mean, noise, unseen = (True, True, float("nan")) if known is None else (known.mean, known.noise, known.unseen)
-    if found.batch_traces is None or len(found.batch_traces) < 2:
+    if moments.batch_traces is None or len(moments.batch_traces) < 2:
         return Reliability(mean, False, unseen) if known is not None else Reliability(False, False, unseen)
-    traces = found.batch_traces.numpy()
-    if traces.mean() <= 1e-12 * float(found.mean.square().sum()):
+    traces = moments.batch_traces.numpy()
+    if traces.mean() <= 1e-12 * float(moments.mean.square().sum()):
         return Reliability(mean, noise, unseen)  # no noise but rounding
     excess = traces - traces.mean()
     second, third = float(np.mean(excess**2)), float(np.mean(np.maximum(excess, 0) ** 3) - np.mean(np.maximum(-excess, 0) ** 3))
-    steady = second**0.5 <= LOOSE * len(traces) ** 0.5 * float(traces.mean())
+    narrow = second**0.5 <= LOOSE * len(traces) ** 0.5 * float(traces.mean())
     needed = NEEDED_IN_BATCHES if known is None else NEEDED
-    even = max(third, 0.0) ** 2 * needed <= len(traces) * second**3
-    return Reliability(mean and steady, noise and even, unseen)
+    not_skewed = max(third, 0.0) ** 2 * needed <= len(traces) * second**3
+    return Reliability(mean and narrow, noise and not_skewed, unseen)

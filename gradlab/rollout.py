@@ -1,7 +1,7 @@
 """A rollout: weighted responses together with what three policies say about them — one type, however it came about.
 
 Responses that are enumerated carry their probability under the sampler as weight, sampled ones `1/n`, counted ones the
-share of a multinomial draw; nothing downstream needs to know which.
+share of a multinomial draw; the code that follows does not distinguish them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from gradlab._common.names import check_held
 from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
-from gradlab.scenario import Scenario
+from gradlab.policies.responses import Responses
+from gradlab.scenario import Scenario, is_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Rollout:
     `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once,
     `expected_length` is `E_μ[L]` where it is known (otherwise the weighted mean of the responses at hand stands in). `prompts`
     `[n]` says which prompt of a language model a response answers.
-    A token behind the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a
+    A token after the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a
     response without a live token, or a table with NaN.
     """
 
@@ -48,7 +50,7 @@ class Rollout:
     revisits: bool = False
     expected_length: float | None = None
     prompts: Tensor | None = None
-    _shared: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _cache: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.mask.shape != self.tokens.shape or self.weight.shape != self.tokens.shape[:1]:
@@ -61,9 +63,9 @@ class Rollout:
                 "policy, reference and behaviour need logits of one shape, got "
                 f"{list(self.table.shape)}, {list(self.reference_table.shape)} and {list(self.behaviour_table.shape)}"
             )
-        answered = self.mask.any(-1)
-        if not bool(answered.all()):
-            empty = int(torch.nonzero(~answered)[0])
+        has_token = self.mask.any(-1)
+        if not bool(has_token.all()):
+            empty = int(torch.nonzero(~has_token)[0])
             raise ValueError(
                 f"response {empty} has no live token in its mask; every response holds at least one (its end token "
                 "counts): drop empty responses, and check that the mask covers the response rather than the prompt"
@@ -112,121 +114,94 @@ class Rollout:
         table, reference_table, behaviour_table = (
             item.reshape(-1, item.shape[-1]) for item in (logits, reference_logits, behaviour)
         )
-        found = cls(
+        rollout = cls(
             tokens, mask, weight, contexts, table, reference_table, behaviour_table, length or tokens.shape[1], family, sampled,
             expected_length=expected_length, prompts=prompts,
         )  # fmt: skip
         _check_weight(weight)
-        return found
+        return rollout
 
     @classmethod
-    def answered(
-        cls,
-        scenario: Scenario,
-        prompts: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        weight: Tensor,
-        expected_length: float | None = None,
+    def from_responses(
+        cls, scenario: Scenario, responses: Responses, weight: Tensor, expected_length: float | None = None
     ) -> Rollout:
         """Given responses of a language model, with logits `[n, t, v]` of all three policies held at once: mind `n · t · v`.
 
-        prompts `[n]`, tokens and mask `[n, t]`, weight `[n]`. Raises `ValueError` when the scenario's policy is another kind,
-        and for weights that are not float64, not negative and 1 in all.
+        weight `[n]`. Raises `ValueError` when the scenario's policy is another kind, and for weights that are not float64, not
+        negative and 1 in all.
         """
-        if not isinstance(scenario.policy, LanguageModel):
+        if not is_of(scenario, LanguageModel):
             raise ValueError(f"answers need the prompts of a language model, the policy is a {type(scenario.policy).__name__}")
-        policy, reference, behaviour = scenario.policy, scenario.reference, scenario.behaviour
+        prompts, tokens = responses.prompts, responses.tokens
         with torch.no_grad():
-            logits = policy.logits(prompts, tokens)
-            others = (p.logits(prompts, tokens) if isinstance(p, LanguageModel) else None for p in (reference, behaviour))
-            reference_logits, behaviour_logits = others
-        assert reference_logits is not None
+            logits, reference_logits = (p.logits(prompts, tokens) for p in (scenario.policy, scenario.reference))
+            behaviour_logits = None if scenario.behaviour is None else scenario.behaviour.logits(prompts, tokens)
         return cls.from_logits(
-            tokens, mask, weight, logits, reference_logits, behaviour_logits, length=policy.length,
+            tokens, responses.mask, weight, logits, reference_logits, behaviour_logits, length=scenario.policy.length,
             expected_length=expected_length, prompts=prompts,
         )  # fmt: skip
 
     @classmethod
-    def _listed(cls, scenario: Scenario) -> Rollout:
-        """Every response to every prompt of a language model."""
-        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        assert isinstance(policy, LanguageModel)
-        assert isinstance(reference, LanguageModel)
-        assert isinstance(sampler, LanguageModel)
-        prompts, tokens, mask = policy.enumerate()
-        contexts, tables = policy.contexts(tokens, prompts), (policy.table, reference.table.detach(), sampler.table.detach())
-        log_prob = torch.where(mask, policy.family.log_prob(tables[2], contexts, tokens), 0.0).sum(-1)
-        weight = log_prob.exp() / len(policy.prompts)
-        kept = weight > 0  # a nucleus leaves responses out altogether
-        return cls(
-            tokens[kept], mask[kept], weight[kept], contexts[kept], *tables, policy.length, prompts=prompts[kept]
-        )  # fmt: skip
-
-    @classmethod
-    def _of(
-        cls, scenario: Scenario, tokens: Tensor, mask: Tensor, weight: Tensor, expected_length: float | None = None
+    def _from_tables(
+        cls, scenario: Scenario, responses: Responses, weight: Tensor, expected_length: float | None = None
     ) -> Rollout:
-        """Responses of a table or a Gaussian; those with an expected length are samples."""
+        """Responses of policies that have tables; those with an expected length are samples."""
         policy = scenario.policy
-        assert not isinstance(policy, LanguageModel)
         # Sampling is never differentiated, and neither is the reference: only the policy's own table may carry gradients.
         tables = policy.table, scenario.reference.table.detach(), scenario.sampler.table.detach()
-        contexts = policy.contexts(tokens)
         sampled = expected_length is not None
         return cls(
-            tokens, mask, weight, contexts, *tables, policy.length, policy.family, sampled, policy.revisits, expected_length
+            responses.tokens, responses.mask, weight, policy.rows_of(responses), *tables, policy.length, policy.family, sampled,
+            policy.revisits, expected_length, responses.prompts,
         )  # fmt: skip
 
     @classmethod
     def enumerated(cls, scenario: Scenario, log_ratios: Iterable[float] = (), log_weights: Iterable[float] = ()) -> Rollout:
-        """Every response of the scenario, weighted by its probability under the sampler.
+        """Every response of the scenario, weighted by its probability under the sampler; prompts are equally likely.
 
         A Gaussian is enumerated by quadrature nodes; `log_ratios` and `log_weights` are levels of `ℓ` and of `log ρ` where
         the integrand has a kink. Raises `ValueError` when there are too many responses to enumerate.
         """
-        if isinstance(scenario.policy, Gaussian):
+        if is_of(scenario, Gaussian):
             return cls._by_quadrature(scenario, log_ratios, log_weights)
-        if isinstance(scenario.policy, LanguageModel):
-            return cls._listed(scenario)
-        tokens, mask = scenario.policy.enumerate()
-        sampler = scenario.sampler
-        assert not isinstance(sampler, LanguageModel)
-        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
-        weight = torch.where(mask, log_prob, 0.0).sum(-1).exp()
-        return cls._of(scenario, tokens, mask, weight)
+        listed = cast("Scenario[Tabular | LanguageModel]", scenario)
+        sampler, responses = listed.sampler, listed.policy.enumerate()
+        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.rows_of(responses), responses.tokens)
+        weight = torch.where(responses.mask, log_prob, 0.0).sum(-1).exp() / len(sampler.prompts)
+        if is_of(scenario, LanguageModel):  # a nucleus leaves responses out altogether
+            responses, weight = responses[weight > 0], weight[weight > 0]
+        return cls._from_tables(scenario, responses, weight)
 
     @classmethod
-    def parts(cls, scenario: Scenario, size: int) -> Iterator[tuple[Rollout, Tensor, float]]:
+    def parts(cls, scenario: Scenario[Tabular], size: int) -> Iterator[tuple[Rollout, Tensor, float]]:
         """`enumerated` for a table, at most `size` responses at a time: each part with the rows `[q]` of the table that it
         visits, which are all that it holds, and its probability, by which its weights are divided.
 
         Raises `ValueError` as `Tabular.parts` does.
         """
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        assert isinstance(policy, Tabular)
         tables = policy.table, reference.table.detach(), sampler.table.detach()
         expected_length = float(sampler.occupancy().detach().sum())
-        for tokens, mask in policy.parts(size):
-            rows, contexts = policy.visited(tokens)
+        for part in policy.parts(size):
+            rows, contexts = policy.visited(part.tokens)
             table, reference_table, own = (table[rows] for table in tables)
-            weight = torch.where(mask, policy.family.log_prob(own, contexts, tokens), 0.0).sum(-1).exp()
+            log_prob = policy.family.log_prob(own, contexts, part.tokens)
+            weight = torch.where(part.mask, log_prob, 0.0).sum(-1).exp()
             share = float(weight.sum())
             found = cls(
-                tokens, mask, weight / share, contexts, table, reference_table, own, policy.length, policy.family,
-                revisits=policy.revisits, expected_length=expected_length,
+                part.tokens, part.mask, weight / share, contexts, table, reference_table, own, policy.length, policy.family,
+                revisits=policy.revisits, expected_length=expected_length, prompts=part.prompts,
             )  # fmt: skip
             yield found, rows, share
 
     @classmethod
-    def steps(cls, scenario: Scenario, rows: slice, occupancy: Tensor) -> Rollout:
+    def steps(cls, scenario: Scenario[Tabular], rows: slice, occupancy: Tensor) -> Rollout:
         """Every token of some `rows` of a table as a response of one token, weighted by how often the sampler emits it there.
 
         Sums over it are those over the steps of whole responses, for what a step says without the others of its response.
         occupancy: the sampler's, `[rows]`.
         """
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        assert isinstance(policy, Tabular)
         tables = policy.table[rows], reference.table[rows].detach(), sampler.table[rows].detach()
         weight = (occupancy[rows, None] * tables[2].softmax(-1)).flatten()
         contexts, tokens = (
@@ -238,44 +213,39 @@ class Rollout:
         )  # fmt: skip
 
     @classmethod
-    def _by_quadrature(cls, scenario: Scenario, log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
+    def _by_quadrature(cls, scenario: Scenario[Gaussian], log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        assert isinstance(policy, Gaussian)
-        assert isinstance(reference, Gaussian)
-        assert isinstance(sampler, Gaussian)
         kinks = [x for level in log_ratios for x in crossings(policy, reference, level)]
         kinks += [x for level in log_weights for x in crossings(policy, sampler, level)]
         nodes, widths = quadrature([sampler, policy, reference], kinks)
-        tokens = nodes[:, None]
-        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.contexts(tokens), tokens)
-        weight = widths * log_prob[:, 0].exp()
-        return cls._of(scenario, tokens, torch.ones_like(tokens, dtype=torch.bool), weight)
+        responses = Responses.without_prompt(nodes[:, None], torch.ones(len(nodes), 1, dtype=torch.bool))
+        log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.rows_of(responses), responses.tokens)
+        return cls._from_tables(scenario, responses, widths * log_prob[:, 0].exp())
 
     @classmethod
-    def drawn(cls, scenario: Scenario, samples: int, rng: np.random.Generator) -> Rollout:
-        """`samples` independent responses of the sampler, each of weight `1/samples`."""
+    def from_sampler(cls, scenario: Scenario, samples: int, rng: np.random.Generator, group: int = 1) -> Rollout:
+        """`samples` responses of the sampler, each of weight `1/samples`; every `group` successive ones share their prompt."""
         if samples < 1:
             raise ValueError(f"samples must be a positive number, got {samples}")
-        if isinstance(scenario.sampler, LanguageModel):
+        if is_of(scenario, LanguageModel):
             check_held(samples, 3 * scenario.sampler.length * scenario.sampler.vocab)
             weight = torch.full((samples,), 1 / samples, dtype=torch.float64)
-            return cls.answered(scenario, *scenario.sampler.sample(samples, rng), weight)
-        return cls.made(scenario, scenario.sampler.variates(samples, rng))
+            return cls.from_responses(scenario, scenario.sampler.sample(samples, rng, group), weight)
+        tables = cast("Scenario[Tabular | Gaussian]", scenario)
+        return cls.made(tables, tables.sampler.variates(samples, rng))
 
     @classmethod
-    def made(cls, scenario: Scenario, variates: Tensor, expected_length: float | None = None) -> Rollout:
+    def made(cls, scenario: Scenario[Tabular | Gaussian], variates: Tensor, expected_length: float | None = None) -> Rollout:
         """The responses that the sampler makes of `variates` `[n, T]`, each of weight `1/n`; a table's or a Gaussian's.
 
         `expected_length` saves its computation where several rollouts of one scenario are made.
         """
         sampler = scenario.sampler
-        assert not isinstance(sampler, LanguageModel)
-        tokens, mask = sampler.respond(variates)
-        weight = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
+        weight = torch.full((len(variates),), 1 / len(variates), dtype=torch.float64)
         length = float(sampler.occupancy().detach().sum()) if expected_length is None else expected_length
-        return cls._of(scenario, tokens, mask, weight, length)
+        return cls._from_tables(scenario, sampler.respond(variates), weight, length)
 
-    def counted(self, samples: int, replicates: int, rng: np.random.Generator) -> Tensor:
+    def multinomial_weights(self, samples: int, replicates: int, rng: np.random.Generator) -> Tensor:
         """Weights `[replicates, n]` that `samples` draws from this enumerated rollout would get: multinomial counts / samples.
 
         The same distribution as drawing one by one, at a cost that does not depend on `samples`.
@@ -303,41 +273,41 @@ class Rollout:
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """`log π(y_t|s_t)`, `[n, t]`, 0 behind the end; differentiable when the table is."""
-        return self._live(self.family.log_prob(self.table, self.contexts, self.tokens))
+        """`log π(y_t|s_t)`, `[n, t]`, 0 in the padding; differentiable when the table is."""
+        return self._masked(self.family.log_prob(self.table, self.contexts, self.tokens))
 
     @cached_property
     def reference_log_prob(self) -> Tensor:
-        """`log ref(y_t|s_t)`, `[n, t]`, 0 behind the end."""
-        return self._live(self.family.log_prob(self.reference_table, self.contexts, self.tokens))
+        """`log ref(y_t|s_t)`, `[n, t]`, 0 in the padding."""
+        return self._masked(self.family.log_prob(self.reference_table, self.contexts, self.tokens))
 
     @cached_property
     def behaviour_log_prob(self) -> Tensor:
-        """`log μ(y_t|s_t)`, `[n, t]`, 0 behind the end."""
-        return self._live(self.family.log_prob(self.behaviour_table, self.contexts, self.tokens))
+        """`log μ(y_t|s_t)`, `[n, t]`, 0 in the padding."""
+        return self._masked(self.family.log_prob(self.behaviour_table, self.contexts, self.tokens))
 
     @cached_property
     def log_ratio(self) -> Tensor:
         """`ℓ_t = log π − log ref`, `[n, t]`, to its own digits however close the two are."""
-        return self._live(self.family.log_ratio(self.table, self.reference_table, self.contexts, self.tokens))
+        return self._masked(self.family.log_ratio(self.table, self.reference_table, self.contexts, self.tokens))
 
     @cached_property
     def log_weight(self) -> Tensor:
         """`log ρ_t = log π − log μ`, `[n, t]`."""
-        return self._live(self.family.log_ratio(self.table, self.behaviour_table, self.contexts, self.tokens))
+        return self._masked(self.family.log_ratio(self.table, self.behaviour_table, self.contexts, self.tokens))
 
     def divergence(self, kernel: str) -> Tensor:
-        """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 behind the end."""
-        of_rows = self.family.reverse_kl if kernel == "full" else self.family.mse
-        return self.shared(kernel, lambda: self._live(of_rows(self.table, self.reference_table)[self.contexts]))
+        """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 in the padding."""
+        row_divergence = self.family.reverse_kl if kernel == "full" else self.family.mse
+        return self.cached(kernel, lambda: self._masked(row_divergence(self.table, self.reference_table)[self.contexts]))
 
     @cached_property
-    def live(self) -> Tensor:
+    def mask_float(self) -> Tensor:
         """The mask as numbers, `[n, t]`."""
         return self.mask.to(self.weight.dtype)
 
     @cached_property
-    def whole(self) -> bool:
+    def unpadded(self) -> bool:
         """Whether no response ends early, so that the mask does nothing."""
         return bool(self.mask.all())
 
@@ -354,16 +324,23 @@ class Rollout:
         return float(self.weight @ self.lengths / self.weight.sum())
 
     def by_prompt(self) -> list[Rollout]:
-        """The rollouts of every single prompt, each of total weight 1; the rollout itself where there are no prompts."""
-        if self.prompts is None:
+        """The rollouts of every single prompt, each of total weight 1; the rollout itself where there is one prompt, or none."""
+        if self.prompts is None or bool((self.prompts == self.prompts[0]).all()):
             return [self]
-        found = []
+        rollouts = []
         for prompt in sorted(set(self.prompts.tolist())):
             rows = self.prompts == prompt
             weight = self.weight[rows] / self.weight[rows].sum()
             fields = {name: getattr(self, name)[rows] for name in ("tokens", "mask", "contexts", "prompts")}
-            found.append(replace(self, weight=weight, **fields))
-        return found
+            rollouts.append(replace(self, weight=weight, **fields))
+        return rollouts
+
+    @property
+    def responses(self) -> Responses:
+        """Tokens, mask and prompts. Raises `ValueError` for a rollout that does not say which prompts it answers."""
+        if self.prompts is None:
+            raise ValueError("this rollout does not say which prompts it answers: give prompts to Rollout.from_logits")
+        return Responses(self.tokens, self.mask, self.prompts)
 
     def narrowed(self) -> tuple[Rollout, Tensor]:
         """The same responses with only those rows of the tables that they visit, and the sorted numbers of these rows."""
@@ -375,18 +352,18 @@ class Rollout:
         tables = {name: getattr(self, name)[rows] for name in ("table", "reference_table", "behaviour_table")}
         return replace(self, contexts=(visited.cumsum(0) - 1)[self.contexts], **tables), rows
 
-    def shared(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """Return what `compute` gives, computed once for this rollout: estimators share kernels and weights."""
-        if key not in self._shared:
-            self._shared[key] = compute()
-        return self._shared[key]
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
-    def fresh(self) -> Rollout:
+    def without_cache(self) -> Rollout:
         """The same rollout without anything computed yet, so that a backward pass does not free what another needs."""
         return replace(self)
 
-    def _live(self, values: Tensor) -> Tensor:
-        return values if self.whole else torch.where(self.mask, values, 0.0)
+    def _masked(self, values: Tensor) -> Tensor:
+        return values if self.unpadded else torch.where(self.mask, values, 0.0)
 
     def differentiable(self) -> Rollout:
         """The same rollout with every step's logits a leaf of its own, so that samples do not mix.

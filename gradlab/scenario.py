@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs, TypeVar
 
-from gradlab.policies import Gaussian, LanguageModel, Policy
+from gradlab.policies import LanguageModel, Policy
+
+P = TypeVar("P", bound=Policy, default=Policy, covariant=True)
+Q = TypeVar("Q", bound=Policy)
 
 
 def check_scenario(given: object) -> None:
@@ -18,17 +22,17 @@ def check_scenario(given: object) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Scenario:
-    """Frozen triple of policies. `behaviour=None` means on-policy: the data come from `policy` itself.
+class Scenario(Generic[P]):
+    """Frozen triple of policies of one kind `P`. `behaviour=None` means on-policy: the data come from `policy` itself.
 
     `name` labels the scenario in frames; without one a label is made from the family, its size and the KL.
     Raises `ValueError` when the three policies differ in kind, vocabulary, length or end token, or when the reference or
     the behaviour policy gives probability 0 (in float64) to a token of a context.
     """
 
-    policy: Policy
-    reference: Policy
-    behaviour: Policy | None = None
+    policy: P
+    reference: P
+    behaviour: P | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +53,7 @@ class Scenario:
             _check_support(role, other)
 
     @property
-    def sampler(self) -> Policy:
+    def sampler(self) -> P:
         """The policy the data come from: `behaviour`, or `policy` itself."""
         return self.policy if self.behaviour is None else self.behaviour
 
@@ -58,13 +62,16 @@ class Scenario:
         """`name`, or a description such as `tree v=4 T=3 kl=0.25`."""
         if self.name is not None:
             return self.name
-        kind = type(self.policy).__name__.lower()
-        sizes = "" if isinstance(self.policy, Gaussian) else f" v={self.policy.vocab} T={self.policy.length}"
+        sizes = f" v={self.policy.vocab} T={self.policy.length}" if self.policy.vocab else ""
         eos = "" if self.policy.eos is None else f" eos={self.policy.eos}"
         # Where responses are too many to list the KL can only be sampled.
-        sampled = isinstance(self.policy, LanguageModel) and not self.policy.enumerable
-        distance = "" if sampled else f" kl={self.kl():.4g}"
-        return f"{kind}{sizes}{eos}{distance}" + ("" if self.behaviour is None else " off-policy")
+        distance = f" kl={self.kl():.4g}" if self.policy.tabulated else ""
+        return f"{self.family}{sizes}{eos}{distance}" + ("" if self.behaviour is None else " off-policy")
+
+    @property
+    def family(self) -> str:
+        """The kind of its policies as frames have it, such as `tree`."""
+        return type(self.policy).__name__.lower()
 
     def kl(self) -> float:
         """`KL(policy ‖ reference)` of whole responses in nats."""
@@ -74,16 +81,21 @@ class Scenario:
         """`KL(behaviour ‖ policy)` of whole responses in nats; 0 on-policy."""
         return 0.0 if self.behaviour is None else float(self.behaviour.kl(self.policy))  # type: ignore[arg-type]
 
-    def on_policy(self) -> Scenario:
+    def on_policy(self) -> Scenario[P]:
         """The same policy and reference, with data from the policy itself."""
         return replace(self, behaviour=None)
+
+
+def is_of(scenario: Scenario[Any], kind: type[Q]) -> TypeIs[Scenario[Q]]:
+    """Whether the policies of a scenario are of this kind."""
+    return isinstance(scenario.policy, kind)
 
 
 def _check_support(role: str, policy: Any) -> None:
     # A language model's softmax is positive everywhere but outside a nucleus, which is there to be measured.
     if policy.family.name != "categorical" or isinstance(policy, LanguageModel):
         return
-    # Rows that a uniform policy never visits lie behind an end token and may hold anything.
+    # Rows that a uniform policy never visits follow an end token and may hold anything.
     used = policy.with_parameters(torch.zeros_like(policy.parameters)).occupancy() > 0
     probabilities: Tensor = policy.table.detach().softmax(-1)
     missing = torch.nonzero((probabilities == 0) & used[:, None])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradlab._common.registry import Registry
 from gradlab.estimators.kernels import KERNELS
-from gradlab.policies import LanguageModel, Policy, Tree
+from gradlab.policies import Policy, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 
@@ -62,12 +62,12 @@ def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
 
 
 def _mse(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
-    if policy.length == 1 and not isinstance(policy, LanguageModel):
-        return policy.family.mse(policy.table, reference.table)[0]
+    if policy.length == 1:
+        return policy.occupancy() @ policy.family.mse(policy.table, reference.table)
     rollout = Rollout.enumerated(Scenario(policy, reference))
     log_ratio, log_ref = rollout.log_ratio.sum(-1), rollout.reference_log_prob.sum(-1)
     total = 0.5 * KERNELS["mse_sampled"].derivative(log_ratio, log_ref).square().sum()  # π − ref
-    return total / len(policy.prompts) if isinstance(policy, LanguageModel) else total
+    return total / len(policy.prompts)
 
 
 _TANG = "Tang & Munos, arXiv 2506.09477"
@@ -146,18 +146,11 @@ def check_target(target: Target) -> None:
         ) from error
 
 
-def gradient(name: str, scenario: Scenario) -> Tensor:
+def gradient_by_autograd(name: str, scenario: Scenario) -> Tensor:
     """Gradient of a target with respect to the policy's parameters, `[p]`, by autograd through its definition."""
     with torch.enable_grad():
         parameters = scenario.policy.parameters.detach().clone().requires_grad_(True)
         policy = scenario.policy.with_parameters(parameters)
         value = target(name).objective(policy, scenario.reference, scenario.sampler)
         (grad,) = torch.autograd.grad(value, parameters)
-    return balanced(grad, scenario.policy)
-
-
-def balanced(grad: Tensor, policy: Policy) -> Tensor:
-    """A target's gradient `[p]` without what rounding leaves at a table's likeliest tokens, see `Family.balanced`."""
-    if isinstance(policy, LanguageModel):
-        return grad
-    return policy.family.balanced(grad.view_as(policy.table), policy.table).flatten()
+    return scenario.policy.balanced(grad)

@@ -32,7 +32,7 @@ def assert_descends(
     for name in passes:
         check_name("probe", name, NAMES)
     audited = audit(loss, **binding)
-    reason = audited.unmet(target, off_policy=off_policy)
+    reason = audited.why_not(target, off_policy=off_policy)
     if reason is None:
         wrong = [probe for probe in audited.failures if probe.name in passes]
         reason = f"{audited.subject.name} fails the probe {wrong[0].name}: {wrong[0].finding}" if wrong else None

@@ -37,7 +37,7 @@ from gradlab.policies import LanguageModel, Policy
 from gradlab.policies.small import TASKS
 from gradlab.recipe import Recipe
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, is_of
 
 #: The run without a regulariser, in frames.
 NONE = "none"
@@ -97,13 +97,13 @@ def train(
         raise ValueError(f"reward must be a function of a rollout that returns one reward per response, got {reward!r}")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a gl.training.Recipe, got {recipe!r}")
-    kinds: list[tuple[str, Loss | None, float]] = [(NONE, None, 0.0)]
-    kinds += [(name, loss, size) for (name, loss), size in product(named.items(), sizes)]
+    runs: list[tuple[str, Loss | None, float]] = [(NONE, None, 0.0)]
+    runs += [(name, loss, size) for (name, loss), size in product(named.items(), sizes)]
     start = Scenario(policy, reference or policy, name="start")
-    runs = list(product(kinds, range(seeds)))
+    numbered_runs = list(product(runs, range(seeds)))
     tasks = (
         joblib.delayed(_run)(start, reward, name, loss, size, recipe, seed, number)
-        for (name, loss, size), number in tqdm(runs, desc="train", unit="run", disable=None, delay=2)
+        for (name, loss, size), number in tqdm(numbered_runs, desc="train", unit="run", disable=None, delay=2)
     )
     rows = [row for part in spread(tasks, jobs) for row in part]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -118,8 +118,7 @@ def task_reward(task: str, policy: LanguageModel) -> Reward:
 
 
 def _solved(task: str, policy: LanguageModel, rollout: Rollout) -> Tensor:
-    assert rollout.prompts is not None
-    return TASKS[task].reward(policy, rollout.prompts, rollout.tokens, rollout.mask)
+    return TASKS[task].reward(policy, rollout.responses)
 
 
 # ---- one run ------------------------------------------------------------------------------------------------------------
@@ -129,15 +128,15 @@ def _run(
     start: Scenario, reward: Reward, name: str, loss: Loss | None, coefficient: float, recipe: Recipe, seed: int, number: int
 ) -> list[dict[str, Any]]:
     """Rows of one run. Draws of batches and of looks have streams of their own, so that looking changes nothing."""
-    drawing, looking = (generator(seed, 13, number, k) for k in (0, 1))
+    batch_rng, evaluation_rng = (generator(seed, 13, number, k) for k in (0, 1))
     rows = []
     with one_thread():
-        for step, scenario in _steps(start, reward, loss, coefficient, recipe, drawing):
-            if step % recipe.look and step != recipe.steps:
+        for step, scenario in _steps(start, reward, loss, coefficient, recipe, batch_rng):
+            if step % recipe.eval_every and step != recipe.steps:
                 continue
             run = {"estimator": name, "coefficient": coefficient, "epochs": recipe.epochs, "seed": number, "step": step}
-            seen = {} if scenario is None else _look(scenario, reward, loss, coefficient, recipe, looking)
-            rows.append({**run, **seen, "diverged": scenario is None})
+            evaluation = {} if scenario is None else _evaluate(scenario, reward, loss, coefficient, recipe, evaluation_rng)
+            rows.append({**run, **evaluation, "diverged": scenario is None})
     return rows
 
 
@@ -150,25 +149,25 @@ def _steps(
     scenario = start
     yield 0, scenario
     for step in range(1, recipe.steps + 1):
-        drawn = _draw(scenario, recipe.batch, recipe.group, rng)
-        advantages = _advantages(_rewards(drawn, reward), recipe.group)
-        frozen = _in_reward(loss, drawn)
+        sampled = _sample(scenario, recipe.batch, recipe.group, rng)
+        advantages = _advantages(_rewards(sampled, reward), recipe.group)
+        reward_penalty = _penalty_in_reward(loss, sampled)
         behaviour = scenario.policy
         for epoch in range(recipe.epochs):
-            rollout = drawn if epoch == 0 else _again(replace(scenario, behaviour=behaviour), drawn)
-            batch = _gradients(rollout, advantages, loss, coefficient, frozen, recipe.clip)
+            rollout = sampled if epoch == 0 else _reevaluate(replace(scenario, behaviour=behaviour), sampled)
+            batch = _gradients(rollout, advantages, loss, coefficient, reward_penalty, recipe.clip)
             with torch.no_grad():
                 theta.grad = _mean(scenario.policy, batch).to(theta)
             optimiser.step()
-            moved = _moved(scenario, theta.detach().clone())
-            if moved is None:
-                yield from ((later, None) for later in range(step, recipe.steps + 1))
+            stepped = _with_parameters(scenario, theta.detach().clone())
+            if stepped is None:
+                yield from ((remaining, None) for remaining in range(step, recipe.steps + 1))
                 return
-            scenario = moved
+            scenario = stepped
         yield step, scenario
 
 
-def _moved(scenario: Scenario, theta: Tensor) -> Scenario | None:
+def _with_parameters(scenario: Scenario, theta: Tensor) -> Scenario | None:
     """The scenario with the policy's parameters after a step, or `None` where nothing can be computed with them."""
     if not np.isfinite(float(theta.sum())):
         return None
@@ -178,46 +177,45 @@ def _moved(scenario: Scenario, theta: Tensor) -> Scenario | None:
         return None
 
 
-def _look(
+def _evaluate(
     scenario: Scenario, reward: Reward, loss: Loss | None, coefficient: float, recipe: Recipe, rng: np.random.Generator
 ) -> dict[str, float]:
-    rollout = _draw(scenario, recipe.watch, recipe.group, rng)
-    rewards, frozen = _rewards(rollout, reward), _in_reward(loss, rollout)
+    rollout = _sample(scenario, recipe.eval_responses, recipe.group, rng)
+    rewards, reward_penalty = _rewards(rollout, reward), _penalty_in_reward(loss, rollout)
     advantages = _advantages(rewards, recipe.group)
-    exact = not isinstance(scenario.policy, LanguageModel)
     return {
         "reward": float(rewards.mean()),
-        "kl": scenario.kl() if exact else float(rollout.divergence("full").sum(-1).mean()),
+        "kl": scenario.kl() if not is_of(scenario, LanguageModel) else float(rollout.divergence("full").sum(-1).mean()),
         "length": float(rollout.lengths.mean()),
         **{
-            column: _trace(scenario.policy, _gradients(rollout, advantages, loss, size, frozen, recipe.clip), recipe.group)
+            column: _trace(
+                scenario.policy, _gradients(rollout, advantages, loss, size, reward_penalty, recipe.clip), recipe.group
+            )
             for column, size in (("trace_cov", coefficient), ("trace_cov_none", 0.0))
         },
     }
 
 
-def _draw(scenario: Scenario, n: int, group: int, rng: np.random.Generator) -> Rollout:
+def _sample(scenario: Scenario, n: int, group: int, rng: np.random.Generator) -> Rollout:
     """`n` responses of the policy itself, in groups to one prompt."""
-    if not isinstance(scenario.policy, LanguageModel):
-        return Rollout.drawn(scenario, n, rng)
-    return Rollout.answered(scenario, *scenario.policy.sample(n, rng, group), torch.full((n,), 1 / n, dtype=torch.float64))
+    return Rollout.from_sampler(scenario, n, rng, group)
 
 
-def _again(scenario: Scenario, drawn: Rollout) -> Rollout:
+def _reevaluate(scenario: Scenario, sampled: Rollout) -> Rollout:
     """The same responses at the policy as it is by now."""
-    if drawn.prompts is not None:
-        return Rollout.answered(scenario, drawn.prompts, drawn.tokens, drawn.mask, drawn.weight)
+    if is_of(scenario, LanguageModel):
+        return Rollout.from_responses(scenario, sampled.responses, sampled.weight)
     policy, behaviour = scenario.policy.table.detach(), scenario.sampler.table.detach()
-    return replace(drawn, table=policy, behaviour_table=behaviour)
+    return replace(sampled, table=policy, behaviour_table=behaviour)
 
 
 def _rewards(rollout: Rollout, reward: Reward) -> Tensor:
-    found = reward(rollout)
+    values = reward(rollout)
     n = len(rollout.weight)
-    if not isinstance(found, Tensor) or found.shape != (n,) or not bool(torch.isfinite(found).all()):
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(values, Tensor) or values.shape != (n,) or not bool(torch.isfinite(values).all()):
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"a reward gives one finite number per response, [{n}], got {shape}")
-    return found.double()
+    return values.double()
 
 
 def _advantages(rewards: Tensor, group: int) -> Tensor:
@@ -226,7 +224,7 @@ def _advantages(rewards: Tensor, group: int) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)).flatten() * group / (group - 1)
 
 
-def _in_reward(loss: Loss | None, rollout: Rollout) -> Tensor | None:
+def _penalty_in_reward(loss: Loss | None, rollout: Rollout) -> Tensor | None:
     """What a regulariser puts into the reward of every token, `[n, t]`, at the policy that drew the data."""
     if not isinstance(loss, Estimator) or loss.placement not in ("reward", "loss+reward"):
         return None
@@ -236,40 +234,44 @@ def _in_reward(loss: Loss | None, rollout: Rollout) -> Tensor | None:
 
 
 def _gradients(
-    rollout: Rollout, advantages: Tensor, loss: Loss | None, coefficient: float, frozen: Tensor | None, clip: float
+    rollout: Rollout, advantages: Tensor, loss: Loss | None, coefficient: float, reward_penalty: Tensor | None, clip: float
 ) -> Gradients:
     """Gradients of every response, with the recipe's clipped ratio on all that is in the reward."""
-    gain = advantages[:, None] * rollout.live
-    if frozen is not None:
-        gain = gain - coefficient * frozen
+    advantage = advantages[:, None] * rollout.mask_float
+    if reward_penalty is not None:
+        advantage = advantage - coefficient * reward_penalty
     ratio = rollout.log_weight.exp()
-    clipped = ((gain > 0) & (ratio > 1 + clip)) | ((gain < 0) & (ratio < 1 - clip))
-    score = -torch.where(clipped, 0.0, ratio * gain)[None]
+    clipped = ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))
+    score = -torch.where(clipped, 0.0, ratio * advantage)[None]
     if loss is None or (isinstance(loss, Estimator) and loss.placement == "reward"):
         return Gradients(rollout, score)
     if not isinstance(loss, Estimator):
-        whole = coefficient * cotangent(loss, rollout) + cotangent(lambda leaf: (score[0] * leaf.log_prob).sum(-1), rollout)
-        return Gradients(rollout, torch.zeros_like(score), cotangents={0: whole})
-    of_loss = replace(loss, placement="loss", credit="token") if loss.placement == "loss+reward" else loss
-    found = gradients([of_loss], rollout)
-    direct = tuple((losses, coefficient * each, slope) for losses, each, slope in found.direct)
-    return Gradients(rollout, score + coefficient * found.score, direct)
+        cotangents = coefficient * cotangent(loss, rollout) + cotangent(
+            lambda leaf: (score[0] * leaf.log_prob).sum(-1), rollout
+        )
+        return Gradients(rollout, torch.zeros_like(score), cotangents={0: cotangents})
+    in_loss = replace(loss, placement="loss", credit="token") if loss.placement == "loss+reward" else loss
+    loss_gradients = gradients([in_loss], rollout)
+    direct = tuple(
+        (losses, coefficient * coefficients_of_kernel, slope) for losses, coefficients_of_kernel, slope in loss_gradients.direct
+    )
+    return Gradients(rollout, score + coefficient * loss_gradients.score, direct)
 
 
 def _mean(policy: Policy, batch: Gradients) -> Tensor:
     """The mean gradient of the batch, `[p]`."""
     weight = batch.rollout.weight
-    return (backprop.pull(policy, batch, weight).total if isinstance(policy, LanguageModel) else batch.mean(weight))[0]
+    return (backprop.pullback(policy, batch, weight).total if isinstance(policy, LanguageModel) else batch.mean(weight))[0]
 
 
 def _trace(policy: Policy, batch: Gradients, group: int) -> float:
     """`G · tr Cov` of a group's mean gradient, unbiased, from the groups of a batch."""
     groups = len(batch.rollout.weight) // group
     if isinstance(policy, LanguageModel):
-        found = backprop.pull(policy, batch, batch.rollout.weight, unit=group)
-        second, mean = float(found.square[:, 0].mean()) / group**2, found.total[0]
+        moments = backprop.pullback(policy, batch, batch.rollout.weight, unit=group)
+        second, mean = float(moments.square[:, 0].mean()) / group**2, moments.total[0]
     else:
-        member = torch.eye(groups, dtype=torch.float64).repeat_interleave(group, 1) / group
-        means = torch.cat([batch.mean(weight) for weight in member])
+        group_weights = torch.eye(groups, dtype=torch.float64).repeat_interleave(group, 1) / group
+        means = torch.cat([batch.mean(weight) for weight in group_weights])
         second, mean = float(means.square().sum(-1).mean()), means.mean(0)
     return group * (second - float(mean @ mean)) * groups / (groups - 1) if groups > 1 else float("nan")

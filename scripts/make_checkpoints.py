@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradlab.policies.language import LanguageModel
+from gradlab.policies.responses import Responses
 from gradlab.policies.small import CHECKPOINTS, SEED, TASKS, Task, network, pairs
 from gradlab.policies.transformer import Transformer
 
@@ -79,19 +81,19 @@ def supervised(task: Task, model: Transformer, draw: Callable[[int], list[str]],
             print(f"{task.name}: step {step + 1}, {float(loss.detach()):.3f} nats a token", flush=True)
 
 
-def reinforce(policy: LanguageModel, reward: Callable[[Tensor, Tensor, Tensor], Tensor], rng: np.random.Generator, steps: int,
+def reinforce(policy: LanguageModel, reward: Callable[[Responses], Tensor], rng: np.random.Generator, steps: int,
               saved: Callable[[int], None], rate: float = 1e-4) -> None:  # fmt: skip
     """Policy-gradient steps on `BATCH` responses in groups to one prompt, each compared with the mean of the others."""
     optimiser = torch.optim.Adam(policy.model.parameters(), lr=rate)
     for step in range(steps):
-        prompts, tokens, mask = policy.sample(BATCH, rng, GROUP)
-        rewards = reward(prompts, tokens, mask)
+        drawn = policy.sample(BATCH, rng, GROUP)
+        rewards = reward(drawn)
         groups = rewards.view(-1, GROUP)
         advantages = (groups - groups.mean(1, keepdim=True)).flatten() * GROUP / (GROUP - 1)
-        ((_, ids),) = policy.sequences(prompts, tokens)
-        logits = policy.shaped(policy.model(ids)[:, -tokens.shape[1] :])
-        log_prob = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        loss = -(advantages[:, None] * log_prob * mask).sum() / BATCH
+        ((_, ids),) = policy.sequences(drawn.prompts, drawn.tokens)
+        logits = policy.shaped(policy.model(ids)[:, -drawn.tokens.shape[1] :])
+        log_prob = logits.log_softmax(-1).gather(-1, drawn.tokens[..., None])[..., 0]
+        loss = -(advantages[:, None] * log_prob * drawn.mask).sum() / BATCH
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -126,7 +128,7 @@ def make(name: str, folder: Path) -> None:
     # Reinforced on sums it has been shown examples of, too.
     shown = [f"{a:02d}+{b:02d}=" for a, b in pairs(held_out=False)]
     policy = task.policy(model, shown if name == "addition" else None)
-    reinforce(policy, lambda *answers: task.reward(policy, *answers), stream(index, 2), max(stages), saved)
+    reinforce(policy, partial(task.reward, policy), stream(index, 2), max(stages), saved)
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def enumerated_reverse_kl(policy: Tree, reference: Tree) -> Callable[[], torch.T
     """The floor: enumerate, then one forward and backward pass of `Σ_y π(y) S(y)`, written as plainly as possible."""
 
     def forward_backward() -> torch.Tensor:
-        tokens, _ = policy.enumerate()
+        tokens = policy.enumerate().tokens
         rows = policy.contexts(tokens)
         table = policy.table.detach().requires_grad_(True)
         log_pi = table.log_softmax(-1)[rows, tokens].sum(-1)
@@ -83,7 +83,7 @@ def drawn_pass(scenario: gl.Scenario, samples: int) -> Callable[[], torch.Tensor
     policy, reference = scenario.policy, scenario.reference
 
     def forward_backward() -> torch.Tensor:
-        tokens, _ = policy.sample(samples, np.random.default_rng(0))
+        tokens = policy.sample(samples, np.random.default_rng(0)).tokens
         rows = policy.contexts(tokens)
         table = policy.table.detach().requires_grad_(True)
         log_ratio = table.log_softmax(-1)[rows, tokens] - reference.table.log_softmax(-1)[rows, tokens]
@@ -103,16 +103,16 @@ def language_model(length: int, prompt: int, batch: int) -> None:
     policy, reference = (LanguageModel(network, [tuple(range(prompt))], length) for network in made)
     scenario, weight = gl.Scenario(policy, reference), torch.full((batch,), 1 / batch, dtype=torch.float64)
     answers = policy.sample(batch, np.random.default_rng(0))
-    found = gradients([gl.ESTIMATORS[name] for name in names], gl.Rollout.answered(scenario, *answers, weight))
-    ((_, ids),) = policy.sequences(*answers[:2])
+    found = gradients([gl.ESTIMATORS[name] for name in names], gl.Rollout.from_responses(scenario, answers, weight))
+    ((_, ids),) = policy.sequences(answers.prompts, answers.tokens)
     parameters = dict(policy.model.named_parameters())
 
     def ordinary() -> None:
-        chosen = policy.model(ids)[:, -length:].log_softmax(-1).gather(-1, answers[1][..., None])
+        chosen = policy.model(ids)[:, -length:].log_softmax(-1).gather(-1, answers.tokens[..., None])
         torch.autograd.grad(chosen.sum() / batch, list(parameters.values()))
 
     score = found.rollout.logits.softmax(-1).neg()
-    score = score.scatter_add(-1, answers[1][..., None], torch.ones_like(score[..., :1])).float()
+    score = score.scatter_add(-1, answers.tokens[..., None], torch.ones_like(score[..., :1])).float()
 
     def surrogate(weights: dict[str, torch.Tensor], row: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
         return (functional_call(policy.model, weights, (row[None],))[0, -length:] * seed).sum()
@@ -126,7 +126,7 @@ def language_model(length: int, prompt: int, batch: int) -> None:
     what = f"{len(policy.parameters):,} parameters, {batch} responses, T = {length}"
     line(f"ordinary forward+backward: {what} (the floor)", 1e3 * seconds(ordinary), "ms", "")
     for label, pairs, aim in (("means and norms", False, {4: 3, 16: 4.5}[length]), ("and all inner products", True, None)):
-        taken = against(ordinary, partial(backprop.pull, policy, found, weight, pairs=pairs))
+        taken = against(ordinary, partial(backprop.pullback, policy, found, weight, pairs=pairs))
         line(f"  six estimators, {label}", taken, "x", f"(aim: at most {aim})" if aim else "")
     line("  six estimators by vmap(grad)", against(ordinary, each_sample, 5), "x", "")
 

@@ -57,12 +57,10 @@ def worlds() -> Iterator[tuple[gl.Scenario, list[str], bool]]:
 def coverage(scenario: gl.Scenario, name: str, samples: int, runs: int, rng: np.random.Generator) -> dict[str, object]:
     """Shares of runs whose intervals hold the truth, and what `gradlab.reliability` says of such runs."""
     loss = gl.ESTIMATORS[name]
-    rates, sizes = reliability._law([loss], scenario)
-    rollout = (
-        gl.exact._rollout([loss], scenario) if isinstance(scenario.policy, gl.Gaussian) else gl.Rollout.enumerated(scenario)
-    )
+    rates, sizes = reliability._enumerated_norms([loss], scenario)
+    rollout = gl.exact.enumerated([loss], scenario)
     gradients = gl.moments.gradients([loss], rollout).tables(0).flatten(1).numpy()[(rollout.weight > 0).numpy()]
-    known = reliability.judged(samples * rates, sizes[0], gradients.shape[1])
+    known = reliability.assess(samples * rates, sizes[0], gradients.shape[1])
     target = gl.exact.gradient("reverse_kl", scenario).numpy()
     mean, size = rates @ gradients, np.linalg.norm(target)
     truth = {"bias": np.linalg.norm(mean - target) / size, "cosine": mean @ target / np.linalg.norm(mean) / size}

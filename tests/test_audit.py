@@ -17,7 +17,7 @@ from worlds import assert_same
 
 import gradlab as gl
 from gradlab.audit import Batch, LossError, Subject, candidates, checks, curve, engine, forms, frame, synthetic, worlds
-from gradlab.audit.identify import Verdict, formula, identify
+from gradlab.audit.identify import Identification, formula, identify
 from gradlab.audit.precision import PRECISIONS
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import derivative
@@ -37,7 +37,7 @@ def subject_of(estimator: Estimator) -> Subject:
     return Subject(estimator.name, loss, group=estimator.group)
 
 
-def arrays(world: worlds.World):
+def arrays(world: worlds.AuditScenario):
     scenario = world.scenario
     behaviour = None if scenario.behaviour is None else scenario.behaviour.table.numpy()
     return scenario.policy.table.numpy(), scenario.reference.table.numpy(), behaviour, scenario.policy.eos
@@ -50,7 +50,7 @@ def arrays(world: worlds.World):
 @pytest.mark.parametrize("name", ["k3-loss", "k1-reward-to-go", "k3-loss-token", "full-both-prefix"])
 def test_expected_gradients_are_those_of_loops_over_responses(world, name):
     estimator = gl.ESTIMATORS[name]
-    found = engine.field(subject_of(estimator), world, 1)
+    found = engine.expected_gradient(subject_of(estimator), world, 1)
     logits, reference, behaviour, eos = arrays(world)
     mean, trace = oracles.moments(estimator, logits, reference, behaviour, eos)
     size = math.sqrt(trace + float(mean @ mean))
@@ -71,10 +71,10 @@ def test_pairs_are_those_of_loops_over_groups(baseline, share):
 
     mean, _ = oracles.moments(estimator, *arrays(world))
     subject = Subject("pairs", loss)
-    found = engine.field(subject, world, 2)
+    found = engine.expected_gradient(subject, world, 2)
     assert_same(found.mean, mean)
     assert checks.exchangeable(subject, world, 2, 1e-10)
-    half = engine.field(subject, world, 2, exchangeable=True)
+    half = engine.expected_gradient(subject, world, 2, exchangeable=True)
     assert len(half.weight) == 120 < len(found.weight) == 225
     assert_same(half.mean, mean)
     assert half.size == pytest.approx(found.size, rel=1e-12)
@@ -91,8 +91,8 @@ def test_a_group_of_three_is_enumerated_when_asked_for():
     world = worlds.standard()[0]
     truth = gl.exact.gradient("reverse_kl", world.scenario)
     subject = Subject("threes", loss)
-    assert_same(engine.field(subject, world, 3).mean, 2 / 3 * truth)
-    assert_same(engine.field(subject, world, 3, exchangeable=True).mean, 2 / 3 * truth)
+    assert_same(engine.expected_gradient(subject, world, 3).mean, 2 / 3 * truth)
+    assert_same(engine.expected_gradient(subject, world, 3, exchangeable=True).mean, 2 / 3 * truth)
 
 
 def standardised(batch: Batch) -> torch.Tensor:
@@ -103,9 +103,9 @@ def standardised(batch: Batch) -> torch.Tensor:
     return (advantage * (batch.log_prob * batch.mask).sum(-1)).mean()
 
 
-def bandit(actions: int = 3, kl: float = 0.4) -> worlds.World:
+def bandit(actions: int = 3, kl: float = 0.4) -> worlds.AuditScenario:
     policy = gl.Tree.random(vocab=actions, length=1, seed=5)
-    return worlds.World("moderate", gl.Scenario(policy, policy.perturbed(kl=kl, seed=6)))
+    return worlds.AuditScenario("moderate", gl.Scenario(policy, policy.perturbed(kl=kl, seed=6)))
 
 
 @pytest.mark.parametrize(("actions", "group"), [(3, 2), (3, 3), (3, 4), (4, 3), (2, 6)])
@@ -124,7 +124,7 @@ def test_standardised_groups_are_those_of_loops_over_all_of_them(actions, group)
             if spread > 1e-12:
                 mean += math.prod(p[b] for b in drawn) * (r - middle) / spread / group * (np.eye(actions)[a] - p)
     subject = Subject("standardised", standardised)
-    ordered, unordered = (engine.field(subject, world, group, exchangeable=how) for how in (False, True))
+    ordered, unordered = (engine.expected_gradient(subject, world, group, exchangeable=how) for how in (False, True))
     assert_same(ordered.mean, mean)
     assert_same(unordered.mean, mean)
     for found, how in ((ordered, False), (unordered, True)):
@@ -138,7 +138,7 @@ def test_standardised_groups_turn_to_the_reverse_kl_as_they_grow():
     spread = world.rollout.weight @ world.rollout.log_ratio[:, 0].square() - world.scenario.kl() ** 2
     angles, scales = {}, {}
     for group in (2, 16, 32, 64):
-        mean = engine.field(Subject("standardised", standardised), world, group, exchangeable=True).mean
+        mean = engine.expected_gradient(Subject("standardised", standardised), world, group, exchangeable=True).mean
         angles[group] = math.acos(float(mean @ truth / mean.norm() / truth.norm()))
         scales[group] = float(mean @ truth / truth.square().sum())
     assert angles[2] > 0.05
@@ -152,8 +152,8 @@ def test_an_audit_tells_what_a_larger_group_changes():
     audits = {group: gl.audit(Subject("standardised", standardised), group=group) for group in (2, 3)}
     for group, audited in audits.items():
         on = worlds.standard()[::2]
-        means = [engine.field(audited.subject, world, group).mean for world in on]
-        truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+        means = [engine.expected_gradient(audited.subject, world, group).mean for world in on]
+        truths = [candidates.candidate_gradients(world)["reverse_kl"] for world in on]
         wanted = np.mean([float(m @ t / m.norm() / t.norm()) for m, t in zip(means, truths, strict=True)])
         assert (audited.group, frame([audited])["group"][0]) == (group, group)
         assert audited.cosine == pytest.approx(wanted, rel=1e-9)
@@ -220,7 +220,7 @@ def test_padding_is_misleading_and_its_pull_is_measured():
     def loss(batch):
         return (batch.log_prob * (1 - batch.mask)).sum()
 
-    found = engine.field(Subject("padding", loss), world, 1)
+    found = engine.expected_gradient(Subject("padding", loss), world, 1)
     assert float(found.mean.norm()) == 0
     columns = world.columns(worlds.PADDING)
     p = columns["logits"].softmax(-1)
@@ -281,7 +281,7 @@ def test_extra_objectives_are_those_of_loops(world, name):
     theta = torch.tensor(logits, requires_grad=True)
     sampler = oracles.table(logits if behaviour is None else behaviour)
     (expected,) = torch.autograd.grad(slow_objective(name, theta, reference, sampler, eos), theta)
-    assert_same(candidates.gradients(world)[name], expected.flatten(), scale=max(float(expected.norm()), 0.1))
+    assert_same(candidates.candidate_gradients(world)[name], expected.flatten(), scale=max(float(expected.norm()), 0.1))
 
 
 def test_every_candidate_has_words_and_targets_come_first():
@@ -332,7 +332,7 @@ def test_the_form_of_an_estimator_is_that_estimator_or_has_its_gradient(name):
     found = gl.audit(subject_of(estimator)).form
     assert found is not None
     assert found.by_length is (estimator.normalise == "mean")
-    same = [found.estimator, *found.twins]
+    same = [found.estimator, *found.equivalent_estimators]
     plain = replace(estimator, normalise="sum")
     if estimator.placement == "straight_through":
         plain = Estimator("k2")
@@ -358,7 +358,7 @@ def test_values_tell_compositions_by_length_apart_too(estimator):
     """Both have the gradient of others; what the loss is worth, divided by the length, says which it is."""
     found = gl.audit(subject_of(replace(estimator, normalise="mean"))).form
     assert (found.estimator, found.by_length) == (estimator, True)
-    assert len(found.twins) >= 1
+    assert len(found.equivalent_estimators) >= 1
 
 
 def test_a_form_with_the_wrong_sign_is_named_with_its_negative_factor():
@@ -396,7 +396,7 @@ def test_a_combination_is_written_as_a_formula(parts, text):
 
 
 def test_only_a_positive_multiple_everywhere_descends():
-    verdict = Verdict({"reverse_kl": 0.5}, 0.0, "everywhere", "reverse_kl", 1.0, "")
+    verdict = Identification({"reverse_kl": 0.5}, 0.0, "everywhere", "reverse_kl", 1.0, "")
     assert verdict.descends("reverse_kl")
     assert not verdict.descends("forward_kl")
     for changed in ({"scope": "near"}, {"combination": {"reverse_kl": -0.5}}, {"combination": {"reverse_kl": 0.0}},
@@ -421,8 +421,10 @@ def test_a_scale_is_reported_and_a_foreign_gradient_is_not_explained_away():
         return -((0.5 * ratio**2 + 0.2 * torch.sin(3 * ratio)) * mask).sum(-1).mean()
 
     verdict = gl.audit(turned).on_policy
-    means = [engine.field(gl.audit.bind(turned), world, 1).mean for world in worlds.standard() if not world.off_policy]
-    truths = [candidates.gradients(world) for world in worlds.standard() if not world.off_policy]
+    means = [
+        engine.expected_gradient(gl.audit.bind(turned), world, 1).mean for world in worlds.standard() if not world.off_policy
+    ]
+    truths = [candidates.candidate_gradients(world) for world in worlds.standard() if not world.off_policy]
     cosines = {
         name: np.mean([float(m @ t[name] / m.norm() / t[name].norm()) for m, t in zip(means, truths, strict=True)])
         for name in truths[0]
@@ -452,7 +454,7 @@ def test_a_tiny_admixture_breaks_a_match():
 def test_two_objectives_are_told_apart_with_their_coefficients(first, second):
     fields = []
     for world in worlds.standard()[::2]:
-        gradients = candidates.gradients(world)
+        gradients = candidates.candidate_gradients(world)
         mean = 0.7 * gradients[first] - 1.3 * gradients[second]
         fields.append(made_up(world, mean))
     verdict = identify([("everywhere", fields)], 1e-10)
@@ -460,15 +462,15 @@ def test_two_objectives_are_told_apart_with_their_coefficients(first, second):
     assert f"{first} − 1.3·{second}" in verdict.name
 
 
-def made_up(world: worlds.World, mean: torch.Tensor) -> engine.Field:
+def made_up(world: worlds.AuditScenario, mean: torch.Tensor) -> engine.ExpectedGradient:
     """A field with a given mean."""
     one = torch.ones(1, dtype=torch.float64)
-    return engine.Field(world, mean, 1.0, 0.0, 0.0, one, one, one)
+    return engine.ExpectedGradient(world, mean, 1.0, 0.0, 0.0, one, one, one)
 
 
 def test_a_match_has_to_hold_in_every_world():
     on = worlds.standard()[::2]
-    truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+    truths = [candidates.candidate_gradients(world)["reverse_kl"] for world in on]
     fields = [made_up(world, truth) for world, truth in zip(on, truths, strict=True)]
     assert identify([("everywhere", fields)], 1e-7).name == "reverse_kl"
     aside = torch.ones_like(truths[2])
@@ -480,7 +482,7 @@ def test_a_match_has_to_hold_in_every_world():
 
 def test_one_world_fits_no_pair():
     near = worlds.standard()[0]
-    gradients = candidates.gradients(near)
+    gradients = candidates.candidate_gradients(near)
     field = made_up(near, 0.3 * gradients["length"] + 0.2 * gradients["inverse_length"])
     assert identify([("near", [field])], 1e-7).name == "none"
 
@@ -502,14 +504,16 @@ def k3_in_reward(kind: torch.dtype, offset: float = 0.0) -> Subject:
 
 @pytest.mark.parametrize("world", worlds.standard()[:5], ids=lambda w: f"{w.name} {w.off_policy}")
 def test_the_rounding_of_a_mean_is_its_distance_from_the_exact_one(world):
-    fields = {kind: engine.field(k3_in_reward(kind), world, 1) for kind in (torch.float64, torch.float32, torch.bfloat16)}
+    fields = {
+        kind: engine.expected_gradient(k3_in_reward(kind), world, 1) for kind in (torch.float64, torch.float32, torch.bfloat16)
+    }
     truth = fields[torch.float64].mean
     for precision in PRECISIONS[1:]:
         known = fields[precision.dtype]
-        found = engine.rounding(k3_in_reward(precision.dtype), known, 1, False, precision.nudge)
+        found = engine.rounding_error(k3_in_reward(precision.dtype), known, 1, False, precision.perturbation)
         error = float((known.mean - truth).norm())
         assert error / 4 < found < 4 * error
-    exact = engine.rounding(k3_in_reward(torch.float64), fields[torch.float64], 1, False, PRECISIONS[0].nudge)
+    exact = engine.rounding_error(k3_in_reward(torch.float64), fields[torch.float64], 1, False, PRECISIONS[0].perturbation)
     assert exact < 1e-12 * float(truth.norm())
 
 
@@ -520,8 +524,10 @@ def test_a_kink_at_a_ratio_of_one_is_no_rounding():
         return (torch.minimum(ratio * k2, k2) * batch.mask).sum(-1).mean()
 
     on_policy = worlds.standard()[2]
-    known = engine.field(Subject("kink", loss), on_policy, 1)
-    assert engine.rounding(Subject("kink", loss), known, 1, False, PRECISIONS[1].nudge) < 1e-6 * float(known.mean.norm())
+    known = engine.expected_gradient(Subject("kink", loss), on_policy, 1)
+    assert engine.rounding_error(Subject("kink", loss), known, 1, False, PRECISIONS[1].perturbation) < 1e-6 * float(
+        known.mean.norm()
+    )
 
 
 def test_terms_that_nearly_cancel_match_as_well_as_their_rounding_allows():
@@ -544,14 +550,16 @@ def test_what_rounding_hides_is_unresolved_with_the_evidence():
         verdict.text,
     ).groups())  # fmt: skip
     near = worlds.standard()[0]
-    mean, truth = (engine.field(k3_in_reward(*how), near, 1).mean for how in ((torch.float32, 1e4), (torch.float64,)))
+    mean, truth = (
+        engine.expected_gradient(k3_in_reward(*how), near, 1).mean for how in ((torch.float32, 1e4), (torch.float64,))
+    )
     assert norm == pytest.approx(float(mean.norm()), rel=0.05)
     assert 1 / 4 < share * norm / float((mean - truth).norm()) < 4
     # Farther away the digits suffice.
     elsewhere = verdict.text.partition("; elsewhere it equals a combination of gradients, ")[2]
     shares = re.match(r"(\S+) × that of the sequence reverse KL minus (\S+) × that of the forward KL with frozen", elsewhere)
     assert [float(share) for share in shares.groups()] == pytest.approx([1, 1], rel=1e-3)
-    assert "does not descend reverse_kl on-policy: its expected gradient is not resolved" in audited.unmet("reverse_kl")
+    assert "does not descend reverse_kl on-policy: its expected gradient is not resolved" in audited.why_not("reverse_kl")
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
@@ -578,15 +586,15 @@ def test_a_null_gradient_is_zero_and_a_foreign_one_none_whatever_the_precision(k
 
 def test_rounding_decides_only_what_the_other_worlds_leave_open():
     on = worlds.standard()[::2]
-    truths = [candidates.gradients(world)["reverse_kl"] for world in on]
+    truths = [candidates.candidate_gradients(world)["reverse_kl"] for world in on]
     fields = [made_up(world, truth) for world, truth in zip(on, truths, strict=True)]
     aside = made_up(
         on[0], truths[0] + 1e-3 * float(truths[0].norm()) * torch.nn.functional.normalize(torch.ones_like(truths[0]), dim=0)
     )
 
     def verdict(given, *shares):
-        errors = {f.world.name: share * float(f.mean.norm()) for f, share in zip(given, shares, strict=True)}
-        return identify([("everywhere", given)], 1e-6, lambda f: errors[f.world.name])
+        errors = {f.case.name: share * float(f.mean.norm()) for f, share in zip(given, shares, strict=True)}
+        return identify([("everywhere", given)], 1e-6, lambda f: errors[f.case.name])
 
     moved = [aside, *fields[1:]]
     assert verdict(moved, 0, 0, 0).name == "none"
@@ -623,7 +631,7 @@ def test_the_frame_has_one_row_on_policy_and_one_off():
 @pytest.mark.parametrize("kernel", ["k1", "k2", "k3", "abs", "k3_swapped"])
 def test_the_curve_of_a_kernel_is_its_derivative(kernel):
     subject = subject_of(Estimator(kernel))
-    table = curve.sweep(curve.of_token(subject), reach=12.0)
+    table = curve.sweep(curve.of_token(subject), limit=12.0)
     table = table[table["log_ratio"] != 0]
     x = torch.tensor(table["log_ratio"].to_numpy())
     assert_same(table["coefficient"], derivative(kernel, x, torch.zeros_like(x), None, None))
@@ -755,7 +763,7 @@ def test_a_flipped_sign_does_not_descend():
         return -(0.5 * (log_probs - ref_log_probs) ** 2 * mask).sum(-1).mean()
 
     audited = gl.audit(flipped)
-    assert "equals minus the gradient of the reverse KL" in audited.unmet("reverse_kl_frozen_prefix")
+    assert "equals minus the gradient of the reverse KL" in audited.why_not("reverse_kl_frozen_prefix")
     assert not audited.on_policy.descends("reverse_kl_frozen_prefix")
 
 
@@ -800,13 +808,13 @@ def test_a_loss_that_is_nan_with_a_gradient_is_found_out():
 
 def test_what_is_unmet_says_what_is_there_instead():
     audited = gl.audit(subject_of(gl.ESTIMATORS["k3-loss"]))
-    assert audited.unmet("forward_kl_frozen_prefix") is None
-    assert "off-policy" in audited.unmet("forward_kl_frozen_prefix", off_policy=True)
-    assert "the gradient of the forward KL with frozen prefixes" in audited.unmet("reverse_kl")
+    assert audited.why_not("forward_kl_frozen_prefix") is None
+    assert "off-policy" in audited.why_not("forward_kl_frozen_prefix", off_policy=True)
+    assert "the gradient of the forward KL with frozen prefixes" in audited.why_not("reverse_kl")
     with pytest.raises(ValueError, match="did you mean 'reverse_kl'"):
-        audited.unmet("revers_kl")
+        audited.why_not("revers_kl")
     unmasked = gl.audit(lambda logprob, ref_logprob: (0.5 * (logprob - ref_logprob) ** 2).sum(-1).mean(), name="unmasked")
-    assert "the mask is not applied" in unmasked.unmet("reverse_kl_frozen_prefix")
+    assert "the mask is not applied" in unmasked.why_not("reverse_kl_frozen_prefix")
 
 
 def test_twins_differ_in_name():

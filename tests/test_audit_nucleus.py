@@ -12,7 +12,7 @@ from worlds import assert_same
 
 import gradlab as gl
 from gradlab.audit import Subject, bind, engine, worlds
-from gradlab.audit.probes.nucleus import Nucleus
+from gradlab.audit.probes.nucleus import NucleusScenario
 
 
 def corrected(log_probs, ref_log_probs, old_log_probs, mask):
@@ -34,7 +34,7 @@ def cut(p: np.ndarray, top_p: float) -> np.ndarray:
     return kept / total
 
 
-def by_loops(world: worlds.World, top_p: float, honest: bool) -> tuple[np.ndarray, float]:
+def by_loops(world: worlds.AuditScenario, top_p: float, honest: bool) -> tuple[np.ndarray, float]:
     """`E Σ_t ρ_t ℓ_t ∇log π_t` over responses of the nucleus, with the ratio of what is reported; the most that is cut off."""
     table, reference = world.scenario.policy.table.numpy(), world.scenario.reference.table.numpy()
     mean, lost = np.zeros_like(table), 0.0
@@ -59,8 +59,8 @@ def by_loops(world: worlds.World, top_p: float, honest: bool) -> tuple[np.ndarra
 def test_a_nucleus_is_sampled_and_what_is_reported_is_what_the_loss_sees(world, top_p):
     subject = bind(corrected)
     for honest in (True, False):
-        made = Nucleus(world.name, world.scenario, top_p, honest)
-        assert_same(engine.field(subject, made, 1).mean, by_loops(world, top_p, honest)[0])
+        made = NucleusScenario(world.name, world.scenario, top_p, honest)
+        assert_same(engine.expected_gradient(subject, made, 1).mean, by_loops(world, top_p, honest)[0])
         assert float(made.rollout.weight.sum()) == pytest.approx(1, rel=1e-12)
 
 

@@ -270,7 +270,7 @@ def test_every_cell_of_the_page_is_what_was_audited(tmp_path, several):
         ]
     assert "made_up.loss kernel=k3" in text_of(pieces[2])
     alts = dict(re.findall(r'<img src="([^"]+)" alt="(\w+)', page))
-    drawn = {plots.audit.pulls(report.curves(audits)): "Coefficient", plots.audit.matches(report.heat(audits)): "Heat"}
+    drawn = {plots.audit.audited_curves(report.curves(audits)): "Coefficient", plots.audit.matches(report.heat(audits)): "Heat"}
     assert alts == {report._picture(figure): alt for figure, alt in drawn.items()}
 
 
@@ -361,7 +361,7 @@ def heat_frame() -> pd.DataFrame:
 
 
 def test_curves_that_agree_share_a_line_and_the_rest_is_counted():
-    figure = gl.plots.pulls(curves_frame())
+    figure = gl.plots.audited_curves(curves_frame())
     whole, close = figure.axes
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[1] == "a and 1 more"
@@ -380,7 +380,7 @@ def test_equal_cells_are_framed_and_missing_ones_blank():
         assert np.array_equal(shown, [[1, -0.2], [np.nan, np.nan], [0.5, 1]], equal_nan=True)
 
 
-@pytest.mark.parametrize(("draw", "make"), [(gl.plots.pulls, curves_frame), (gl.plots.matches, heat_frame)])
+@pytest.mark.parametrize(("draw", "make"), [(gl.plots.audited_curves, curves_frame), (gl.plots.matches, heat_frame)])
 def test_figures_are_pure_legible_and_print_sized(draw, make):
     frame = make()
     before, settings = frame.copy(deep=True), dict(mpl.rcParams)

@@ -40,7 +40,7 @@ def scenario() -> gl.Scenario:
 
 
 def my_loss(rollout: Rollout) -> Tensor:
-    return (rollout.log_ratio.exp() * rollout.live).sum(-1)
+    return (rollout.log_ratio.exp() * rollout.mask_float).sum(-1)
 
 
 def oracle(policy: LanguageModel, batch: Gradients) -> Tensor:
@@ -78,10 +78,10 @@ def test_totals_norms_and_inner_products_are_those_of_vmap_grad(scenario, names,
     weight, full = batch.rollout.weight, oracle(policy, batch)
     full = full.detach()
     size = float(full.square().sum(-1).max())
-    found = backprop.pull(policy, batch, weight, pairs=True)
+    found = backprop.pullback(policy, batch, weight, pairs=True)
     torch.testing.assert_close(found.total, torch.einsum("n,nep->ep", weight, full), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.inner, torch.einsum("nep,nfp->nef", full, full), rtol=1e-10, atol=1e-10 * size)
-    alone = backprop.pull(policy, batch, weight)
+    alone = backprop.pullback(policy, batch, weight)
     torch.testing.assert_close(alone.square, full.square().sum(-1), rtol=1e-10, atol=1e-10 * size)
     assert alone.inner is None
 
@@ -100,14 +100,14 @@ def test_only_the_network_whose_way_back_is_written_is_replayed(scenario):
     assert tape.replayable(scenario.policy)
     assert not tape.replayable(policy)
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(gl.Scenario(policy, scenario.reference)))
-    found, full = backprop.pull(policy, batch, batch.rollout.weight), oracle(policy, batch)
+    found, full = backprop.pullback(policy, batch, batch.rollout.weight), oracle(policy, batch)
     torch.testing.assert_close(found.square, full.square().sum(-1), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_replay_has_the_logits_of_the_network_and_the_cotangents_of_autograd(layers, length):
-    """Every layer's cotangents, of the tail and of the stem, for three seeds abreast."""
+    """Every layer's cotangents, of the tail and of the stem, for three seeds batched."""
     rng = np.random.default_rng(0)
     made = Transformer(5, 8, 12, layers, 3).double()
     made.norm.eps = made.blocks[0].norm1.eps = 0.1
@@ -120,8 +120,8 @@ def test_a_replay_has_the_logits_of_the_network_and_the_cotangents_of_autograd(l
     played = Replay(made, dict(made.named_parameters()), ids, length)
     torch.testing.assert_close(played.logits, logits.detach(), rtol=1e-12, atol=1e-12)
     seeds, heard = torch.from_numpy(rng.standard_normal((7, length, 3, 5))), {}
-    played.stem(
-        played.tail(seeds, lambda a, b: heard.update(dict.fromkeys(a, b.clone()))),
+    played.backward_body(
+        played.backward_head(seeds, lambda a, b: heard.update(dict.fromkeys(a, b.clone()))),
         lambda a, b: heard.update(dict.fromkeys(a, b.clone())),
     )
     assert set(heard) == set(outputs)
@@ -137,29 +137,29 @@ def test_callables_and_parameters_that_were_swapped_in(scenario):
     policy = scenario.policy.with_parameters(scenario.behaviour.parameters)
     moved = gl.Scenario(policy, scenario.reference)
     batch = gradients([my_loss, gl.ESTIMATORS["k3-loss"]], Rollout.enumerated(moved))
-    found, full = backprop.pull(policy, batch, batch.rollout.weight), oracle(policy, batch)
+    found, full = backprop.pullback(policy, batch, batch.rollout.weight), oracle(policy, batch)
     torch.testing.assert_close(found.total, torch.einsum("n,nep->ep", batch.rollout.weight, full), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.square, full.square().sum(-1), rtol=1e-10, atol=1e-10)
-    assert (found.total - backprop.pull(scenario.policy, batch, batch.rollout.weight).total).norm() > 1e-2
+    assert (found.total - backprop.pullback(scenario.policy, batch, batch.rollout.weight).total).norm() > 1e-2
 
 
 def test_units_add_gradients_before_norms_are_taken(scenario):
     rng = np.random.default_rng(0)
-    prompts, tokens, mask = scenario.sampler.sample(24, rng, group=4)
+    drawn = scenario.sampler.sample(24, rng, group=4)
     weight = torch.full((24,), 1 / 24, dtype=torch.float64)
-    rollout = Rollout.answered(scenario, prompts, tokens, mask, weight)
+    rollout = Rollout.from_responses(scenario, drawn, weight)
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], rollout)
     full = oracle(scenario.policy, batch).view(6, 4, len(NAMES), -1).sum(1)
-    found = backprop.pull(scenario.policy, batch, weight, unit=4)
+    found = backprop.pullback(scenario.policy, batch, weight, unit=4)
     torch.testing.assert_close(found.square, full.square().sum(-1), rtol=1e-10, atol=1e-10)
 
 
 def test_chunks_do_not_matter(scenario, monkeypatch):
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(scenario))
-    whole = backprop.pull(scenario.policy, batch, batch.rollout.weight)
+    whole = backprop.pullback(scenario.policy, batch, batch.rollout.weight)
     monkeypatch.setattr(backprop, "PASS_BYTES", 400_000)
-    assert backprop.chunk(scenario.policy, 7, 3) < 20
-    parts = backprop.pull(scenario.policy, batch, batch.rollout.weight)
+    assert backprop.units_per_pass(scenario.policy, 7, 3) < 20
+    parts = backprop.pullback(scenario.policy, batch, batch.rollout.weight)
     torch.testing.assert_close(parts.total, whole.total, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(parts.square, whole.square, rtol=1e-12, atol=1e-12)
 
@@ -167,7 +167,7 @@ def test_chunks_do_not_matter(scenario, monkeypatch):
 def test_a_table_of_logits_leads_to_the_same_means(scenario):
     """The mean gradient once more: that of the table, pulled back through the table as a function of the parameters."""
     batch = gradients([gl.ESTIMATORS[name] for name in MANY], Rollout.enumerated(scenario))
-    found = backprop.pull(scenario.policy, batch, batch.rollout.weight).total
+    found = backprop.pullback(scenario.policy, batch, batch.rollout.weight).total
     theta = scenario.policy.parameters.clone().requires_grad_(True)
     table = scenario.policy.with_parameters(theta).table.flatten()
     for mean, row in zip(found, batch.mean(batch.rollout.weight), strict=True):
@@ -178,11 +178,11 @@ def test_a_table_of_logits_leads_to_the_same_means(scenario):
 def test_listed_responses_have_two_routes(scenario):
     """Per response, and through the Gram matrix of the logits along distinct sequences."""
     batch = gradients([gl.ESTIMATORS[name] for name in MANY], Rollout.enumerated(scenario))
-    found = backprop.pull(scenario.policy, batch, batch.rollout.weight)
+    found = backprop.pullback(scenario.policy, batch, batch.rollout.weight)
     size = float(found.square.max())
-    squares = backprop.squares(scenario.policy, batch)
+    squares = backprop.squared_norms(scenario.policy, batch)
     torch.testing.assert_close(squares, found.square, rtol=1e-10, atol=1e-12 * size)
-    means = backprop.means(scenario.policy, batch.mean(batch.rollout.weight))
+    means = backprop.mean_gradients(scenario.policy, batch.mean(batch.rollout.weight))
     torch.testing.assert_close(means, found.total, rtol=1e-10, atol=1e-10)
 
 
@@ -237,13 +237,13 @@ def test_what_an_rms_norm_multiplies_its_weight_with_is_what_torch_computes(dtyp
     constant = torch.finfo(dtype).eps if eps is None else eps
     inputs = constant**0.5 * torch.randn(3, 4, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
     norm = torch.nn.RMSNorm(8, eps=eps, dtype=dtype)
-    torch.testing.assert_close(layers.factor(norm, inputs), norm(inputs))
+    torch.testing.assert_close(layers.weight_inputs(norm, inputs), norm(inputs))
 
 
 def test_rms_norms_and_frozen_layers():
     scenario = gl.Scenario(llama(0, trainable=["norm.weight", "gate.weight", "down.weight"]), llama(1))
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(scenario))
-    found, full = backprop.pull(scenario.policy, batch, batch.rollout.weight), oracle(scenario.policy, batch)
+    found, full = backprop.pullback(scenario.policy, batch, batch.rollout.weight), oracle(scenario.policy, batch)
     torch.testing.assert_close(found.square, full.square().sum(-1), rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(found.total, torch.einsum("n,nep->ep", batch.rollout.weight, full), rtol=1e-10, atol=1e-10)
 
@@ -252,9 +252,9 @@ def test_long_sequences_take_the_gradients_themselves():
     wide = LanguageModel(network(0), [(1, 2)], 8)
     moved = gl.Scenario(wide, LanguageModel(network(1), [(1, 2)], 8))
     weight = torch.full((6,), 1 / 6, dtype=torch.float64)
-    rollout = Rollout.answered(moved, *wide.sample(6, np.random.default_rng(0)), weight)
+    rollout = Rollout.from_responses(moved, wide.sample(6, np.random.default_rng(0)), weight)
     long = gradients([gl.ESTIMATORS["k3-loss"]], rollout)
-    found, full = backprop.pull(wide, long, rollout.weight, unit=6), oracle(wide, long).sum(0)
+    found, full = backprop.pullback(wide, long, rollout.weight, unit=6), oracle(wide, long).sum(0)
     torch.testing.assert_close(found.square[0], full.square().sum(-1), rtol=1e-10, atol=1e-10)
 
 
@@ -263,14 +263,16 @@ def test_what_cannot_be_pulled_back_is_refused(scenario):
     tied = network(0)
     tied.head.weight = tied.token.weight
     with pytest.raises(ValueError, match="belongs to two layers"):
-        layers.owners(LanguageModel(tied, [(1,)], 2))
+        layers.trainable_layers(LanguageModel(tied, [(1,)], 2))
     with pytest.raises(ValueError, match="per-sample gradients are known for"):
-        layers.owners(LanguageModel(nn.Sequential(nn.Embedding(6, 4), nn.GRU(4, 6, batch_first=True), First()), [(1,)], 2))
+        layers.trainable_layers(
+            LanguageModel(nn.Sequential(nn.Embedding(6, 4), nn.GRU(4, 6, batch_first=True), First()), [(1,)], 2)
+        )
     without = Rollout.from_logits(
         *(getattr(batch.rollout, k) for k in ("tokens", "mask", "weight", "logits", "reference_logits"))
     )
     with pytest.raises(ValueError, match="prompts"):
-        backprop.pull(scenario.policy, gradients([gl.ESTIMATORS["k3-loss"]], without), without.weight)
+        backprop.pullback(scenario.policy, gradients([gl.ESTIMATORS["k3-loss"]], without), without.weight)
 
     class Silent(LanguageModel):
         def network(self, features: Tensor) -> Tensor:
@@ -280,7 +282,7 @@ def test_what_cannot_be_pulled_back_is_refused(scenario):
     policy = scenario.policy
     silent = Silent(policy.model, policy.prompts, 3, actions=policy.actions, eos=1, tolerance=1.0)
     with pytest.raises(ValueError, match="without recording"):
-        backprop.pull(silent, batch, batch.rollout.weight)
+        backprop.pullback(silent, batch, batch.rollout.weight)
 
 
 class First(nn.Module):
@@ -295,7 +297,7 @@ def test_on_a_gpu_the_same_moments(scenario):
 
     batch = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(scenario))
     there = gradients([gl.ESTIMATORS[name] for name in NAMES], Rollout.enumerated(gl.Scenario(moved(0), moved(1), moved(2))))
-    here = backprop.pull(scenario.policy, batch, batch.rollout.weight, pairs=True)
-    found = backprop.pull(moved(0), there, there.rollout.weight, pairs=True)
+    here = backprop.pullback(scenario.policy, batch, batch.rollout.weight, pairs=True)
+    found = backprop.pullback(moved(0), there, there.rollout.weight, pairs=True)
     torch.testing.assert_close(found.total, here.total, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.inner, here.inner, rtol=1e-9, atol=1e-12)

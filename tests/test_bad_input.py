@@ -16,7 +16,7 @@ BANDIT = gl.Bandit([0.0, 1.0])
 SCENARIO = gl.Scenario(BANDIT, gl.Bandit([0.0, 0.0]))
 GAUSSIANS = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(0.1, 1))
 K2, K3 = gl.ESTIMATORS["k2-loss"], gl.ESTIMATORS["k3-loss"]
-RECIPE = gl.training.Recipe(steps=2, batch=8, group=4, watch=8, look=1)
+RECIPE = gl.training.Recipe(steps=2, batch=8, group=4, eval_responses=8, eval_every=1)
 
 
 def second(rollout: Rollout) -> torch.Tensor:
@@ -84,7 +84,7 @@ REFUSED = {
             "masses": lambda: log_ratios.masses(SCENARIO, [(-1, 1)], level=1.5),
             "histogram": lambda: log_ratios.histogram(SCENARIO, [0], level=1.5),
             "bounds": lambda: log_ratios.bounds(np.ones((9, 1)), np.ones(9), 1, np.ones(1), 1.5),
-            "a lost mass": lambda: behaviour.lost_mass(None, None, level=1.5),
+            "a lost mass": lambda: behaviour.missing_support_probability(None, None, level=1.5),
             "extremes": lambda: gl.language.extremes(SCENARIO, level=1.5),
             "a binomial": lambda: gl.language.clopper_pearson(1, 9, 1.5),
             "quotients": lambda: gl.runs.quotient([1.0, 2.0], [2.0, 1.0], 1.5),
@@ -98,8 +98,8 @@ REFUSED = {
     "verdicts of nothing": (lambda: gl.claims.verify(None), "frames must be a folder, or a mapping .*got None"),
     "verdicts of 3": (lambda: gl.claims.verify(3), "frames must be .*got 3"),
     "claim 3": (lambda: gl.claims.verify({}, only=3), "unknown claim 3"),
-    "twins of nothing": (lambda: gl.search.twins(None, SCENARIO), "an estimator is .*got None"),
-    "twins in no scenario": (lambda: gl.search.twins({"k2-loss": K2}, None), "a scenario is .*got None"),
+    "twins of nothing": (lambda: gl.search.equivalent_estimators(None, SCENARIO), "an estimator is .*got None"),
+    "twins in no scenario": (lambda: gl.search.equivalent_estimators({"k2-loss": K2}, None), "a scenario is .*got None"),
     "worlds": (lambda: gl.fixedpoints.measure("k2-loss", None, [0.1]), "a world is a World, got None"),
     "coefficient of worlds": (lambda: gl.fixedpoints.measure("k2-loss", [], "a"), "a coefficient must be a number, got 'a'"),
     "shares of nothing": (lambda: gl.asymmetry.measure("k2-loss", None), "a scenario is .*got None"),
@@ -186,7 +186,7 @@ def test_targets_scenarios_and_coefficients_come_in_any_collection():
 
 def test_a_run_that_diverges_is_marked_and_the_others_are_kept():
     """Steps as large as this leave no support, or no finite parameter, behind; those runs alone are missing."""
-    recipe = gl.training.Recipe(steps=4, batch=8, group=4, watch=8, look=1, rate=0.01)
+    recipe = gl.training.Recipe(steps=4, batch=8, group=4, eval_responses=8, eval_every=1, rate=0.01)
 
     def huge(rollout: Rollout) -> torch.Tensor:
         return 1e308 * rollout.log_prob.sum(-1)
@@ -202,5 +202,5 @@ def test_a_run_that_diverges_is_marked_and_the_others_are_kept():
     ends = gl.runs.ends(frame).set_index(["estimator", "coefficient"])
     assert ends["kl"].isna().tolist() == [name == ("huge", 100.0) for name in ends.index]
     for rate in (1e4, 1e308):  # no support; not finite
-        frame = trained(recipe=gl.training.Recipe(steps=3, batch=8, group=4, watch=8, look=1, rate=rate))
+        frame = trained(recipe=gl.training.Recipe(steps=3, batch=8, group=4, eval_responses=8, eval_every=1, rate=rate))
         assert frame.groupby("estimator")["diverged"].agg(list).tolist() == [[False, True, True, True]] * 2

@@ -61,13 +61,13 @@ def test_engines_make_scenarios(policy, reference):
 
 def test_a_nucleus_costs_what_it_leaves_out(policy, reference):
     cut = behaviour.nucleus(policy, 0.8)
-    lost = behaviour.lost_mass(policy, cut)
-    assert lost.low == lost.mass == lost.high
-    assert 0.01 < lost.mass < 0.5
-    sampled = behaviour.lost_mass(policy, cut, samples=640)
-    assert sampled.low < lost.mass < sampled.high
-    narrow = behaviour.lost_mass(policy, cut, samples=640, level=0.5)
+    lost = behaviour.missing_support_probability(policy, cut)
+    assert lost.low == lost.value == lost.high
+    assert 0.01 < lost.value < 0.5
+    sampled = behaviour.missing_support_probability(policy, cut, samples=640)
+    assert sampled.low < lost.value < sampled.high
+    narrow = behaviour.missing_support_probability(policy, cut, samples=640, level=0.5)
     z = [stats.norm.ppf(0.5 + level / 2) for level in (0.5, 0.95)]
     assert (narrow.high - narrow.low) / (sampled.high - sampled.low) == pytest.approx(z[0] / z[1], rel=1e-9)
     assert gl.measure("k1-reward-sequence-weight", gl.Scenario(policy, reference, cut))["bias"].iloc[0] > 1e-3
-    assert behaviour.lost_mass(policy, behaviour.nucleus(policy, 1.0)).mass == 0
+    assert behaviour.missing_support_probability(policy, behaviour.nucleus(policy, 1.0)).value == 0

@@ -16,7 +16,7 @@ E = gl.Estimator
 @pytest.fixture(scope="module")
 def world() -> gl.Scenario:
     policy = gl.Tree.random(3, 3, 4, eos=1)
-    return gl.Scenario(policy, policy.perturbed(kl=0.4, seed=1), gl.off_policy.behind(policy, 0.3, 2))
+    return gl.Scenario(policy, policy.perturbed(kl=0.4, seed=1), gl.off_policy.at_lag(policy, 0.3, 2))
 
 
 def expected_gradient(estimator, scenario: gl.Scenario) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_twins_have_the_same_gradient_on_every_response(world):
         "k1 return": E("k1", "reward", "return", "sequence"),
         "grouped": E("k1", "reward", "return", baseline="leave_one_out", group=4),
     }
-    found = compositions.twins(named, world)
+    found = compositions.equivalent_estimators(named, world)
     assert {name: first for name, first in found.items() if name != first} == {
         "k1 in reward": "k2 in loss",
         "complete": "full, differentiated",

@@ -96,7 +96,7 @@ def by_hand(e: gl.Estimator, rollout: gl.Rollout) -> torch.Tensor:
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("shape", [*worlds.SHAPES, "gaussian"])
 def test_coefficients_are_autograd_of_the_surrogate(shape, off_policy):
-    rollout = gl.Rollout.drawn(worlds.scenario(shape, off_policy), 24, np.random.default_rng(0))
+    rollout = gl.Rollout.from_sampler(worlds.scenario(shape, off_policy), 24, np.random.default_rng(0))
     seed = [*worlds.SHAPES, "gaussian"].index(shape) + 10 * off_policy
     estimators = [*gl.ESTIMATORS.values(), *grid(seed, 150)]
     if shape == "gaussian":  # the gradient of its MSE is not written out here
@@ -113,7 +113,7 @@ def test_coefficients_are_autograd_of_the_surrogate(shape, off_policy):
 
 @pytest.mark.parametrize("weight", ["token", "prefix", "sequence"])
 def test_a_ratio_on_the_edge_of_the_clip_is_not_clipped(weight):
-    rollout = gl.Rollout.drawn(worlds.scenario("tree", off_policy=True), 24, np.random.default_rng(0))
+    rollout = gl.Rollout.from_sampler(worlds.scenario("tree", off_policy=True), 24, np.random.default_rng(0))
     weights = gl.Estimator("k1", "reward", weight=weight)
     ratios = {float(w) for w in raw_weights(weights, rollout).unique() if 0.5 <= w < 2 and w != 1}  # 1 ± ε is exact there
     assert min(ratios) < 1 < max(ratios)
@@ -159,7 +159,7 @@ def oracle_losses(e: gl.Estimator, rollout: gl.Rollout, world: gl.Scenario) -> t
 @pytest.mark.parametrize("shape", ["bandit", "eos"])
 def test_surrogates_of_drawn_responses_against_the_oracle(shape, off_policy):
     world = worlds.scenario(shape, off_policy)
-    rollout = gl.Rollout.drawn(world, 6, np.random.default_rng(1))
+    rollout = gl.Rollout.from_sampler(world, 6, np.random.default_rng(1))
     some = grid(300 + off_policy, 40)
     some += [e for e in grid(310 + off_policy, 60, **GROUPED) if e.grouped]
     assert sum(e.grouped for e in some) > 15
@@ -302,7 +302,7 @@ def test_bounds_are_positive_numbers(what, bound):
 def test_a_group_needs_its_responses(samples, group):
     e = gl.Estimator("k1", "reward", "return", baseline="leave_one_out", group=group)
     with pytest.raises(ValueError, match=f"multiple of {group} responses, got a sampled one of {samples}"):
-        e(gl.Rollout.drawn(worlds.scenario("eos"), samples, np.random.default_rng(0)))
+        e(gl.Rollout.from_sampler(worlds.scenario("eos"), samples, np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"got a weighted one.*gl.exact.moments"):
         e(gl.Rollout.enumerated(worlds.scenario("eos")))
 

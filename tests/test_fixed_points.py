@@ -21,7 +21,7 @@ VALUES = {
 def world(shape: str, seed: int = 0) -> gradient_flow.World:
     vocab, length, eos = SHAPES[shape]
     reference = gl.Bandit.random(vocab, seed) if length == 1 else gl.Tree.random(vocab, length, seed, eos=eos)
-    n = len(reference.enumerate()[0])
+    n = len(reference.enumerate())
     return gradient_flow.World(shape, reference, torch.from_numpy(np.random.default_rng([seed, 5]).random(n)))
 
 
@@ -77,7 +77,8 @@ def test_velocity_is_reward_gradient_minus_expected_estimator(name, shape):
     penalty = gl.exact.moments(gl.ESTIMATORS[name], gl.Scenario(moved, w.reference)).mean
     parameters = moved.parameters.clone().requires_grad_(True)
     policy = w.reference.with_parameters(parameters)
-    tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    tokens, mask = listed.tokens, listed.mask
     steps = policy.family.log_prob(policy.table, policy.contexts(tokens), tokens)
     earned = torch.where(mask, steps, 0.0).sum(-1).exp() @ w.reward
     (gradient,) = torch.autograd.grad(earned, parameters)

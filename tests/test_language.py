@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 import gradlab as gl
 from gradlab import intervals
-from gradlab.policies import LanguageModel, small
-from gradlab.policies.actions import inverted
+from gradlab.policies import LanguageModel, Responses, small
+from gradlab.policies.actions import inverse_cdf_sample
 from gradlab.policies.small import STAGES, TASKS, pairs
 from gradlab.policies.trunk import Trunk
 from gradlab.questions import language
@@ -112,7 +113,8 @@ def test_group_baselines_over_several_prompts_by_brute_force():
 
 def test_sampling_follows_the_distribution(scenario):  # noqa: F811
     n = 20_000
-    prompts, tokens, mask = scenario.behaviour.sample(n, np.random.default_rng(1))
+    drawn = scenario.behaviour.sample(n, np.random.default_rng(1))
+    prompts, tokens, mask = drawn.prompts, drawn.tokens, drawn.mask
     mu = by_hand(scenario.behaviour)
     counts: dict[tuple[int, tuple[int, ...]], int] = {}
     for x, y, m in zip(prompts.tolist(), tokens, mask, strict=True):
@@ -122,13 +124,13 @@ def test_sampling_follows_the_distribution(scenario):  # noqa: F811
     assert chi2 < len(mu) + 4 * math.sqrt(2 * len(mu))
     assert bool((tokens[~mask] == scenario.behaviour.eos).all())
     again = scenario.behaviour.sample(n, np.random.default_rng(1))
-    assert torch.equal(again[1], tokens)
+    assert torch.equal(again.tokens, tokens)
 
 
 def test_draws_at_the_edges_are_possible_tokens():
     logits = torch.tensor([[0.0, -1e9, 1.0, -1e9], [0.0, 0.0, 0.0, -1e9]], dtype=torch.float64)
-    assert inverted(logits, torch.tensor([1 - 1e-16, 0.0]).double()).tolist() == [2, 0]
-    assert inverted(logits, torch.tensor([0.9999999, 0.9999999]).double()).tolist() == [2, 2]
+    assert inverse_cdf_sample(logits, torch.tensor([1 - 1e-16, 0.0]).double()).tolist() == [2, 0]
+    assert inverse_cdf_sample(logits, torch.tensor([0.9999999, 0.9999999]).double()).tolist() == [2, 2]
 
 
 def test_temperature_and_nucleus(scenario):  # noqa: F811
@@ -164,7 +166,7 @@ def test_sampled_moments_cover_the_exact_ones(scenario):  # noqa: F811
 def test_where_the_truth_is_estimated_the_intervals_cover_it(scenario, monkeypatch):  # noqa: F811
     names = ["k2-loss", "full-loss", "k1-reward-sequence-weight"]
     exact = gl.measure(names, scenario).set_index("estimator")
-    monkeypatch.setattr(measure_module, "_listed", lambda scenario: False)
+    monkeypatch.setattr(LanguageModel, "tabulated", False)
     found = gl.measure([*names, "full-both-prefix"], scenario, samples=4096, seed=2, level=0.999).set_index("estimator")
     assert found["method"].eq("drawn, target estimated").all()
     assert math.isnan(found.loc["full-both-prefix", "bias"])  # the stand-in for the target says nothing about itself
@@ -180,7 +182,7 @@ def test_where_the_truth_is_estimated_the_intervals_cover_it(scenario, monkeypat
 
 def test_no_answer_hangs_on_the_last_bit_of_a_sampled_mean(scenario, monkeypatch):  # noqa: F811
     """As another processor would: every sampled mean one unit in the last place off, each its own way."""
-    monkeypatch.setattr(measure_module, "_listed", lambda scenario: False)
+    monkeypatch.setattr(LanguageModel, "tabulated", False)
     names = ["k1-loss", "k2-loss", "k3-loss-prefix", "k1-reward-to-go", "full-both", "full-loss", "full-both-prefix"]
     worlds = [scenario, scenario.on_policy()]
 
@@ -320,7 +322,7 @@ def test_shipped_stages_are_real_training_at_growing_reward():
         for stage in STAGES:
             policy = small(task, stage, prompts)
             assert 90_000 < len(policy.parameters) < 120_000
-            rewards[stage] = float(TASKS[task].reward(policy, *policy.sample(1000, rng)).mean())
+            rewards[stage] = float(TASKS[task].reward(policy, policy.sample(1000, rng)).mean())
         assert rewards["many"] > rewards["reference"] + 0.08
         assert rewards["few"] < rewards["many"]
         assert 0.05 < rewards["reference"] < 0.8  # headroom
@@ -342,11 +344,11 @@ def test_shipped_models_refuse_what_they_do_not_know():
 def test_rewards_are_verified():
     policy = small("addition", prompts=["12+34=", "99+99="])
     task, tokens = TASKS["addition"], torch.tensor([[0, 4, 6], [1, 9, 8], [0, 4, 5], [10, 9, 8]])
-    assert task.reward(policy, torch.tensor([0, 1, 0, 1]), tokens, tokens >= 0).tolist() == [1, 1, 0, 0]
+    assert task.reward(policy, Responses(tokens, tokens >= 0, torch.tensor([0, 1, 0, 1]))).tolist() == [1, 1, 0, 0]
     names = small("names")
     tokens = torch.tensor([[names.words.index(c) for c in word.ljust(10, ".")] for word in ("anna", "john")])
     mask = torch.arange(10) < 5
-    assert TASKS["names"].reward(names, torch.zeros(2, dtype=torch.long), tokens, mask.expand(2, -1)).tolist() == [1, 0]
+    assert TASKS["names"].reward(names, Responses.without_prompt(tokens, mask.expand(2, -1))).tolist() == [1, 0]
 
 
 def test_training_is_deterministic_and_learns():
@@ -362,7 +364,7 @@ def test_training_is_deterministic_and_learns():
         assert after < before
         policy = TASKS["addition"].policy(net, held_out(8))
         seen: list[int] = []
-        reinforce(policy, lambda *a, p=policy: TASKS["addition"].reward(p, *a), stream(0, 2), 2, seen.append)
+        reinforce(policy, partial(TASKS["addition"].reward, policy), stream(0, 2), 2, seen.append)
         assert seen == [1, 2]
         states.append(torch.cat([weight.detach().flatten() for weight in net.parameters()]))
     assert torch.equal(*states)

@@ -272,7 +272,7 @@ def test_dynamic_programming_is_enumeration(world):
     assert {m.method for m in solved} == {"dynamic programming"}
     assert_same_moments(solved, listed, losses)
     for name in gl.TARGETS:
-        target = targets.gradient(name, world.scenario)
+        target = targets.gradient_by_autograd(name, world.scenario)
         assert_same(gl.exact.gradient(name, world.scenario), target, max(float(target.norm()), 1e-3), TIGHT, name)
 
 

@@ -30,7 +30,8 @@ def scenario():
 def slow(scenario: gl.Scenario, low: float, high: float) -> list[float]:
     """Shares by a loop over every response, every prefix of it and every token."""
     policy, reference = scenario.policy, scenario.reference
-    prompts, tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    prompts, tokens, mask = listed.prompts, listed.tokens, listed.mask
     log_p, log_ref = policy.logits(prompts, tokens).log_softmax(-1), reference.logits(prompts, tokens).log_softmax(-1)
     found, total = np.zeros(3), 0.0
     for i in range(len(tokens)):

@@ -180,7 +180,7 @@ LONG = [
 def test_identities_on_long_chains(e, parts, world, eos):
     world = chains(4, 60, eos, scale=0.1, **world)
     found = markov.moments(e, world)
-    expected = sum(share * markov.gradient(target, world) for target, share in parts.items())
+    expected = sum(share * markov.target_gradient(target, world) for target, share in parts.items())
     size = float(expected.norm()) + found.trace_cov**0.5 * (1e-3 if world.behaviour is None else 1e-6)
     assert float((found.mean - expected).norm()) <= 1e-10 * size
 
@@ -247,7 +247,7 @@ def test_the_reference_itself_pulls_nowhere():
         assert found.trace_cov == 0
     for target in TARGETS:
         if target != "inverse_length":
-            assert float(markov.gradient(target, world).norm()) <= 1e-14
+            assert float(markov.target_gradient(target, world).norm()) <= 1e-14
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -283,11 +283,11 @@ def test_a_function_is_refused():
 def test_other_policies_and_names_are_refused():
     tree = gl.Tree.random(2, 2)
     bandits = gl.Scenario(tree, tree.perturbed(0.1))
-    for call in (lambda: markov.moments(E("k2"), bandits), lambda: markov.gradient("reverse_kl", bandits)):
+    for call in (lambda: markov.moments(E("k2"), bandits), lambda: markov.target_gradient("reverse_kl", bandits)):
         with pytest.raises(ValueError, match=r"gl\.Markov policies, got Tree"):
             call()
     with pytest.raises(ValueError, match="did you mean 'reverse_kl'"):
-        markov.gradient("revers_kl", chains(2, 3))
+        markov.target_gradient("revers_kl", chains(2, 3))
     with pytest.raises(ValueError, match="unknown credit"):
         markov.value_moments("k1", chains(2, 3), "to_go")
     with pytest.raises(ValueError, match="decompose over time"):
@@ -312,7 +312,9 @@ def test_overflow_is_refused():
 def test_targets_agree_with_the_oracle(target, world):
     *args, fold = trees(world)
     expected = fold(oracles.target(target, *args))
-    np.testing.assert_allclose(markov.gradient(target, world), expected, rtol=0, atol=1e-13 * (1 + np.linalg.norm(expected)))
+    np.testing.assert_allclose(
+        markov.target_gradient(target, world), expected, rtol=0, atol=1e-13 * (1 + np.linalg.norm(expected))
+    )
     assert markov.objective(target, world) == pytest.approx(oracles.objective(target, *args), rel=1e-12, abs=1e-15)
 
 
@@ -327,7 +329,7 @@ def test_gradients_are_slopes_of_objectives_on_a_long_chain(target, eos):
         return markov.objective(target, gl.Scenario(policy, world.reference, world.behaviour))
 
     slope = (8 * (moved(1) - moved(-1)) - (moved(2) - moved(-2))) / (12 * step)
-    assert float(markov.gradient(target, world) @ direction) == pytest.approx(slope, rel=1e-6, abs=1e-12)
+    assert float(markov.target_gradient(target, world) @ direction) == pytest.approx(slope, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("world", [chains(2, 4, 1, True), chains(3, 3)], ids=["eos off-policy", "on-policy"])

@@ -277,7 +277,7 @@ def dense(loss: Any, world: gl.Scenario, samples: int, batches: int) -> list[tor
     group = getattr(loss, "group", None) or 1
     parts = []
     for b, share in enumerate(len(part) for part in np.array_split(np.empty(samples // group), batches)):
-        found = gradients([loss], Rollout.drawn(world, group * share, montecarlo._rng(6, (b,))))
+        found = gradients([loss], Rollout.from_sampler(world, group * share, montecarlo._rng(6, (b,))))
         parts.append(found.tables(0).flatten(1).view(-1, group, world.policy.table.numel()).mean(1))
     return parts
 
@@ -341,8 +341,8 @@ LANGUAGE = gl.LanguageModel(network(0, vocab=3), [(0,)], 3)
         (lambda n: gl.measure("k2-loss", gl.Scenario(gl.Gaussian(0.0, 1.0), gl.Gaussian(0.1, 1.0)), samples=n), "one by one"),
         (lambda n: gl.measure(["k2-loss", GROUPED["loo"]], [scenario("bandit"), scenario("tree")], samples=n), "one by one"),
         (lambda n: gl.measure("k2-loss", gl.Scenario(LANGUAGE, LANGUAGE), samples=n), "one by one"),
-        (lambda n: Rollout.drawn(scenario("tree"), n, np.random.default_rng()), "held at once"),
-        (lambda n: Rollout.drawn(gl.Scenario(LANGUAGE, LANGUAGE), n, np.random.default_rng()), "held at once"),
+        (lambda n: Rollout.from_sampler(scenario("tree"), n, np.random.default_rng()), "held at once"),
+        (lambda n: Rollout.from_sampler(gl.Scenario(LANGUAGE, LANGUAGE), n, np.random.default_rng()), "held at once"),
         (lambda n: log_ratios.masses(gl.Scenario(LANGUAGE, LANGUAGE), [(-1.0, 1.0)], n), "held at once"),
         (lambda n: gl.components.values("k2", scenario("tree"), samples=n), "held at once"),
         (lambda n: gl.Gaussian(0.0, 1.0).sample(n, np.random.default_rng()), "held at once"),
@@ -375,7 +375,7 @@ def test_blocks_add_up(monkeypatch, drawn, losses):
         found.append(montecarlo.moments(losses, CHAIN_WORLD.on_policy(), 2048))
     with torch.no_grad():
         served = 0
-        everything = gradients(losses, Rollout.drawn(CHAIN_WORLD.on_policy(), 2048, np.random.default_rng()))
+        everything = gradients(losses, Rollout.from_sampler(CHAIN_WORLD.on_policy(), 2048, np.random.default_rng()))
     for e, (loss, moments) in enumerate(zip(losses, found[0], strict=True)):
         group = getattr(loss, "group", None) or 1
         units = everything.tables(e).flatten(1).view(-1, group, CHAIN.table.numel()).mean(1)

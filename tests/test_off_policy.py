@@ -24,7 +24,7 @@ POLICIES = {
 
 def scenario(kind: str, lag: float = 0.4) -> gl.Scenario:
     policy = POLICIES[kind]
-    return gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1), off_policy.behind(policy, lag, 2))
+    return gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1), off_policy.at_lag(policy, lag, 2))
 
 
 def responses(world: gl.Scenario):
@@ -52,11 +52,11 @@ def test_behind_has_the_lag_asked_for(kind, lag):
 
 def test_behind_goes_one_way_per_seed():
     policy = POLICIES["tree"]
-    steps = [(off_policy.behind(policy, lag, 5).parameters - policy.parameters) for lag in (0.01, 0.5)]
+    steps = [(off_policy.at_lag(policy, lag, 5).parameters - policy.parameters) for lag in (0.01, 0.5)]
     assert float(torch.cosine_similarity(*steps, dim=0)) == pytest.approx(1, abs=1e-12)
     assert steps[0].norm() < steps[1].norm()
-    assert torch.equal(off_policy.behind(policy, 0.1, 5).parameters, off_policy.behind(policy, 0.1, 5).parameters)
-    assert not torch.equal(off_policy.behind(policy, 0.1, 5).parameters, off_policy.behind(policy, 0.1, 6).parameters)
+    assert torch.equal(off_policy.at_lag(policy, 0.1, 5).parameters, off_policy.at_lag(policy, 0.1, 5).parameters)
+    assert not torch.equal(off_policy.at_lag(policy, 0.1, 5).parameters, off_policy.at_lag(policy, 0.1, 6).parameters)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_behind_goes_one_way_per_seed():
 )
 def test_a_lag_that_cannot_be_is_refused(lag, message):
     with pytest.raises(ValueError, match=message):
-        off_policy.behind(POLICIES["bandit"], lag)
+        off_policy.at_lag(POLICIES["bandit"], lag)
 
 
 @pytest.mark.parametrize("kind", POLICIES)
@@ -95,7 +95,8 @@ def test_on_policy_every_sample_counts():
 
 def test_the_effective_sample_size_is_what_a_weighted_mean_has():
     world = scenario("chain", 0.2)
-    tokens, mask = world.sampler.sample(200_000, np.random.default_rng(0))
+    drawn = world.sampler.sample(200_000, np.random.default_rng(0))
+    tokens, mask = drawn.tokens, drawn.mask
     rows = world.policy.contexts(tokens)
     w = torch.exp(
         sum(s * p.family.log_prob(p.table, rows, tokens).sum(-1) for s, p in ((1, world.policy), (-1, world.sampler)))
@@ -155,7 +156,7 @@ def test_nemo_rl_value_one_weight_is_the_sum_of_loss_and_reward():
 
     def shipped(rollout):
         surrogate = torch.exp(rollout.log_prob - rollout.log_prob.detach())
-        return (surrogate * (torch.expm1(-rollout.log_ratio) + rollout.log_ratio) * rollout.live).sum(-1)
+        return (surrogate * (torch.expm1(-rollout.log_ratio) + rollout.log_ratio) * rollout.mask_float).sum(-1)
 
     ours = off_policy.SHIPPED["k3-loss+reward"][0]
     a, b = gl.exact.moments([shipped, ours], world)
@@ -180,7 +181,7 @@ def test_intervals_cover_the_exact_bias_under_importance_weights():
     """95 % intervals over 60 draws: below 85 % has probability 0.002 for a row that is calibrated."""
     names = ["k2-loss", "k3-loss", "k3-loss-prefix", "k1-reward-sequence-weight", "full-both-prefix"]
     policy = gl.Tree.random(4, 3, 4)
-    world = gl.Scenario(policy, policy.perturbed(kl=0.5, seed=104), off_policy.behind(policy, 0.3, 4))
+    world = gl.Scenario(policy, policy.perturbed(kl=0.5, seed=104), off_policy.at_lag(policy, 0.3, 4))
     exact = gl.measure(names, world)["bias"].to_numpy()
     drawn = [gl.measure(names, world, samples=20_000, seed=seed) for seed in range(60)]
     covered = [(f["bias_low"].to_numpy() <= exact + 1e-9) & (exact <= f["bias_high"].to_numpy()) for f in drawn]

@@ -217,7 +217,8 @@ def test_a_kl_out_of_reach_is_refused():
 
 @pytest.mark.parametrize("policy", SMALL.values(), ids=SMALL)
 def test_enumerate_lists_every_response_once(policy):
-    tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    tokens, mask = listed.tokens, listed.mask
     listed = [tuple(row[live].tolist()) for row, live in zip(tokens, mask, strict=True)]
     expected = probabilities(policy)
     assert listed == list(expected)  # unique, complete, and in lexicographic order
@@ -257,7 +258,7 @@ def test_enumeration_is_refused_above_the_memory_bound(monkeypatch):
     policy = gl.Tree.random(vocab=3, length=3)
     monkeypatch.setattr(tabular, "ENUMERATION_BYTES", 27 * 3 * 3 * 8)  # n·t·v doubles
     assert policy.enumerable
-    assert len(policy.enumerate()[0]) == 27
+    assert len(policy.enumerate()) == 27
     monkeypatch.setattr(tabular, "ENUMERATION_BYTES", 27 * 3 * 3 * 8 - 1)
     assert not policy.enumerable
     with pytest.raises(ValueError, match=r"Tree with 3 tokens and length 3 has up to 3\^3 responses.*samples=….*gl\.Markov"):
@@ -275,8 +276,9 @@ DISCREPANCY = 0.03  # root of the χ²-distance Σ (q − p)²/p between the fre
 
 def p_value(sampler: Any, policy: Any, key: int) -> float:
     """Significance of the frequencies of the sampler's responses against the policy's probabilities."""
-    tokens, mask = sampler.sample(DRAWS, generator(key))
-    assert set(tokens[~mask].tolist()) <= {policy.eos}  # the end token is repeated behind the end
+    drawn = sampler.sample(DRAWS, generator(key))
+    tokens, mask = drawn.tokens, drawn.mask
+    assert set(tokens[~mask].tolist()) <= {policy.eos}  # the end token is repeated after it
     place = (policy.vocab + 1) ** np.arange(policy.length)  # one number per response, digit 0 behind its end
     counts = np.bincount(torch.where(mask, tokens + 1, 0).numpy() @ place, minlength=(policy.vocab + 1) ** policy.length)
     expected = probabilities(policy)
@@ -302,14 +304,15 @@ def test_sampled_frequencies(policy):
 @pytest.mark.parametrize("policy", [FAMILIES["markov"], FAMILIES["markov-eos"]], ids=["markov", "markov-eos"])
 def test_transition_frequencies_of_long_chains(policy):
     """χ² of every visited row's tokens, conditionally multinomial; sees 2 % as above (half a million tokens)."""
-    tokens, mask = policy.sample(200_000 if policy.eos is not None else 10_000, generator(1))
+    drawn = policy.sample(200_000 if policy.eos is not None else 10_000, generator(1))
+    tokens, mask = drawn.tokens, drawn.mask
     flat = (policy.contexts(tokens) * policy.vocab + tokens)[mask]
     counts = np.bincount(flat.numpy(), minlength=policy.table.numel()).reshape(policy.table.shape)
     used = counts.sum(-1) > 0
     expected = policy.table.softmax(-1).numpy() * counts.sum(-1, keepdims=True)
     statistic = (np.square(counts - expected)[used] / expected[used]).sum()
     assert stats.chi2.sf(statistic, used.sum() * (policy.vocab - 1)) > SURE
-    assert used.sum() == len(used) - (policy.eos is not None)  # nothing is emitted behind the end token
+    assert used.sum() == len(used) - (policy.eos is not None)  # nothing is emitted after the end token
     # How often each row is visited, to five standard errors (of a visit count, at most the length apart).
     visits, n = counts.sum(-1) / len(tokens), len(tokens)
     np.testing.assert_allclose(visits, policy.occupancy(), atol=5 * policy.length / math.sqrt(n) / 4)
@@ -318,7 +321,8 @@ def test_transition_frequencies_of_long_chains(policy):
 def test_gaussian_draws():
     # 100 000 draws: Kolmogorov–Smirnov sees a mean off by 0.02 standard deviations or a std off by 3 %.
     policy = FAMILIES["gaussian"]
-    draws, mask = policy.sample(100_000, generator(2))
+    drawn = policy.sample(100_000, generator(2))
+    draws, mask = drawn.tokens, drawn.mask
     assert mask.all()
     assert draws.shape == mask.shape == (100_000, 1)
     y = draws[:, 0].numpy()
@@ -330,7 +334,7 @@ def test_gaussian_draws():
 @pytest.mark.parametrize("policy", FAMILIES.values(), ids=FAMILIES)
 def test_same_seed_same_bytes_and_global_generators_untouched(policy):
     before = np.random.get_state()[1].tobytes(), torch.get_rng_state()  # noqa: NPY002
-    first, again, other = (policy.sample(500, generator(key))[0].numpy() for key in (3, 3, 4))
+    first, again, other = (policy.sample(500, generator(key)).tokens.numpy() for key in (3, 3, 4))
     policy.perturbed(scale=0.1)
     type(policy).random() if hasattr(policy, "random") else None
     assert first.tobytes() == again.tobytes() != other.tobytes()

@@ -85,7 +85,9 @@ def slow_log_probs(policy, prompt, response):
         ids = torch.tensor([[*policy.prompts[prompt], *(policy.actions[a] if policy.actions else a for a in response[:t])]])
         with faithful(torch.float64):
             weights = weights_of(policy)
-            raw = torch.func.functional_call(policy.whole, weights, (), {"input_ids": ids}, tie_weights=False).logits[0, -1]
+            raw = torch.func.functional_call(policy.full_model, weights, (), {"input_ids": ids}, tie_weights=False).logits[
+                0, -1
+            ]
         rows.append((raw if policy.actions is None else raw[list(policy.actions)]).log_softmax(-1))
     return torch.stack(rows)
 
@@ -119,7 +121,8 @@ def test_logits_are_those_of_the_whole_network(network, trainable):
     policy = trained(make(network, trainable=trainable))
     packed = policy.table.log_softmax(-1)
     unpacked = LanguageModel.table.func(policy).log_softmax(-1)
-    prompts, tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    prompts, tokens, mask = listed.prompts, listed.tokens, listed.mask
     contexts = policy.contexts(tokens, prompts)
     assert policy.packed is not None
     assert (policy.trunk is None) == (trainable in (None, 3, ["model.embed_tokens.weight"]))
@@ -172,7 +175,8 @@ def test_the_upper_part_shares_weights_and_names(network):
 def test_long_batches_are_read_in_parts(network, monkeypatch):
     """However many tokens a pass may hold, the logits are the same."""
     policy = trained(make(network))
-    prompts, tokens, _ = policy.sample(40, np.random.default_rng(0))
+    drawn = policy.sample(40, np.random.default_rng(0))
+    prompts, tokens = drawn.prompts, drawn.tokens
     whole = policy.logits(prompts, tokens)
     read = []
     network_of = type(policy).network
@@ -226,9 +230,11 @@ def test_padding_is_on_the_left_and_positions_start_at_the_prompt():
 def test_samples_follow_the_policy(network):
     """Frequencies of 4,000 responses against the enumerated probabilities: a chi-square within six standard deviations."""
     policy = trained(make(network, prompts=PROMPTS[:2], length=2))
-    prompts, tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    prompts, tokens, mask = listed.prompts, listed.tokens, listed.mask
     n = 4000
-    asked, drawn, _ = policy.sample(n, np.random.default_rng(0))
+    sampled = policy.sample(n, np.random.default_rng(0))
+    asked, drawn = sampled.prompts, sampled.tokens
     keys = [(int(p), *t.tolist()) for p, t in zip(prompts, tokens, strict=True)]
     counts = dict.fromkeys(keys, 0)
     for p, t in zip(asked, drawn, strict=True):
@@ -244,8 +250,10 @@ def test_samples_follow_the_policy(network):
 def test_the_same_seed_draws_the_same(network):
     policy = make(network)
     first, again, other = (policy.sample(30, np.random.default_rng(s)) for s in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[1], other[1])
+    assert torch.equal(first.prompts, again.prompts)
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.mask, again.mask)
+    assert not torch.equal(first.tokens, other.tokens)
 
 
 # ---- exact results against slow loops -----------------------------------------------------------------------------------
@@ -282,7 +290,8 @@ def test_moments_are_those_of_single_responses(network, trainable):
     theta = policy.parameters.clone().requires_grad_(True)
     moved = policy.with_parameters(theta)
     weights, each = [], []
-    for prompt, tokens, mask in zip(*policy.enumerate(), strict=True):
+    listed = policy.enumerate()
+    for prompt, tokens, mask in zip(listed.prompts, listed.tokens, listed.mask, strict=True):
         log_p, log_ref = (slow_log_probs(p, int(prompt), tokens.tolist()) for p in (moved, reference))
         log_mu = (log_p.detach() / 1.3).log_softmax(-1)
         weights.append(float(log_mu[range(2), tokens][mask].sum().exp()) / 2)
@@ -316,7 +325,8 @@ def test_token_parts_are_those_of_explicit_scores(network):
     )
     scores = jacobian - (logits.detach().softmax(-1)[..., None] * jacobian).sum(1, keepdim=True)
     log_ratio = (logits.log_softmax(-1) - reference.table.log_softmax(-1)).detach()
-    prompts, tokens, mask = policy.enumerate()
+    listed = policy.enumerate()
+    prompts, tokens, mask = listed.prompts, listed.tokens, listed.mask
     rows, taken = policy.contexts(tokens, prompts)[mask], tokens[mask]
     frame = language.parts(["k3-loss"], scenario)
     weight = torch.from_numpy(frame["weight"].to_numpy())
@@ -345,17 +355,17 @@ def test_a_nucleus_leaves_responses_out_and_says_how_much(network):
             own = float(rows[range(len(response)), response].prod()) / len(PROMPTS)
             inside, lost = (inside + own, lost) if kept else (inside, lost + own)
     assert inside + lost == pytest.approx(1, abs=1e-12)
-    found = behaviour.lost_mass(policy, cut)
-    assert found.mass == pytest.approx(lost, abs=1e-12)
+    found = behaviour.missing_support_probability(policy, cut)
+    assert found.value == pytest.approx(lost, abs=1e-12)
     assert 0.02 < lost < 0.5
-    sampled = behaviour.lost_mass(policy, cut, samples=400)
+    sampled = behaviour.missing_support_probability(policy, cut, samples=400)
     assert sampled.low < lost < sampled.high
     assert sampled.high - sampled.low < 0.2
     # What is enumerated is the support, and its weights make the part of the expectation that lies in it.
     rollout = gl.Rollout.enumerated(gl.Scenario(policy, make(network, length=2), cut))
     assert float(rollout.weight.sum()) == pytest.approx(1, abs=1e-12)
     assert float(rollout.weight @ rollout.log_weight.sum(-1).exp()) == pytest.approx(1 - lost, abs=1e-12)
-    assert behaviour.lost_mass(policy, behaviour.tempered(policy, 0.5)).mass == 0
+    assert behaviour.missing_support_probability(policy, behaviour.tempered(policy, 0.5)).value == 0
 
 
 def test_behaviours_are_what_they_say(network):
@@ -373,10 +383,12 @@ def test_behaviours_are_what_they_say(network):
     assert float((single.table.log_softmax(-1) - log_p).abs().max()) < 1e-4
     # By hand: the whole network, trained weights put in, rounded.
     weights = {
-        name: w.to(torch.bfloat16) for name, w in {**dict(policy.whole.named_parameters()), **weights_of(policy)}.items()
+        name: w.to(torch.bfloat16) for name, w in {**dict(policy.full_model.named_parameters()), **weights_of(policy)}.items()
     }
     ids = torch.tensor([policy.prompts[0]])
-    raw = torch.func.functional_call(low.whole, weights, (), {"input_ids": ids}).logits[0, -1, list(policy.actions)].double()
+    raw = (
+        torch.func.functional_call(low.full_model, weights, (), {"input_ids": ids}).logits[0, -1, list(policy.actions)].double()
+    )
     torch.testing.assert_close(low.table[0], raw, rtol=0, atol=0.05)
 
 
@@ -451,7 +463,7 @@ def test_different_vocabularies_do_not_compare(network):
     with pytest.raises(ValueError, match="does not share the policy's support"):
         gl.Scenario(make(network), other)
     with pytest.raises(ValueError, match="must share vocabulary"):
-        behaviour.lost_mass(make(network), other)
+        behaviour.missing_support_probability(make(network), other)
 
 
 def test_behaviours_refuse_what_means_nothing(network):
@@ -604,7 +616,7 @@ def test_weights_undo_an_engine_but_not_a_nucleus(smollm2, questions, steps):
         assert bias[0] > 1e-4, kind
         if kind == "nucleus":
             assert bias[1] > 1e-3
-            assert 0 < behaviour.lost_mass(policy, engine).mass < 0.3
+            assert 0 < behaviour.missing_support_probability(policy, engine).value < 0.3
         else:
             assert bias[1] < 1e-9
             assert scenario.lag() > 1e-5

@@ -148,7 +148,7 @@ def test_the_sample_mean_of_k3_stays_far_below_its_expectation():
     """Near .8 in a typical run of a million samples, against 1.1344; the sample std is never the same figure twice."""
     means, stds = [], []
     for seed in range(9):
-        rollout = gl.Rollout.drawn(TAILS, 10**6, np.random.default_rng(seed))
+        rollout = gl.Rollout.from_sampler(TAILS, 10**6, np.random.default_rng(seed))
         values = gl.Estimator("k3")(rollout)
         means.append(float(values.mean()))
         stds.append(float(values.std()))

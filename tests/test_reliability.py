@@ -49,7 +49,7 @@ def test_reliable_rows_cover_and_light_tails_are_not_marked() -> None:
 def test_equal_rare_events_carry_a_sum_if_there_are_enough() -> None:
     for expected, enough in ((1.5, False), (15, False), (30, True), (400, True)):
         rates, sizes = np.array([expected, 1e6]), np.array([1e9, 1e-9])
-        known = reliability.judged(rates, sizes, 3)
+        known = reliability.assess(rates, sizes, 3)
         assert (known.mean, known.noise) == (enough, enough)
         assert known.unseen == pytest.approx(math.exp(-expected), rel=1e-3)
 
@@ -57,9 +57,9 @@ def test_equal_rare_events_carry_a_sum_if_there_are_enough() -> None:
 def test_what_is_too_rare_to_be_met_must_not_matter() -> None:
     common, often = np.array([3.0, 1.0]), np.array([5e4, 5e4])
     for size, harmless in ((1e3, True), (1e9, False)):
-        known = reliability.judged(np.r_[1e-3, often], np.r_[size, common], 3)
+        known = reliability.assess(np.r_[1e-3, often], np.r_[size, common], 3)
         assert known.noise is harmless
-    assert not reliability.judged(np.array([1e-9, 1e3]), np.array([np.inf, 1.0]), 3).mean
+    assert not reliability.assess(np.array([1e-9, 1e3]), np.array([np.inf, 1.0]), 3).mean
 
 
 @pytest.mark.parametrize("name", ["k3-loss", "full-both-prefix", "k1-reward-return", "user"])
@@ -72,7 +72,7 @@ def test_distances_from_the_mean_are_those_of_whole_gradients(kind: str, name: s
     }[kind]
     scenario = gl.Scenario(policy, policy.perturbed(scale=0.5, seed=1), policy.perturbed(scale=0.3, seed=2))
     rollout = Rollout.enumerated(scenario)
-    loss = (lambda r: (r.log_ratio.square() * r.live).sum(-1)) if name == "user" else gl.ESTIMATORS[name]
+    loss = (lambda r: (r.log_ratio.square() * r.mask_float).sum(-1)) if name == "user" else gl.ESTIMATORS[name]
     batch = gradients([gl.ESTIMATORS["k2-loss"], loss], rollout)
     centres = batch.mean(rollout.weight) + 0.1
     table = batch.tables(1).flatten(1)
@@ -83,7 +83,7 @@ def test_distances_from_the_mean_are_those_of_whole_gradients(kind: str, name: s
 def test_looking_one_token_ahead_on_a_bandit_is_its_law() -> None:
     scenario = simulation.dropped(-7)
     loss = gl.ESTIMATORS["k3-loss"]
-    rates, sizes = reliability._ahead([loss], scenario, 1000, seed=0)
+    rates, sizes = reliability._one_step_ahead([loss], scenario, 1000, seed=0)
     batch = gradients([loss], Rollout.enumerated(scenario))
     np.testing.assert_allclose(rates, batch.rollout.weight.numpy(), rtol=1e-12)
     np.testing.assert_allclose(sizes[0], batch.tables(0).flatten(1).square().sum(-1).numpy(), rtol=1e-12)
@@ -99,7 +99,8 @@ def test_what_tokens_add_sums_up_to_the_second_moment(name: str) -> None:
     loss = gl.ESTIMATORS[name]
     batch = gradients([loss], Rollout.enumerated(scenario))
     sums = [
-        float(rates @ sizes[0]) for rates, sizes in (reliability._ahead([loss], scenario, 10_000, seed) for seed in range(12))
+        float(rates @ sizes[0])
+        for rates, sizes in (reliability._one_step_ahead([loss], scenario, 10_000, seed) for seed in range(12))
     ]
     truth = float(batch.square(batch.rollout.weight)[0])
     error = np.std(sums) / 12**0.5
@@ -124,13 +125,13 @@ def test_a_dropped_mode_opens_its_ends_and_settles_nothing(capsys: pytest.Captur
     assert settle(claim, rows).verdict == "UNDECIDED"
     measure.show(frame)
     assert "2 of 3 rows are not reliable" in capsys.readouterr().out
-    assert reliability.sentence(frame[frame["estimator"] == "full-loss"]) is None
+    assert reliability.unreliable_rows_message(frame[frame["estimator"] == "full-loss"]) is None
 
 
 def test_exact_rows_have_nothing_to_be_told() -> None:
     frame = gl.measure(["k3-loss"], simulation.sine(False))
     assert frame[["reliable", "unseen", "crossover_low", "crossover_high"]].isna().all(axis=None)
-    assert reliability.sentence(frame) is None
+    assert reliability.unreliable_rows_message(frame) is None
 
 
 def test_a_gaussian_without_a_second_moment_is_never_reliable() -> None:

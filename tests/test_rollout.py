@@ -108,7 +108,7 @@ def test_inconsistent_input_is_refused(changes, message):
 
 def test_no_samples_are_refused():
     with pytest.raises(ValueError, match="samples must be a positive number, got 0"):
-        Rollout.drawn(scenario("tree"), 0, generator(0))
+        Rollout.from_sampler(scenario("tree"), 0, generator(0))
 
 
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,7 +123,7 @@ def test_weights_are_the_samplers_probabilities(shape, off_policy):
     assert not listed.weight.requires_grad
     if shape != "gaussian":
         torch.testing.assert_close(listed.weight, listed.behaviour_log_prob.sum(-1).exp(), rtol=1e-13, atol=0)
-    drawn = Rollout.drawn(world, 1000, generator(0))
+    drawn = Rollout.from_sampler(world, 1000, generator(0))
     assert (drawn.weight == 1 / 1000).all()
     expected = float(world.sampler.occupancy().sum())  # E_μ[L], exact for both
     assert listed.mean_length == pytest.approx(expected, rel=1e-13)
@@ -133,7 +133,7 @@ def test_weights_are_the_samplers_probabilities(shape, off_policy):
 def test_counted_weights_have_the_mean_and_covariance_of_draws():
     """z-tests at 5 standard errors over every entry: they see means off by 0.1 % of √p and covariances off by 4 %."""
     listed, samples, replicates = Rollout.enumerated(scenario("tree", off_policy=True)), 50, 40_000
-    counted, p = listed.counted(samples, replicates, generator(1)).numpy(), listed.weight.numpy()
+    counted, p = listed.multinomial_weights(samples, replicates, generator(1)).numpy(), listed.weight.numpy()
     assert counted.shape == (replicates, len(p))
     np.testing.assert_allclose(counted * samples, np.rint(counted * samples), atol=1e-9)
     np.testing.assert_allclose(counted.sum(-1), 1, rtol=1e-12)
@@ -154,14 +154,14 @@ def test_counted_weights_have_the_mean_and_covariance_of_draws():
 def test_drawn_and_counted_frequencies_agree():
     """χ² at 1e-4, with power 0.99 against a χ²-distance of 0.03 (root mean squared relative error of the frequencies)."""
     world, samples = scenario("eos", off_policy=True), 100_000
-    listed, drawn = Rollout.enumerated(world), Rollout.drawn(world, samples, generator(2))
+    listed, drawn = Rollout.enumerated(world), Rollout.from_sampler(world, samples, generator(2))
     place = 4 ** torch.arange(3)
     codes = (torch.where(listed.mask, listed.tokens + 1, 0) @ place).tolist()
     found = np.bincount((torch.where(drawn.mask, drawn.tokens + 1, 0) @ place).numpy(), minlength=64)
     expected = samples * listed.weight.numpy()
     assert found.sum() == found[codes].sum() == samples
     assert expected.min() > 10
-    for observed in (found[codes], samples * listed.counted(samples, 1, generator(3))[0].numpy()):
+    for observed in (found[codes], samples * listed.multinomial_weights(samples, 1, generator(3))[0].numpy()):
         assert stats.chisquare(observed, expected).pvalue > SURE
     df = len(codes) - 1
     assert special.chndtr(special.chdtri(df, SURE), df, samples * 0.03**2) < 0.01
@@ -174,7 +174,7 @@ def test_drawn_and_counted_frequencies_agree():
 def test_samples_do_not_mix(name):
     """The cotangent of the summed loss is, response by response, that of the response's own loss."""
     estimator = (SINGLE | GROUPED)[name]
-    rollout = Rollout.drawn(scenario("eos", off_policy=True), 8, generator(4))
+    rollout = Rollout.from_sampler(scenario("eos", off_policy=True), 8, generator(4))
     together = cotangent(estimator, rollout)
     for i in range(8):
         leaf = rollout.differentiable()
@@ -215,7 +215,7 @@ def closed_form(estimator: gl.Estimator, rollout: Rollout) -> tuple[torch.Tensor
 @pytest.mark.parametrize("padding", [0, 2, -100])
 def test_padding_never_matters(padding, sampled):
     world = scenario("eos", off_policy=True)
-    rollout = Rollout.drawn(world, 40, generator(5)) if sampled else Rollout.enumerated(world)
+    rollout = Rollout.from_sampler(world, 40, generator(5)) if sampled else Rollout.enumerated(world)
     mask, given, noise = rollout.mask, parts(rollout), generator(6)
     assert 0.05 < float((~mask).double().mean()) < 0.9
     changed = given | {"tokens": torch.where(mask, rollout.tokens, padding), "mask": mask.long()}

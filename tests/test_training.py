@@ -16,11 +16,11 @@ from torch import Tensor
 import gradlab as gl
 from gradlab import training
 from gradlab._common.frames import DIGITS
-from gradlab.policies import small
+from gradlab.policies import Responses, small
 from gradlab.questions import training as runs
 from gradlab.training import Recipe
 
-QUICK = Recipe(steps=3, batch=8, group=4, rate=0.05, look=1, watch=8)
+QUICK = Recipe(steps=3, batch=8, group=4, rate=0.05, eval_every=1, eval_responses=8)
 
 
 def second(rollout: gl.Rollout) -> Tensor:
@@ -28,7 +28,7 @@ def second(rollout: gl.Rollout) -> Tensor:
 
 
 def my_loss(rollout: gl.Rollout) -> Tensor:
-    return (0.5 * rollout.log_ratio.square() * rollout.live).sum(-1)
+    return (0.5 * rollout.log_ratio.square() * rollout.mask_float).sum(-1)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def by_hand(start: gl.Tree, recipe: Recipe, name: str | None, beta: float, seed:
     found = []
     for _ in range(recipe.steps):
         old = start.with_parameters(table.detach().flatten().clone())
-        tokens, mask = old.sample(recipe.batch, rng)
+        drawn = old.sample(recipe.batch, rng)
+        tokens, mask = drawn.tokens, drawn.mask
         rows = old.contexts(tokens)
 
         def log_prob(logits: Tensor, rows: Tensor = rows, tokens: Tensor = tokens, mask: Tensor = mask) -> Tensor:
@@ -78,7 +79,7 @@ def by_hand(start: gl.Tree, recipe: Recipe, name: str | None, beta: float, seed:
 @pytest.mark.parametrize("epochs", [1, 4])
 @pytest.mark.parametrize("name", ["none", "k1-reward", "k2-loss", "k3-loss"])
 def test_a_run_is_that_of_a_loop_with_autograd(tree, name, epochs):
-    recipe = Recipe(steps=4, batch=8, group=4, epochs=epochs, rate=0.2, clip=0.1, look=1, watch=8)
+    recipe = Recipe(steps=4, batch=8, group=4, epochs=epochs, rate=0.2, clip=0.1, eval_every=1, eval_responses=8)
     frame = gl.train(tree, second, ["k1-reward", "k2-loss", "k3-loss"], 0.3, recipe=recipe, seeds=2, seed=5)
     run = frame[(frame["estimator"] == name) & (frame["seed"] == 1) & (frame["step"] > 0)]
     expected = by_hand(tree, recipe, None if name == "none" else name, 0.3, 5, 1)
@@ -93,7 +94,7 @@ def test_a_run_is_that_of_a_loop_with_autograd(tree, name, epochs):
 )
 def test_a_users_loss_is_trained_like_the_estimator_it_is(policy):
     """Gradient by gradient: Adam makes much of what is nothing but rounding in one of them."""
-    rollout = gl.Rollout.drawn(gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1)), 12, np.random.default_rng(0))
+    rollout = gl.Rollout.from_sampler(gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1)), 12, np.random.default_rng(0))
     advantages = torch.linspace(-1, 1, 12, dtype=torch.float64)
     one, two = (training._gradients(rollout, advantages, loss, 0.3, None, 0.2) for loss in (my_loss, gl.ESTIMATORS["k2-loss"]))
     torch.testing.assert_close(one.mean(rollout.weight), two.mean(rollout.weight), rtol=1e-12, atol=1e-14)
@@ -106,7 +107,7 @@ def test_a_users_loss_is_trained_like_the_estimator_it_is(policy):
 @pytest.mark.parametrize("names", [["full-both", "k1-reward-to-go"], ["k3-both", "k1-reward-to-go"]])
 def test_the_same_kernel_in_loss_and_reward_is_trained_towards_the_optimum(tree, names):
     """Both are unbiased for the same target, so with enough responses they arrive at the same place."""
-    recipe = Recipe(steps=60, batch=512, group=512, epochs=2, rate=0.05, look=60, watch=512)
+    recipe = Recipe(steps=60, batch=512, group=512, epochs=2, rate=0.05, eval_every=60, eval_responses=512)
     frame = gl.train(tree, second, names, 0.5, recipe=recipe, seeds=1)
     ends = frame[frame["step"] == 60].set_index("estimator")["kl"]
     assert ends["none"] > 1.5 * ends[names[0]]
@@ -117,9 +118,10 @@ def test_the_same_kernel_in_loss_and_reward_is_trained_towards_the_optimum(tree,
 def test_traces_are_those_of_one_gradient_per_group(tree, name):
     """`G tr Cov` of group means: each group's gradient by autograd, their covariance by numpy."""
     reference = tree.perturbed(kl=0.4, seed=3)
-    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=40)
+    recipe = Recipe(steps=1, batch=8, group=4, eval_every=1, eval_responses=40)
     frame = gl.train(tree, second, "k2-loss", 0.7, reference=reference, recipe=recipe, seeds=1)
-    tokens, mask = tree.sample(40, np.random.default_rng(np.random.SeedSequence(0, spawn_key=(13, 0, 1))))
+    drawn = tree.sample(40, np.random.default_rng(np.random.SeedSequence(0, spawn_key=(13, 0, 1))))
+    tokens, mask = drawn.tokens, drawn.mask
     rows, reward = tree.contexts(tokens), (tokens[:, 0] == 1).double().view(10, 4)
     advantage = (reward - (reward.sum(1, keepdim=True) - reward) / 3).flatten()
     ref = reference.table.log_softmax(-1)[rows, tokens] * mask
@@ -138,15 +140,15 @@ def test_traces_are_those_of_one_gradient_per_group(tree, name):
 def test_traces_in_parameters_are_those_of_the_tables_chain_rule():
     """A network's traces from group gradients by autograd in its own parameters."""
     policy, reference = (small("names", stage, length=3, precision=torch.float64) for stage in ("few", "reference"))
-    recipe = Recipe(steps=1, batch=8, group=4, look=1, watch=16, rate=1e-6)
+    recipe = Recipe(steps=1, batch=8, group=4, eval_every=1, eval_responses=16, rate=1e-6)
 
     def starts_with_m(rollout: gl.Rollout) -> Tensor:
         return (rollout.tokens[:, 0] == 13).double()
 
     frame = gl.train(policy, starts_with_m, "k3-loss", 0.7, reference=reference, recipe=recipe, seeds=1)
     answers = policy.sample(16, np.random.default_rng(np.random.SeedSequence(0, spawn_key=(13, 0, 1))), 4)
-    ((_, ids),) = policy.sequences(*answers[:2])
-    _, tokens, mask = answers
+    ((_, ids),) = policy.sequences(answers.prompts, answers.tokens)
+    tokens, mask = answers.tokens, answers.mask
     ref = reference.model(ids)[:, -3:].log_softmax(-1).gather(-1, tokens[..., None])[..., 0].detach()
     means = []
     for part in torch.arange(16).view(4, 4):
@@ -163,14 +165,14 @@ def test_traces_in_parameters_are_those_of_the_tables_chain_rule():
 
 def test_looking_changes_nothing(tree):
     """Looks draw from a stream of their own."""
-    more, less = (gl.train(tree, second, "k2-loss", 0.7, recipe=Recipe(steps=4, batch=8, group=4, look=look, watch=watch), seeds=1)
-                  for look, watch in ((1, 80), (4, 8)))  # fmt: skip
+    more, less = (gl.train(tree, second, "k2-loss", 0.7, recipe=Recipe(steps=4, batch=8, group=4, eval_every=k, eval_responses=n), seeds=1)
+                  for k, n in ((1, 80), (4, 8)))  # fmt: skip
     assert more[more["step"] == 4]["kl"].to_list() == less[less["step"] == 4]["kl"].to_list()
 
 
 def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
     policy = small("names", length=3, precision=torch.float64)
-    recipe = Recipe(steps=2, batch=16, group=4, epochs=2, rate=1e-3, look=1, watch=16)
+    recipe = Recipe(steps=2, batch=16, group=4, epochs=2, rate=1e-3, eval_every=1, eval_responses=16)
 
     def starts_with_m(rollout: gl.Rollout) -> Tensor:
         return (rollout.tokens[:, 0] == 13).double()
@@ -180,12 +182,11 @@ def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
     looking = np.random.default_rng(np.random.SeedSequence(2, spawn_key=(13, 0, 1)))
     optimiser, trained = torch.optim.Adam(model.parameters(), lr=1e-3), policy.changed(model=model)
 
-    def log_probs(network: torch.nn.Module, answers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        prompts, tokens, mask = answers
-        ((_, ids),) = policy.sequences(prompts, tokens)
-        return network(ids)[:, -3:].log_softmax(-1), tokens, mask
+    def log_probs(network: torch.nn.Module, answers: Responses) -> Tensor:
+        ((_, ids),) = policy.sequences(answers.prompts, answers.tokens)
+        return network(ids)[:, -3:].log_softmax(-1), answers.tokens, answers.mask
 
-    def chosen(network: torch.nn.Module, answers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def chosen(network: torch.nn.Module, answers: Responses) -> Tensor:
         every, tokens, mask = log_probs(network, answers)
         return every.gather(-1, tokens[..., None])[..., 0] * mask
 
@@ -193,18 +194,18 @@ def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
         answers = trained.sample(16, looking, 4)
         with torch.no_grad():
             now, ref = log_probs(model, answers)[0], log_probs(policy.model, answers)[0]
-            kl = (((now.exp() * (now - ref)).sum(-1)) * answers[2]).sum(-1).mean()
+            kl = (((now.exp() * (now - ref)).sum(-1)) * answers.mask).sum(-1).mean()
         row = frame[(frame["estimator"] == "k3-loss") & (frame["step"] == step)].iloc[0]
         assert row["kl"] == pytest.approx(float(kl), rel=1e-6, abs=1e-14)
         answers = trained.sample(16, rng, 4)
-        reward = (answers[1][:, 0] == 13).double().view(4, 4)
+        reward = (answers.tokens[:, 0] == 13).double().view(4, 4)
         advantage = (reward - (reward.sum(1, keepdim=True) - reward) / 3).flatten()
         with torch.no_grad():
             before, ref = chosen(model, answers), chosen(policy.model, answers)
         for _ in range(2):
             now = chosen(model, answers)
             ratio, gain, ell = (now - before).exp(), advantage[:, None], now - ref
-            loss = -torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain) * answers[2] + 0.3 * ((-ell).exp() - 1 + ell)
+            loss = -torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain) * answers.mask + 0.3 * ((-ell).exp() - 1 + ell)
             optimiser.zero_grad()
             loss.sum(-1).mean().backward()
             optimiser.step()
@@ -213,7 +214,7 @@ def test_a_run_of_a_language_model_is_that_of_a_loop_with_autograd():
 
 def test_k1_in_the_reward_is_k2_as_loss_sample_by_sample():
     policy = small("names", length=4)
-    recipe = Recipe(steps=3, batch=16, group=4, rate=1e-3, look=1, watch=16)
+    recipe = Recipe(steps=3, batch=16, group=4, rate=1e-3, eval_every=1, eval_responses=16)
     frame = gl.train(policy, training.task_reward("names", policy), ["k1-reward", "k2-loss"], 0.3, recipe=recipe, seeds=1)
     one, two = (frame[frame["estimator"] == name]["kl"].to_numpy() for name in ("k1-reward", "k2-loss"))
     np.testing.assert_allclose(one, two, rtol=1e-5)
@@ -243,7 +244,7 @@ def test_what_cannot_be_trained_is_refused(tree, given, message):
 
 
 @pytest.mark.parametrize(
-    "given", [{"steps": 0}, {"rate": math.inf}, {"group": 1}, {"batch": 10, "group": 4}, {"epochs": 1.5}, {"look": True}]
+    "given", [{"steps": 0}, {"rate": math.inf}, {"group": 1}, {"batch": 10, "group": 4}, {"epochs": 1.5}, {"eval_every": True}]
 )
 def test_recipes_that_mean_nothing_are_refused(given):
     with pytest.raises(ValueError, match=r"positive|groups of at least 2"):

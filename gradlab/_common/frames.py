@@ -5,7 +5,7 @@ ledger's finest margin, 1e-9, is twenty times what rounding to eleven changes. W
 written as 0: whatever is below `NOISE` of its column's scale, see `scale`.
 
 Each analysis leaves `NN_frames.json`: the options it ran with and, for each frame, its rows and the hash of its file. A folder
-without one is taken as it is: frames made by hand need none.
+without one is taken as it is: frames that a user made need none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Registries: named things in a fixed order, gradlab's own first, then what users and installed packages add.
 
 A package adds to them by an entry point of the group `gradlab`, a function without arguments that calls `gl.register`. Entry
-points are called once, when a registry is first read. Worker processes are sent what was registered by hand.
+points are called once, when a registry is first read. Worker processes are sent what was registered by a call.
 """
 
 from __future__ import annotations

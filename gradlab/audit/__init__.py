@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from gradlab.audit.batch import Batch, Subject
     from gradlab.audit.bind import called as bind
     from gradlab.audit.call import LossError
-    from gradlab.audit.identify import Verdict
+    from gradlab.audit.identify import Identification
     from gradlab.audit.load import called as load
     from gradlab.audit.probes.setting import Probe
     from gradlab.audit.run import Audit, audit, frame
 
     called = callable_module(__name__, audit)
 
-__all__ = ["Audit", "Batch", "LossError", "Probe", "Subject", "Verdict", "audit", "bind", "frame", "load"]
+__all__ = ["Audit", "Batch", "Identification", "LossError", "Probe", "Subject", "audit", "bind", "frame", "load"]
 
 _HOMES = {
     **dict.fromkeys(["Batch", "Subject"], "batch"),
     "LossError": "call",
-    "Verdict": "identify",
+    "Identification": "identify",
     **dict.fromkeys(["Audit", "audit", "frame"], "run"),
     "Probe": "probes.setting",
 }

@@ -15,7 +15,7 @@ class Batch:
 
     `log_prob`, `reference_log_prob`, `behaviour_log_prob` and `mask` are `[B, T]`, `mask` holding 1 and 0 in the dtype of the
     log-probabilities; `tokens` `[B, T]` are integers; `logits` and `reference_logits` `[B, T, V]` are there for losses over
-    the vocabulary. `log_prob` is computed from `logits`, and both carry gradients; nothing else does. Behind the end of a
+    the vocabulary. `log_prob` is computed from `logits`, and both carry gradients; nothing else does. After the end of a
     response all of them hold ordinary, misleading numbers, as they do in practice. `advantages` `[B, T]` and `rewards` `[B]`
     are the task's and 0: what is left of a whole loss is its regulariser. Every call gets tensors of its own.
     """

@@ -148,22 +148,22 @@ def _bound(function: Callable[..., Any], label: str, roles: dict[str, str], sett
             check_name(f"argument of {label}", given, parameters)
     for role in roles.values():
         check_name("role", role, ROLES)
-    bound, left = dict(roles), []
+    bound, unbound = dict(roles), []
     for key, parameter in parameters.items():
         if key in roles or key in settings or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        told: str | None = "batch" if parameter.annotation in (Batch, "Batch") else role_of(key)
+        role_of_key: str | None = "batch" if parameter.annotation in (Batch, "Batch") else role_of(key)
         required = parameter.default is parameter.empty
         # What is off by default stays off: a tensor is bound where it is required or optional, a number where it is required.
-        optional = parameter.default is None and told not in CONFIGURATION
-        if told is not None and told not in bound.values() and (required or optional):
-            bound[key] = told
+        optional = parameter.default is None and role_of_key not in CONFIGURATION
+        if role_of_key is not None and role_of_key not in bound.values() and (required or optional):
+            bound[key] = role_of_key
         elif required:
-            left.append(key)
-    if left or not {"log_prob", "logits", "log_ratio", "importance_ratio", "batch"} & set(bound.values()):
+            unbound.append(key)
+    if unbound or not {"log_prob", "logits", "log_ratio", "importance_ratio", "batch"} & set(bound.values()):
         missing = (
-            f"cannot tell what {', '.join(left)} is"
-            if left
+            f"cannot tell what {', '.join(unbound)} is"
+            if unbound
             else "nothing of the policy, such as log_probs, among the arguments"
         )
         raise ValueError(
@@ -199,28 +199,28 @@ def _conversions(roles: Iterable[str]) -> list[dict[str, Callable[[Any], Any]]]:
 
 def _reduced(result: Any, batch: Batch, returns: str) -> tuple[Any, str]:
     """The scalar that an optimiser would minimise, and how it came about."""
-    found = _tensor(result)
-    if not isinstance(found, Tensor):
-        return found, ""
+    result_tensor = _tensor(result)
+    if not isinstance(result_tensor, Tensor):
+        return result_tensor, ""
     if returns != "loss":
-        return _policy_loss(found, batch, returns)
-    if found.shape == batch.mask.shape:
-        return (torch.where(batch.mask.bool(), found, 0.0)).sum(-1).mean(), "sum over live tokens, mean over responses"
-    if found.dim() == 1 and found.shape == batch.mask.shape[:1] and len(found) > 1:
-        return found.mean(), "mean over responses"
-    return found, ""
+        return _policy_loss(result_tensor, batch, returns)
+    if result_tensor.shape == batch.mask.shape:
+        return (torch.where(batch.mask.bool(), result_tensor, 0.0)).sum(-1).mean(), "sum over live tokens, mean over responses"
+    if result_tensor.dim() == 1 and result_tensor.shape == batch.mask.shape[:1] and len(result_tensor) > 1:
+        return result_tensor.mean(), "mean over responses"
+    return result_tensor, ""
 
 
-def _policy_loss(found: Tensor, batch: Batch, returns: str) -> tuple[Tensor, str]:
+def _policy_loss(values: Tensor, batch: Batch, returns: str) -> tuple[Tensor, str]:
     """`−Σ_t sg(A_t) log π_t`, mean over responses, with `A` as returned or as the sum of the rewards that follow."""
-    live = batch.mask.bool()
-    wide = found if found.shape == batch.mask.shape else found.reshape(-1, 1).expand_as(batch.mask)
-    if returns == "advantages" or found.shape != batch.mask.shape:
-        advantage = -wide if returns == "penalty" else wide
+    mask = batch.mask.bool()
+    per_token = values if values.shape == batch.mask.shape else values.reshape(-1, 1).expand_as(batch.mask)
+    if returns == "advantages" or values.shape != batch.mask.shape:
+        advantage = -per_token if returns == "penalty" else per_token
     else:
-        reward = torch.where(live, -wide if returns == "penalty" else wide, 0.0)
+        reward = torch.where(mask, -per_token if returns == "penalty" else per_token, 0.0)
         advantage = reward.flip(-1).cumsum(-1).flip(-1)
-    loss = -torch.where(live, advantage.detach() * batch.log_prob, 0.0).sum(-1).mean()
+    loss = -torch.where(mask, advantage.detach() * batch.log_prob, 0.0).sum(-1).mean()
     return loss, "−Σ_t sg(advantage_t) log π_t, mean over responses" + ("" if returns == "advantages" else ", rewards to go")
 
 

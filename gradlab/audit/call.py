@@ -68,13 +68,13 @@ def evaluate(subject: Subject, batch: Batch) -> Tensor:
     return loss.reshape(())
 
 
-def gradient(subject: Subject, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tensor]:
+def loss_gradient(subject: Subject, batch: Batch, leaf: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the loss with respect to `leaf`, zero where none reaches it, and the value of the loss."""
     loss = evaluate(subject, batch)
     if not loss.requires_grad:
         return torch.zeros_like(leaf), loss
     try:
-        (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        (derivative,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     except RuntimeError as error:
         raise LossError.of(subject, error) from error
-    return torch.zeros_like(leaf) if found is None else found, loss.detach()
+    return torch.zeros_like(leaf) if derivative is None else derivative, loss.detach()

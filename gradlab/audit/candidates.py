@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_name
-from gradlab.audit.worlds import World
+from gradlab.audit.worlds import AuditScenario
 from gradlab.policies import Policy
 from gradlab.solvers import exact
 from gradlab.targets import TARGETS, Objective, Target
@@ -110,18 +110,18 @@ def words(name: str) -> str:
     return WORDS[name] if name in WORDS else CANDIDATES[name].statement
 
 
-def gradients(world: World) -> dict[str, Tensor]:
+def candidate_gradients(case: AuditScenario) -> dict[str, Tensor]:
     """The gradient `[p]` of every candidate in a world, by autograd through the definitions."""
-    return {name: _gradient(name, world) for name in CANDIDATES}
+    return {name: _candidate_gradient(name, case) for name in CANDIDATES}
 
 
 @lru_cache(maxsize=2048)
-def _gradient(name: str, world: World) -> Tensor:
-    scenario = world.scenario
+def _candidate_gradient(name: str, case: AuditScenario) -> Tensor:
+    scenario = case.scenario
     if name in TARGETS:
         return exact.gradient(name, scenario)
     with torch.enable_grad():
         parameters = scenario.policy.parameters.detach().clone().requires_grad_(True)
         policy = scenario.policy.with_parameters(parameters)
-        (found,) = torch.autograd.grad(EXTRAS[name].objective(policy, scenario.reference, scenario.sampler), parameters)
-    return found
+        (derivative,) = torch.autograd.grad(EXTRAS[name].objective(policy, scenario.reference, scenario.sampler), parameters)
+    return derivative

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Batch, Subject
-from gradlab.audit.call import LossError, evaluate, gradient
+from gradlab.audit.call import LossError, evaluate, loss_gradient
 from gradlab.audit.precision import PRECISIONS, Precision
-from gradlab.audit.worlds import PADDING, World, batch, nudged
+from gradlab.audit.worlds import PADDING, AuditScenario, batch, perturbed_logits
 
 #: How often a loss is called to see whether it is random; dropout may spare a small batch now and then.
-CALLS = 8
+REPEATED_CALLS = 8
 #: Largest relative difference between two calls that is rounding, in the single precision that most losses compute in.
 SAME = 1e-6
 
 
-def is_random(subject: Subject, world: World) -> bool:
+def is_random(subject: Subject, case: AuditScenario) -> bool:
     """Whether calls with the same batch differ, by more than the order in which a processor adds."""
-    columns = world.columns(PADDING)
+    columns = case.columns(PADDING)
     rows = list(range(min(2, len(columns["mask"]))))
-    first, *others = ([torch.nan_to_num(x) for x in gradient(subject, *batch(columns, rows))] for _ in range(CALLS))
+    first, *others = (
+        [torch.nan_to_num(x) for x in loss_gradient(subject, *batch(columns, rows))] for _ in range(REPEATED_CALLS)
+    )
     slope, value = (float(x.abs().max()) for x in first)
     sizes = slope, max(slope, value)  # a value of 0 is a sum of parts as large as its slopes
     return any(
@@ -52,13 +54,13 @@ def seeded(subject: Subject) -> Subject:
     return replace(subject, loss=loss)
 
 
-def precision(subject: Subject, world: World) -> Precision:
+def precision(subject: Subject, case: AuditScenario) -> Precision:
     """The precision a loss computes in, whatever it is given: told by how smoothly it answers to small changes."""
 
     def response(step: float) -> Tensor:
-        made, _ = batch(nudged(world.columns(PADDING), step), [1, 4])
-        loss = evaluate(subject, made)
-        slope = torch.autograd.grad(loss, made.log_prob, allow_unused=True)[0] if loss.requires_grad else None
+        probe_batch, _ = batch(perturbed_logits(case.columns(PADDING), step), [1, 4])
+        loss = evaluate(subject, probe_batch)
+        slope = torch.autograd.grad(loss, probe_batch.log_prob, allow_unused=True)[0] if loss.requires_grad else None
         numbers = [loss.detach().double().reshape(1)] + ([] if slope is None else [slope.double().flatten()])
         return torch.cat(numbers)
 
@@ -81,16 +83,16 @@ def precision(subject: Subject, world: World) -> Precision:
     return PRECISIONS[0 if rough(small) <= 1e-9 else 1]
 
 
-def couples(subject: Subject, world: World, tolerance: float) -> bool:
+def couples(subject: Subject, case: AuditScenario, tolerance: float) -> bool:
     """Whether the gradient at one response depends on the others in its batch, beyond one constant factor."""
-    columns = world.columns(PADDING)
+    columns = case.columns(PADDING)
     n = len(columns["mask"])
-    picked = sorted({0, 1, n // 2, n - 1})
+    selected = sorted({0, 1, n // 2, n - 1})
     alone, together = [], []
-    for i, j in itertools.product(picked, repeat=2):
-        together.append(gradient(subject, *batch(columns, [i, j]))[0][0])
+    for i, j in itertools.product(selected, repeat=2):
+        together.append(loss_gradient(subject, *batch(columns, [i, j]))[0][0])
         try:
-            alone.append(gradient(subject, *batch(columns, [i]))[0][0])
+            alone.append(loss_gradient(subject, *batch(columns, [i]))[0][0])
         except LossError:
             return True  # it wants a group
     x, y = torch.stack(alone).flatten(), torch.stack(together).flatten()
@@ -103,16 +105,16 @@ def couples(subject: Subject, world: World, tolerance: float) -> bool:
     return float((y - factor * x).norm()) > 10 * tolerance * size
 
 
-def exchangeable(subject: Subject, world: World, group: int, tolerance: float) -> bool:
+def exchangeable(subject: Subject, case: AuditScenario, group: int, tolerance: float) -> bool:
     """Whether the order of the responses in a batch makes no difference."""
-    columns = world.columns(PADDING)
+    columns = case.columns(PADDING)
     n = len(columns["mask"])
     for start in range(3):
         rows = [(start + 4 * k) % n for k in range(group)]
-        x = gradient(subject, *batch(columns, rows))[0]
+        x = loss_gradient(subject, *batch(columns, rows))[0]
         # Every order is made of turns and of swaps of the first two.
         for order in ([*range(1, group), 0], [1, 0, *range(2, group)]):
-            y = gradient(subject, *batch(columns, [rows[i] for i in order]))[0]
+            y = loss_gradient(subject, *batch(columns, [rows[i] for i in order]))[0]
             if not float((x[order] - y).norm()) <= tolerance * float(x.norm()):
                 return False
     return True

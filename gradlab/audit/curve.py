@@ -14,7 +14,7 @@ from gradlab.audit.precision import Precision
 from gradlab.audit.synthetic import Tokens, coefficients, responses
 
 #: The range of log-ratios looked at, and the step between them.
-REACH, STEP = 40.0, 0.5
+LIMIT, STEP = 40.0, 0.5
 
 Response = Callable[[float], tuple[float, float]]
 
@@ -46,9 +46,9 @@ def of_token(subject: Subject, companions: int = 0) -> Response:
     """
 
     def response(log_ratio: float) -> tuple[float, float]:
-        others = [Tokens.at(0.0)] * companions
-        made, _ = responses(Tokens.at(log_ratio), *others, columns=2)
-        found, value = coefficients(subject, made)
+        companions_tokens = [Tokens.at(0.0)] * companions
+        probe_batch, _ = responses(Tokens.at(log_ratio), *companions_tokens, columns=2)
+        found, value = coefficients(subject, probe_batch)
         return float(found[0, 0]), value
 
     return response
@@ -58,17 +58,17 @@ def of_weight(subject: Subject, log_ratio: float, companions: int = 0) -> Respon
     """Coefficient and loss as a function of `log ρ` of a token of a given log-ratio."""
 
     def response(log_weight: float) -> tuple[float, float]:
-        others = [Tokens.at(0.0)] * companions
-        made, _ = responses(Tokens.at(log_ratio, log_weight=log_weight), *others, columns=2)
-        found, value = coefficients(subject, made)
+        companions_tokens = [Tokens.at(0.0)] * companions
+        probe_batch, _ = responses(Tokens.at(log_ratio, log_weight=log_weight), *companions_tokens, columns=2)
+        found, value = coefficients(subject, probe_batch)
         return float(found[0, 0]), value
 
     return response
 
 
-def sweep(response: Response, reach: float = REACH, step: float = STEP) -> pd.DataFrame:
+def sweep(response: Response, limit: float = LIMIT, step: float = STEP) -> pd.DataFrame:
     """`log_ratio, coefficient, value` over ±reach, four times as fine within ±4."""
-    coarse, fine = np.arange(0, reach + step / 2, step), np.arange(0, min(reach, 4.0), step / 4)
+    coarse, fine = np.arange(0, limit + step / 2, step), np.arange(0, min(limit, 4.0), step / 4)
     grid = np.unique(np.concatenate([coarse, -coarse, fine, -fine]))
     return pd.DataFrame([(x, *response(float(x))) for x in grid], columns=["log_ratio", "coefficient", "value"])
 
@@ -123,16 +123,16 @@ def _bisect(inside: Callable[[float], bool], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def binding(found: list[Event]) -> str:
+def binding(clamp_events: list[Event]) -> str:
     """What the events of one kind mean in words: which clamp it is, where it binds."""
-    places = " and ".join(f"ℓ {event.where}" for event in found)
-    edges = sorted(event.at for event in found)
+    places = " and ".join(f"ℓ {event.where}" for event in clamp_events)
+    edges = sorted(event.at for event in clamp_events)
     symmetric = len(edges) == 2 and abs(edges[0] + edges[1]) <= 1e-6 * edges[1]
-    level = [abs(event.value) for event in found]
+    level = [abs(event.value) for event in clamp_events]
     if _round(edges[-1]) and (symmetric or len(edges) == 1):
         return f"{places}: the log-ratio is clamped at ±{edges[-1]:.4g}" if symmetric else f"{places}: the log-ratio is clamped"
     if max(level) - min(level) <= 1e-6 * max(level) and max(level) > 0:
-        return f"{places}: the value is clamped, the loss stays at {found[0].value:.4g}"
+        return f"{places}: the value is clamped, the loss stays at {clamp_events[0].value:.4g}"
     return places
 
 

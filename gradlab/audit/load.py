@@ -28,17 +28,17 @@ def load(spec: str) -> Any:
     if not colon or not place or not name:
         raise ValueError(f"cannot audit {spec!r}: give package.module:function or path/to/file.py:function")
     module = _file(Path(place)) if place.endswith(".py") or os.sep in place else _module(place)
-    found: Any = module
+    function: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            offered = [key for key, item in vars(found).items() if callable(item) and not key.startswith("__")]
+        if not hasattr(function, part):
+            offered = [key for key, item in vars(function).items() if callable(item) and not key.startswith("__")]
             near = get_close_matches(part, offered, n=3, cutoff=0.4) or offered[:8]
             hint = f"did you mean {' or '.join(near)}?" if near else "it defines no function"
             raise ValueError(f"no function {part!r} in {place}; {hint}")
-        found = getattr(found, part)
-    if not callable(found) and not hasattr(found, "loss"):
-        raise ValueError(f"{spec} is {type(found).__name__}, not a function")
-    return found
+        function = getattr(function, part)
+    if not callable(function) and not hasattr(function, "loss"):
+        raise ValueError(f"{spec} is {type(function).__name__}, not a function")
+    return function
 
 
 def offered(address: str) -> str:
@@ -88,13 +88,13 @@ def _file(path: Path) -> types.ModuleType:
         parents.insert(0, path.parents[len(parents)])
     name = ".".join([*(folder.name for folder in parents), path.stem])
     with _stand_ins(parents, name):
-        found = importlib.util.spec_from_file_location(name, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
+        loaded = importlib.util.spec_from_file_location(name, path)
+        assert loaded is not None
+        assert loaded.loader is not None
+        module = importlib.util.module_from_spec(loaded)
         sys.modules[name] = module
         try:
-            found.loader.exec_module(module)
+            loaded.loader.exec_module(module)
         except ImportError as error:
             raise ValueError(
                 f"running {path.name} failed: {error}; install what it imports, or move the function to a file of its own"
@@ -108,7 +108,7 @@ def _file(path: Path) -> types.ModuleType:
 def _stand_ins(folders: list[Path], name: str) -> Iterator[None]:
     """Empty packages in place of those around the module `name`, so that only what it imports itself is run.
 
-    Afterwards no module of that name is left behind: the user's `utils.py` is to stand in nobody's way, and what is not
+    Afterwards no module of that name stays loaded: the user's `utils.py` is to stand in nobody's way, and what is not
     imported is taken along whole when it goes to a worker process.
     """
     top = name.partition(".")[0]
@@ -116,10 +116,10 @@ def _stand_ins(folders: list[Path], name: str) -> Iterator[None]:
     def taken() -> dict[str, types.ModuleType]:
         return {key: item for key, item in sys.modules.items() if key == top or key.startswith(f"{top}.")}
 
-    kept = taken()
+    replaced = taken()
     sys.path.insert(0, str(folders[0].parent) if folders else "")
     try:
-        for key in kept:
+        for key in replaced:
             del sys.modules[key]
         for depth, folder in enumerate(folders):
             stub = types.ModuleType(".".join(part.name for part in folders[: depth + 1]))
@@ -130,7 +130,7 @@ def _stand_ins(folders: list[Path], name: str) -> Iterator[None]:
         del sys.path[0]
         for key in taken():
             del sys.modules[key]
-        sys.modules.update(kept)
+        sys.modules.update(replaced)
 
 
 called = callable_module(__name__, load)

@@ -12,7 +12,7 @@ class Precision:
     """Bounds that follow from a dtype.
 
     match: relative error up to which an expected gradient equals another. slack: relative change that means something in a
-    probe. level: change along a curve. step, slope: of finite differences, and how well they can be trusted. nudge: a change of
+    probe. level: change along a curve. step, slope: of finite differences, and how well they can be trusted. perturbation: a change of
     log-probabilities that changes how every number is rounded and, to second order, nothing else.
     """
 
@@ -22,7 +22,7 @@ class Precision:
     level: float
     step: float
     slope: float
-    nudge: float
+    perturbation: float
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Precision:
 #: From the finest on; `half` stands for both sixteen-bit formats.
 PRECISIONS = (
     # Divisions by L + 1e-8, which are common, are to be recognised: the error that a verdict reports tells them from exact ones.
-    Precision(torch.float64, match=1e-7, slack=1e-6, level=1e-9, step=1e-5, slope=2e-3, nudge=1e-8),
-    Precision(torch.float32, match=1e-6, slack=1e-4, level=1e-5, step=1e-2, slope=2e-3, nudge=1e-5),
-    Precision(torch.bfloat16, match=5e-3, slack=3e-2, level=2e-2, step=0.2, slope=0.1, nudge=4e-3),
+    Precision(torch.float64, match=1e-7, slack=1e-6, level=1e-9, step=1e-5, slope=2e-3, perturbation=1e-8),
+    Precision(torch.float32, match=1e-6, slack=1e-4, level=1e-5, step=1e-2, slope=2e-3, perturbation=1e-5),
+    Precision(torch.bfloat16, match=5e-3, slack=3e-2, level=2e-2, step=0.2, slope=0.1, perturbation=4e-3),
 )

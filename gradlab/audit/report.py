@@ -1,4 +1,4 @@
-"""What an audit leaves behind: a table in the terminal, JSON, and a page with the curves and the heat map."""
+"""The output of an audit: a table in the terminal, JSON, and a page with the curves and the heat map."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
 
     Raises `ValueError` when the folder cannot be written to.
     """
-    from gradlab.plots import matches, pulls  # what prints a table waits for no drawing
+    from gradlab.plots import audited_curves, matches  # what prints a table waits for no drawing
 
     writable(folder)
     table = frame(audits)
@@ -126,7 +126,7 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
         part.write_text(to_json(audits) + "\n", encoding="utf-8")
     values = {
         "audits": [(audited, *audited.rows()) for audited in audits],
-        "curves": _picture(pulls(curves(audits))),
+        "curves": _picture(audited_curves(curves(audits))),
         "heat": _picture(matches(heat(audits))),
         "versions": versions(),
     }

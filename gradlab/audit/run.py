@@ -15,14 +15,14 @@ from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
 from gradlab.audit.call import LossError
 from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import REPEATS, Field, check_affordable, field, rounding
+from gradlab.audit.engine import REPEATS, ExpectedGradient, check_affordable, expected_gradient, rounding_error
 from gradlab.audit.forms import Form, form
-from gradlab.audit.identify import Verdict, cosine, identify
+from gradlab.audit.identify import Identification, cosine, identify
 from gradlab.audit.precision import PRECISIONS, Precision
 from gradlab.audit.probes import probes
-from gradlab.audit.probes.nucleus import nucleus
+from gradlab.audit.probes.nucleus import nucleus_probe
 from gradlab.audit.probes.setting import Probe, Setting
-from gradlab.audit.worlds import World, at_reference, equal_lengths, standard
+from gradlab.audit.worlds import AuditScenario, at_reference, equal_lengths, standard
 from gradlab.measure import one_thread
 
 
@@ -37,8 +37,8 @@ class Audit:
     """
 
     subject: Subject
-    on_policy: Verdict
-    off_policy: Verdict
+    on_policy: Identification
+    off_policy: Identification
     form: Form | None
     cosine: float
     probes: tuple[Probe, ...]
@@ -57,7 +57,7 @@ class Audit:
         """A probe by its name. Raises `KeyError` for an unknown one."""
         return {probe.name: probe for probe in self.probes}[name]
 
-    def unmet(self, target: str, off_policy: bool = False) -> str | None:
+    def why_not(self, target: str, off_policy: bool = False) -> str | None:
         """Why the loss does not descend `target`, in one line, or `None` when it does, up to a positive factor.
 
         With `off_policy` it has to do so on off-policy data as well. Raises `ValueError` for an unknown target.
@@ -130,48 +130,50 @@ def audit(
 
 
 def _audit(subject: Subject, top_p: float | None) -> Audit:
-    worlds = standard()
-    moderate = next(world for world in worlds if world.name == "moderate" and world.off_policy)
+    cases = standard()
+    moderate = next(case for case in cases if case.name == "moderate" and case.off_policy)
     random = checks.is_random(subject, moderate)
     if random:
         warnings.warn(f"{subject.name} is random: two calls with one batch differ; its gradients are averaged", stacklevel=3)
     # Checks and probes compare calls with each other, which takes the same draws in both.
-    steady = checks.seeded(subject) if random else subject
-    unsteady = random and checks.is_random(steady, moderate)
-    precision = PRECISIONS[0] if unsteady else checks.precision(steady, moderate)
-    coupled = not unsteady and subject.group is None and checks.couples(steady, moderate, precision.match)
+    seeded = checks.seeded(subject) if random else subject
+    still_random = random and checks.is_random(seeded, moderate)
+    precision = PRECISIONS[0] if still_random else checks.precision(seeded, moderate)
+    coupled = not still_random and subject.group is None and checks.couples(seeded, moderate, precision.match)
     group = subject.group or (2 if coupled else 1)
-    orderless = not unsteady and group > 1 and checks.exchangeable(steady, moderate, group, precision.match)
-    check_affordable(subject, group, random, orderless)
-    fields = _Fields(subject, group, random, orderless, precision)
-    on, off = ([fields.at(world) for world in worlds if world.off_policy is away] for away in (False, True))
-    on_policy, off_policy = (identify(fields.scopes(away), precision.match, fields.rounding) for away in (False, True))
+    exchangeable = not still_random and group > 1 and checks.exchangeable(seeded, moderate, group, precision.match)
+    check_affordable(subject, group, random, exchangeable)
+    expected_gradients = _ExpectedGradients(subject, group, random, exchangeable, precision)
+    on, off = ([expected_gradients.at(case) for case in cases if case.off_policy is is_off] for is_off in (False, True))
+    on_policy, off_policy = (
+        identify(expected_gradients.scopes(is_off), precision.match, expected_gradients.rounding) for is_off in (False, True)
+    )
     # Weights are missing where off-policy data change what is descended.
     needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
     setting = Setting(
-        steady,
+        seeded,
         group,
         precision,
         on,
         off,
-        fields.at(at_reference()),
+        expected_gradients.at(at_reference()),
         needs_weight,
-        curve.sweep(curve.of_token(steady, group - 1)),
+        curve.sweep(curve.of_token(seeded, group - 1)),
     )
-    found = () if unsteady else probes(setting)
-    if top_p is not None and not unsteady:
-        found = (*found, nucleus(steady, on, top_p, group, orderless, precision))
+    answers = () if still_random else probes(setting)
+    if top_p is not None and not still_random:
+        answers = (*answers, nucleus_probe(seeded, on, top_p, group, exchangeable, precision))
     if random:
         # In another dtype the draws are others: that comparison would tell nothing.
-        found = tuple(probe for probe in found if probe.name not in ("float32", "bfloat16"))
-        found = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"), *found)
+        answers = tuple(probe for probe in answers if probe.name not in ("float32", "bfloat16"))
+        answers = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"), *answers)
     return Audit(
-        subject, on_policy, off_policy, _form(fields, precision.match), cosine(on, "reverse_kl"), found, group, precision,
+        subject, on_policy, off_policy, _form(expected_gradients, precision.match), cosine(on, "reverse_kl"), answers, group, precision,
         random, setting.curve, _cosines(on, off),
     )  # fmt: skip
 
 
-class _Fields:
+class _ExpectedGradients:
     """The fields of a loss, computed when first asked for."""
 
     def __init__(
@@ -179,15 +181,15 @@ class _Fields:
     ) -> None:
         self.subject, self.group, self.random = subject, group, random
         self.exchangeable, self.precision = exchangeable, precision
-        self.known: dict[World, Field] = {}
-        self.rounded: dict[World, float] = {}
+        self.known: dict[AuditScenario, ExpectedGradient] = {}
+        self.rounded: dict[AuditScenario, float] = {}
 
-    def at(self, world: World) -> Field:
-        if world not in self.known:
-            self.known[world] = field(self.subject, world, self.group, self.random, self.exchangeable)
-        return self.known[world]
+    def at(self, case: AuditScenario) -> ExpectedGradient:
+        if case not in self.known:
+            self.known[case] = expected_gradient(self.subject, case, self.group, self.random, self.exchangeable)
+        return self.known[case]
 
-    def rounding(self, known: Field) -> float:
+    def rounding(self, known: ExpectedGradient) -> float:
         """The norm of the rounding error in the mean of a field.
 
         0 for a loss precise to float64, which is what its answers to small changes have shown, and for one whose randomness is
@@ -195,37 +197,39 @@ class _Fields:
         """
         if self.random or self.precision is PRECISIONS[0]:
             return 0.0
-        if known.world not in self.rounded:
-            self.rounded[known.world] = rounding(self.subject, known, self.group, self.exchangeable, self.precision.nudge)
-        return self.rounded[known.world]
+        if known.case not in self.rounded:
+            self.rounded[known.case] = rounding_error(
+                self.subject, known, self.group, self.exchangeable, self.precision.perturbation
+            )
+        return self.rounded[known.case]
 
-    def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[Field]]]:
+    def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[ExpectedGradient]]]:
         """Fields by the scope in which a verdict has to hold, the widest first."""
-        near, moderate, far = (world for world in standard() if world.off_policy is off_policy)
-        even = [world for world in equal_lengths() if world.off_policy is off_policy]
-        for scope, worlds in (
+        near, moderate, far = (case for case in standard() if case.off_policy is off_policy)
+        equal_length = [case for case in equal_lengths() if case.off_policy is off_policy]
+        for scope, cases in (
             ("everywhere", [near, moderate, far]), ("not far", [near, moderate]), ("near", [near]),
-            ("equal lengths", even), ("equal lengths, near", even[:2]),
+            ("equal lengths", equal_length), ("equal lengths, near", equal_length[:2]),
         ):  # fmt: skip
-            yield scope, [self.at(world) for world in worlds]
+            yield scope, [self.at(case) for case in cases]
 
 
-def _form(fields: _Fields, tolerance: float) -> Form | None:
+def _form(expected_gradients: _ExpectedGradients, tolerance: float) -> Form | None:
     """The form of single responses, whatever they are combined with; none for a loss that needs a group."""
-    if fields.group != 1:
-        fields = _Fields(fields.subject, 1, fields.random)
+    if expected_gradients.group != 1:
+        expected_gradients = _ExpectedGradients(expected_gradients.subject, 1, expected_gradients.random)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a standard deviation of one response, for example
-            return form([fields.at(world) for world in standard() if world.name != "far"], tolerance)
+            return form([expected_gradients.at(case) for case in standard() if case.name != "far"], tolerance)
     except LossError:
         return None
 
 
-def _cosines(on: Sequence[Field], off: Sequence[Field]) -> pd.DataFrame:
+def _cosines(on: Sequence[ExpectedGradient], off: Sequence[ExpectedGradient]) -> pd.DataFrame:
     rows = [
-        (policy, target, cosine(fields, target))
-        for policy, fields in (("on", on), ("off", off))
+        (policy, target, cosine(expected_gradients, target))
+        for policy, expected_gradients in (("on", on), ("off", off))
         for target in CANDIDATES
         if target != "zero"
     ]

@@ -34,17 +34,17 @@ def audits(subjects: Sequence[Subject], jobs: int = 1) -> list[Audit]:
 
 
 def configurations(audited: Sequence[Audit]) -> pd.DataFrame:
-    """`frame`, with the framework, whether it is the limit of a large batch, and `kind`, see `kinds`.
+    """`frame`, with the framework, whether it is the limit of a large batch, and `kind`, see `verdict_kinds`.
 
     `moving` says whether any gradient is left in the mean: where pulls cancel there is no direction to compare.
     """
-    found = frame(audited)
+    subset = frame(audited)
     limit = {a.subject.name: bool(a.subject.configuration.get("large_batch", False)) for a in audited}
-    return found.assign(
-        framework=found["subject"].str.split().str[0],
-        large_batch=found["subject"].map(limit),
-        kind=found["subject"].map(kinds(found, directions(audited))),
-        moving=found["closest"] != "zero",
+    return subset.assign(
+        framework=subset["subject"].str.split().str[0],
+        large_batch=subset["subject"].map(limit),
+        kind=subset["subject"].map(verdict_kinds(subset, directions(audited))),
+        moving=subset["closest"] != "zero",
     )
 
 
@@ -78,32 +78,34 @@ def distinct(curves: pd.DataFrame) -> pd.DataFrame:
 
     Further out float64 cannot tell the terms of k3 times the ratio from each other: what it should be there is rounding.
     """
-    found: dict[str, pd.DataFrame] = {}
+    distinct_curves: dict[str, pd.DataFrame] = {}
     counts: dict[str, int] = {}
     for name, part in curves.groupby("subject", sort=False):
-        same = [k for k, rows in found.items() if np.allclose(_within(rows), _within(part), 1e-4, 1e-4, equal_nan=True)]
-        twin = same[0] if same else str(name)
-        found.setdefault(twin, part)
-        counts[twin] = counts.get(twin, 0) + 1
-    order = sorted(found, key=lambda name: -counts[name])
+        same = [
+            k for k, rows in distinct_curves.items() if np.allclose(_within(rows), _within(part), 1e-4, 1e-4, equal_nan=True)
+        ]
+        representative = same[0] if same else str(name)
+        distinct_curves.setdefault(representative, part)
+        counts[representative] = counts.get(representative, 0) + 1
+    order = sorted(distinct_curves, key=lambda name: -counts[name])
     labels = {name: name + (f" and {counts[name] - 1} more" if counts[name] > 1 else "") for name in order}
-    return pd.concat([found[name].assign(subject=labels[name]) for name in order], ignore_index=True)
+    return pd.concat([distinct_curves[name].assign(subject=labels[name]) for name in order], ignore_index=True)
 
 
 def _within(curve: pd.DataFrame, reach: float = 20.0) -> np.ndarray[Any, Any]:
     return curve.loc[curve["log_ratio"].abs() <= reach, "coefficient"].to_numpy()
 
 
-def kinds(found: pd.DataFrame, cosines: pd.DataFrame) -> dict[str, str]:
+def verdict_kinds(audits_frame: pd.DataFrame, cosines: pd.DataFrame) -> dict[str, str]:
     """Configurations with the same verdicts, under the name of the first; where nothing matches, with the same cosines.
 
     Returns subject → name of its kind. Scales and failed probes may differ.
     """
     wide = cosines.pivot_table(index="subject", columns=["policy", "target"], values="cosine", dropna=False)
-    verdicts = found.pivot_table(index="subject", columns="policy", values="verdict", aggfunc="first")
+    verdicts = audits_frame.pivot_table(index="subject", columns="policy", values="verdict", aggfunc="first")
     first: dict[tuple[object, ...], str] = {}
     kind = {}
-    for name in dict.fromkeys(found["subject"]):
+    for name in dict.fromkeys(audits_frame["subject"]):
         same = tuple(verdicts.loc[name])
         if set(same) == {"none"}:
             same = tuple((wide.loc[name] / ALIKE).round().fillna(-1).astype(int))
@@ -111,14 +113,18 @@ def kinds(found: pd.DataFrame, cosines: pd.DataFrame) -> dict[str, str]:
     return kind
 
 
-def by_kind(found: pd.DataFrame, cosines: pd.DataFrame) -> pd.DataFrame:
+def by_kind(audits_frame: pd.DataFrame, cosines: pd.DataFrame) -> pd.DataFrame:
     """`directions` of the first configuration of every kind, with the number of configurations per framework, `n_<framework>`.
 
     Ordered by what they descend on-policy.
     """
-    counts = found[found["policy"] == "on"].pivot_table(index="kind", columns="framework", aggfunc="size", fill_value=0)
-    counts = counts[list(dict.fromkeys(found["framework"]))].add_prefix("n_").reset_index()
-    on = found[(found["policy"] == "on") & (found["subject"] == found["kind"])].set_index("kind")["verdict"]
+    counts = audits_frame[audits_frame["policy"] == "on"].pivot_table(
+        index="kind", columns="framework", aggfunc="size", fill_value=0
+    )
+    counts = counts[list(dict.fromkeys(audits_frame["framework"]))].add_prefix("n_").reset_index()
+    on = audits_frame[(audits_frame["policy"] == "on") & (audits_frame["subject"] == audits_frame["kind"])].set_index("kind")[
+        "verdict"
+    ]
     order = sorted(on.index, key=lambda name: _rank(str(on.to_dict()[name])))
     rows = cosines[cosines["subject"].isin(order)].rename(columns={"subject": "kind"}).merge(counts, on="kind")
     return rows.sort_values("kind", key=lambda column: column.map(order.index), kind="stable").reset_index(drop=True)
@@ -131,7 +137,7 @@ def _rank(verdict: str) -> tuple[int, str, bool]:
     return last, name if last > 1 or not name.startswith("reverse") else f" {name}", bool(scope)
 
 
-def settings(found: pd.DataFrame) -> pd.DataFrame:
+def settings(audits_frame: pd.DataFrame) -> pd.DataFrame:
     """What to set in each framework to descend each of `GOALS`: one row per framework and goal.
 
     Of the configurations that descend a goal without leaking into padding: those that do so everywhere before those whose
@@ -139,7 +145,7 @@ def settings(found: pd.DataFrame) -> pd.DataFrame:
     counts the rest of that scope. Where none does, `subject` is empty.
     """
     rows = []
-    for framework, part in found.groupby("framework", sort=False):
+    for framework, part in audits_frame.groupby("framework", sort=False):
         for target, policy in GOALS:
             fits = part[(part["policy"] == policy) & ~part["failures"].str.contains("mask")]
             fits = fits.assign(count=fits["failures"].str.count(";") + (fits["failures"] != ""))

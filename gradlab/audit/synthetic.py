@@ -1,4 +1,4 @@
-"""Batches made by hand from chosen log-probabilities, and the coefficient a loss puts on each of them."""
+"""Synthetic batches with chosen log-probabilities, and the coefficient a loss puts on each of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORDINARY = -0.7
 
 @dataclass(frozen=True)
 class Tokens:
-    """One response by hand: `log π`, the log-ratio `ℓ = log π − log ref` and `log ρ = log π − log μ` of each of its tokens."""
+    """One synthetic response: `log π`, the log-ratio `ℓ = log π − log ref` and `log ρ = log π − log μ` of each of its tokens."""
 
     log_prob: Sequence[float]
     log_ratio: Sequence[float]
@@ -33,12 +33,12 @@ class Tokens:
         )
 
 
-def responses(*given: Tokens, columns: int, garbage: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Batch, Tensor]:
-    """A batch of responses padded to `columns`, over a vocabulary of two; `garbage` picks what stands in the padding."""
-    generator = torch.Generator().manual_seed(garbage)
+def responses(*given: Tokens, columns: int, padding_seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Batch, Tensor]:
+    """A batch of responses padded to `columns`, over a vocabulary of two; `padding_seed` picks what stands in the padding."""
+    generator = torch.Generator().manual_seed(padding_seed)
     shape = len(given), columns
-    filler = torch.randn(3, *shape, generator=generator, dtype=torch.float64) - 2
-    policy, reference, behaviour = -filler.abs() - 0.1
+    padding = torch.randn(3, *shape, generator=generator, dtype=torch.float64) - 2
+    policy, reference, behaviour = -padding.abs() - 0.1
     mask = torch.zeros(shape, dtype=torch.bool)
     for b, row in enumerate(given):
         n = len(row.log_prob)
@@ -47,23 +47,23 @@ def responses(*given: Tokens, columns: int, garbage: int = 0, dtype: torch.dtype
         policy[b, :n] = log_prob
         reference[b, :n] = log_prob - torch.tensor(row.log_ratio, dtype=torch.float64)
         behaviour[b, :n] = log_prob - torch.tensor(row.log_weight, dtype=torch.float64)
-    rest = [torch.stack([x, torch.log(-torch.expm1(x))], -1) for x in (policy, reference, behaviour)]
-    named = dict(zip(("logits", "reference_logits", "behaviour_logits"), rest, strict=True))
+    logits = [torch.stack([x, torch.log(-torch.expm1(x))], -1) for x in (policy, reference, behaviour)]
+    named = dict(zip(("logits", "reference_logits", "behaviour_logits"), logits, strict=True))
     return batch({**named, "mask": mask, "tokens": torch.zeros(shape, dtype=torch.long)}, list(range(len(given))), dtype)
 
 
-def coefficients(subject: Subject, made: Batch) -> tuple[Tensor, float]:
+def coefficients(subject: Subject, probe_batch: Batch) -> tuple[Tensor, float]:
     """`∂ loss / ∂ log π` `[B, T]` of every token, 0 where no gradient reaches it, and the value of the loss.
 
     A loss over the vocabulary has its gradient on the logits; over two tokens that is a coefficient on `log π` all the same.
     """
-    loss = evaluate(subject, made)
-    total = torch.zeros_like(made.log_prob, dtype=torch.float64)
+    loss = evaluate(subject, probe_batch)
+    total = torch.zeros_like(probe_batch.log_prob, dtype=torch.float64)
     if not loss.requires_grad:
         return total, float(loss.detach())
-    direct, logits = torch.autograd.grad(loss, [made.log_prob, made.logits], allow_unused=True)
+    direct, logits = torch.autograd.grad(loss, [probe_batch.log_prob, probe_batch.logits], allow_unused=True)
     if direct is not None:
         total = total + direct
     if logits is not None:
-        total = total + logits[..., 0] / -torch.expm1(made.log_prob.detach())
+        total = total + logits[..., 0] / -torch.expm1(probe_batch.log_prob.detach())
     return total.double(), float(loss.detach())

@@ -83,7 +83,7 @@ def audit_command(
         report.show(audits)
     if output is not None:
         print(f"the page is {report.write(audits, output)}", file=sys.stderr)
-    reasons = [audited.unmet(expect, off_policy) for audited in audits] if expect is not None else []
+    reasons = [audited.why_not(expect, off_policy) for audited in audits] if expect is not None else []
     for reason in filter(None, reasons):
         print(f"gradlab: {reason}", file=sys.stderr)
     if problems:  # the others are shown all the same: one version of one framework may well have changed

@@ -95,16 +95,16 @@ def show(frame: pd.DataFrame) -> None:
             cells.append(("–" if pd.isna(row[column]) else f"{row[column]:.4g}") + ends)
         table.add_row(*cells)
     wide_console().print(table)
-    for told in (reliability.sentence(frame), *dashes(frame)):
+    for told in (reliability.unreliable_rows_message(frame), *dashes(frame)):
         if told:
             print(told)
 
 
 def dashes(frame: pd.DataFrame) -> list[str]:
     """Why numbers of a measured frame are missing, a sentence for each reason."""
-    from gradlab.measure import ROUNDING
+    from gradlab.measure import ZERO_TOLERANCE
 
-    zero = frame["bias"].isna() & (frame["target_norm"] <= ROUNDING)
+    zero = frame["bias"].isna() & (frame["target_norm"] <= ZERO_TOLERANCE)
     single = frame["bias"].isna() & ~zero
     level = frame["bias"].notna() & frame["cosine"].isna()
     floored = (frame["bias"] == 0) & frame["crossover"].isna()
@@ -113,7 +113,7 @@ def dashes(frame: pd.DataFrame) -> list[str]:
         "trace_cov in --output": zero,
         "so few responses show no spread, and without one neither distance nor noise is known; draw more with --samples": single,
         "no cosine: the mean gradient is 0, or the sample does not tell it from 0": level,
-        "no crossover: the sample does not tell the bias from 0": floored,
+        "no crossover: the bias is not significantly different from 0": floored,
     }
     return [f"– in {int(rows.sum())} of {len(frame)} rows: {reason}" for reason, rows in told.items() if rows.any()]
 

@@ -23,7 +23,7 @@ class TaskName(StrEnum):
     addition = "addition"
 
 
-_DEFAULT = Recipe(steps=48, rate=5e-4, look=8)
+_DEFAULT = Recipe(steps=48, rate=5e-4, eval_every=8)
 
 
 def train_command(
@@ -38,8 +38,10 @@ def train_command(
     epochs: Annotated[int, typer.Option("--epochs", help="Optimiser steps per batch.")] = _DEFAULT.epochs,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate of Adam.")] = _DEFAULT.rate,
     clip: Annotated[float, typer.Option("--clip", help="PPO's clipping range, with several epochs.")] = _DEFAULT.clip,
-    look: Annotated[int, typer.Option("--look", help="Batches between two looks at reward and KL.")] = _DEFAULT.look,
-    watch: Annotated[int, typer.Option("--watch", help="Fresh responses at every look.")] = _DEFAULT.watch,
+    eval_every: Annotated[
+        int, typer.Option("--look", help="Batches between two looks at reward and KL.")
+    ] = _DEFAULT.eval_every,
+    eval_responses: Annotated[int, typer.Option("--watch", help="Fresh responses at every look.")] = _DEFAULT.eval_responses,
     seeds: Annotated[int, typer.Option("--seeds", help="Runs of each regulariser, with draws in common.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Entropy of every random draw.")] = 0,
@@ -55,7 +57,16 @@ def train_command(
     from gradlab.study import report
     from gradlab.training import task_reward, train
 
-    recipe = Recipe(steps=steps, batch=batch, group=group, epochs=epochs, rate=rate, clip=clip, look=look, watch=watch)
+    recipe = Recipe(
+        steps=steps,
+        batch=batch,
+        group=group,
+        epochs=epochs,
+        rate=rate,
+        clip=clip,
+        eval_every=eval_every,
+        eval_responses=eval_responses,
+    )
     policy = small(task.value, precision=torch.float64)  # runs in single precision drift apart between processors
     names = estimator or ["k1-loss", "k2-loss", "k3-loss"]
     if output is not None:
@@ -89,9 +100,9 @@ def show(frame: pd.DataFrame) -> None:
         quotients = [_quotient(row, column) for column in ("kl_over_none", "kl_over_k2", "noise_over_none")]
         table.add_row(row["estimator"], f"{row['coefficient']:g}", f"{row['reward']:.3f}", f"{row['kl']:.3g}", *quotients)
     wide_console().print(table)
-    if lost := int(frame[frame["step"] == frame["step"].max()]["diverged"].sum()):
+    if diverged := int(frame[frame["step"] == frame["step"].max()]["diverged"].sum()):
         print(
-            f"{lost} of the runs diverged and are left out of what compares them; a smaller --rate or --coefficient keeps them"
+            f"{diverged} of the runs diverged and are left out of what compares them; a smaller --rate or --coefficient keeps them"
         )
 
 

@@ -30,7 +30,7 @@ class Coefficients:
 
 
 def coefficients(estimator: Estimator, rollout: Rollout) -> Coefficients:
-    """Return the coefficients of the estimator's gradient on every token of the rollout; 0 behind the end of a response.
+    """Return the coefficients of the estimator's gradient on every token of the rollout; 0 after the end of a response.
 
     Raises `ValueError` for a group baseline on a rollout that is not sampled in groups.
     """
@@ -40,9 +40,11 @@ def coefficients(estimator: Estimator, rollout: Rollout) -> Coefficients:
         found = _of_loss(estimator, rollout) + _of_reward(estimator, rollout)
     else:
         found = _of_loss(estimator, rollout)
-    if estimator.normalise == "sum" and rollout.whole:
+    if estimator.normalise == "sum" and rollout.unpadded:
         return found
-    factor = rollout.live if estimator.normalise == "sum" else rollout.live * scale(estimator, rollout).reshape(-1, 1)
+    factor = (
+        rollout.mask_float if estimator.normalise == "sum" else rollout.mask_float * scale(estimator, rollout).reshape(-1, 1)
+    )
     return Coefficients(found.score * factor, None if found.direct is None else found.direct * factor)
 
 
@@ -54,7 +56,7 @@ def group_parts(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]
     values, w = kernel_values(estimator, rollout), weights(estimator, rollout)
     if estimator.on_vocabulary and estimator.weight == "prefix":
         values, w = w * values, torch.ones_like(w)  # the weight sits with its own term
-    return values.sum(-1), w * rollout.live * scale(estimator, rollout).reshape(-1, 1)
+    return values.sum(-1), w * rollout.mask_float * scale(estimator, rollout).reshape(-1, 1)
 
 
 def _of_loss(e: Estimator, rollout: Rollout) -> Coefficients:
@@ -63,8 +65,8 @@ def _of_loss(e: Estimator, rollout: Rollout) -> Coefficients:
         score, direct = torch.zeros_like(rollout.log_prob), w.expand_as(rollout.log_prob)
     else:
         bounds = (None, None) if e.placement == "straight_through" else (e.clamp_log_ratio, e.clamp_value)
-        key = ("slope", e.pulling_kernel, e.credit == "sequence", bounds)
-        slope = rollout.shared(key, lambda: kernels.derivative(e.pulling_kernel, *log_ratios(e, rollout), *bounds))
+        key = ("slope", e.effective_gradient_kernel, e.credit == "sequence", bounds)
+        slope = rollout.cached(key, lambda: kernels.derivative(e.effective_gradient_kernel, *log_ratios(e, rollout), *bounds))
         score, direct = (w * slope).expand_as(rollout.log_prob), None
     if e.differentiate_weight:
         score = score + _through_weight(e, _weight_slope(e, rollout) * kernel_values(e, rollout), rollout)
@@ -77,7 +79,7 @@ def _of_reward(e: Estimator, rollout: Rollout) -> Coefficients:
         # The clipped branch is constant: it is taken where the ratio has moved far enough in the advantage's favour.
         clipped = ((values < 0) & (w > 1 + e.clip)) | ((values > 0) & (w < 1 - e.clip))
         if e.credit != "sequence":
-            values = values * rollout.live
+            values = values * rollout.mask_float
         return Coefficients(_through_weight(e, torch.where(clipped, 0.0, w * values), rollout))
     if e.on_vocabulary and e.weight == "prefix":
         return Coefficients(values)

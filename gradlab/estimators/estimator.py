@@ -76,7 +76,7 @@ class Estimator:
         return self.kernel in VOCABULARY_KERNELS
 
     @property
-    def pulling_kernel(self) -> str:
+    def effective_gradient_kernel(self) -> str:
         """The kernel whose derivative reaches the parameters: `gradient_kernel` in `straight_through`, else `kernel`."""
         if self.placement != "straight_through":
             return self.kernel
@@ -102,7 +102,7 @@ class Estimator:
     def __call__(self, rollout: Rollout) -> Tensor:
         """Return the per-sample surrogate loss `[n]`, differentiable in the rollout's policy logits."""
         if rollout.table.requires_grad:
-            rollout = rollout.fresh()
+            rollout = rollout.without_cache()
         if self.placement == "reward":
             loss = _reward(self, rollout)
         elif self.placement == "loss+reward":
@@ -131,7 +131,7 @@ def kernel_values(estimator: Estimator, rollout: Rollout) -> Tensor:
 def _kernel(estimator: Estimator, rollout: Rollout, kernel: str, log_ratio: float | None, value: float | None) -> Tensor:
     # Behind the end of a response ℓ = 0, where every kernel vanishes.
     key = ("kernel", kernel, estimator.credit == "sequence", log_ratio, value)
-    return rollout.shared(key, lambda: kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value))
+    return rollout.cached(key, lambda: kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value))
 
 
 def log_ratios(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ def raw_weights(estimator: Estimator, rollout: Rollout) -> Tensor:
             return steps.exp()
         return ((steps.cumsum(-1) - steps) if estimator.on_vocabulary else steps.cumsum(-1)).exp()
 
-    return rollout.shared(("weight", estimator.weight, estimator.on_vocabulary), compute)
+    return rollout.cached(("weight", estimator.weight, estimator.on_vocabulary), compute)
 
 
 def weights(estimator: Estimator, rollout: Rollout) -> Tensor:
@@ -169,8 +169,8 @@ def weights(estimator: Estimator, rollout: Rollout) -> Tensor:
 def _loss(estimator: Estimator, rollout: Rollout) -> Tensor:
     values = kernel_values(estimator, rollout)
     if estimator.placement == "straight_through":
-        pulling = _kernel(estimator, rollout, estimator.pulling_kernel, None, None)
-        values = pulling + (values - pulling).detach()
+        gradient_values = _kernel(estimator, rollout, estimator.effective_gradient_kernel, None, None)
+        values = gradient_values + (values - gradient_values).detach()
     return (weights(estimator, rollout) * values).sum(-1)
 
 

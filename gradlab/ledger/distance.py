@@ -54,8 +54,8 @@ CLAIMS: tuple[Claim, ...] = (
     _band("k3-first-order.near", "KL ≤ 0.001, nine scenarios in ten", "k3-loss", "bias_high", "<", 0.1, 0, *NEAR),
     _band("k3-first-order.near", "KL ≥ 0.1, median", "k3-loss", "bias", "<", 0.1, 0, *within("kl", low=0.09)),
     *(
-        _band("k3-biased", f"random sequences, {said}, {place}", estimator, "bias_min", "≠", 0, MATTERS, *ranges, family=_SEQUENCES)
-        for said, estimator in (("per token", "k3-loss"), ("a response as one action", "k3-loss-sequence"))
+        _band("k3-biased", f"random sequences, {label}, {place}", estimator, "bias_min", "≠", 0, MATTERS, *ranges, family=_SEQUENCES)
+        for label, estimator in (("per token", "k3-loss"), ("a response as one action", "k3-loss-sequence"))
         for place, ranges in (("KL ≤ 0.001", NEAR), ("KL ≥ 0.1", within("kl", low=0.09)))
     ),
     *(_shorter(f"random {plural}, every scenario", "norm_ratio_max", family=family) for family, plural in FAMILIES.items()),

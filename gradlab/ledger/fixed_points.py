@@ -1,4 +1,4 @@
-"""What analysis 09 settles: where exact ascent on reward minus a regulariser comes to rest."""
+"""What analysis 09 settles: the stationary points of exact ascent on reward minus a regulariser."""
 
 from gradlab.ledger.form import MATTERS, Claim, Condition, Quantifier, Relation, claim, within
 

@@ -77,8 +77,8 @@ _FIX = (
     _unbiased("off-policy-fix.clip", "trees, credit sequence, sequence weight", TREE, _SEQUENCE_CLIP),
     *(_lag("off-policy-fix.truncation", f"trees, at {c}, every lag", f"{_K1_SEQUENCE} ≤ {c}", "=", margin=EXACT) for c in (2, 5, 10)),
     *(
-        _lag("off-policy-fix.truncation-small", f"{said} truncated at {c}, trees, lag ≤ 0.1", f"{name} ≤ {c}", "<", *_NEAR, value=0.05)
-        for said, name in (("k1 in reward, sequence weight", _K1_SEQUENCE), ("complete Rao–Blackwell, prefix weight", _RB))
+        _lag("off-policy-fix.truncation-small", f"{label} truncated at {c}, trees, lag ≤ 0.1", f"{name} ≤ {c}", "<", *_NEAR, value=0.05)
+        for label, name in (("k1 in reward, sequence weight", _K1_SEQUENCE), ("complete Rao–Blackwell, prefix weight", _RB))
         for c in (2, 5, 10)
     ),
 )  # fmt: skip
@@ -103,9 +103,9 @@ _RATIO = (
 
 _OPEN = (
     *(
-        claim("open-off-policy", f"as shipped, sums of tokens, no clamp, {said}", "08_shipped", "bias", "≠", 0, MATTERS, family=family,
+        claim("open-off-policy", f"as shipped, sums of tokens, no clamp, {label}", "08_shipped", "bias", "≠", 0, MATTERS, family=family,
               target=REVERSE)
-        for family, said in ((TREE, "trees"), (BANDIT, "bandits"))
+        for family, label in ((TREE, "trees"), (BANDIT, "bandits"))
     ),
     _none("without a weight", weight="none"),
     _none("token weight", weight="token"),
@@ -127,8 +127,8 @@ _OPEN = (
 
 _K1 = (
     *(
-        _published("k1-loss-zero", f"off-policy, {said}", family, "k1-loss", "=", EXACT, statistic="gradient_norm")
-        for said, family in (("bandit", BANDIT), ("trees", TREE))
+        _published("k1-loss-zero", f"off-policy, {label}", family, "k1-loss", "=", EXACT, statistic="gradient_norm")
+        for label, family in (("bandit", BANDIT), ("trees", TREE))
     ),
     claim("k1-loss-repels", "bandits and trees", "08_repulsion", "repulsion", "=", 0, EXACT),
     claim("k1-loss-repels.reference", "bandits and trees", "08_repulsion", "moved", "=", 0, EXACT),

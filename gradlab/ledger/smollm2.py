@@ -50,9 +50,9 @@ CLAIMS: tuple[Claim, ...] = (
     _catalogue("rao-blackwell", "", "full-both"),
     _catalogue("rao-blackwell.complete-noise", "", "full-both", REVERSE, "≤", 1, 0, "noise_ratio"),
     *(
-        _extreme(part, f"tokens drawn from {scope} {said}", world, kind, stage)
+        _extreme(part, f"tokens drawn from {scope} {label}", world, kind, stage)
         for world, scope in (("digits", "digits"), ("all tokens", "all 49,152"))
-        for stage, said in (("first", "after 3 steps"), ("last", "after the last step"))
+        for stage, label in (("first", "after 3 steps"), ("last", "after the last step"))
         for part, kind in (("small", "δ < 1/10"), ("large", "δ > 10"))
     ),
     _extreme("large", "tokens the reference draws from digits, after the last step", "digits", "δ > 10", "last", "reference"),
@@ -65,13 +65,13 @@ CLAIMS: tuple[Claim, ...] = (
         for kind in (*WHOLE, NUCLEUS)
     ),
     *(
-        _engine(identifier, f"{name}{said}", estimator, kind, "=", target)
+        _engine(identifier, f"{name}{label}", estimator, kind, "=", target)
         for identifier, name, estimator, target in (
             ("k1-reward.off-policy", "credit to_go, sequence weight, ", "k1-reward-to-go, sequence weight", REVERSE),
             ("off-policy-fix.frozen", "token weight, ", "k2-loss, token weight", FROZEN),
             ("rao-blackwell.prefix", "", "full-both, prefix weight", REVERSE),
         )
-        for said, kind in ((_WHOLE, WHOLE), (_NUCLEUS, NUCLEUS))
+        for label, kind in ((_WHOLE, WHOLE), (_NUCLEUS, NUCLEUS))
     ),
     _engine("rho-k3", f"per token, ratio of the token, {_WHOLE}", "k3-loss, diff. token weight", WHOLE),
     _engine("rho-k3.frozen", f"ratio of the token, {_WHOLE}", "k3-loss, diff. token weight", WHOLE, target=FROZEN),

@@ -62,7 +62,7 @@ EVIDENCE = {
 }
 
 #: Numbers as close as this, relative to the larger of 1 and the value they are held against, are equal.
-ROUNDING = 1e-9
+EQUALITY_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def verify(
     if isinstance(frames, str | Path):
         frames = _read(Path(frames), {item.frame for item in chosen})
     verdicts = [settle(item, frames[item.frame]) if item.frame in frames else Verdict("OPEN") for item in chosen]
-    found = {field.name: [getattr(verdict, field.name) for verdict in verdicts] for field in fields(Verdict)}
-    return ledger(chosen).assign(**found).astype({"samples_needed": "Int64"})
+    frame_by_name = {field.name: [getattr(verdict, field.name) for verdict in verdicts] for field in fields(Verdict)}
+    return ledger(chosen).assign(**frame_by_name).astype({"samples_needed": "Int64"})
 
 
 def summary(settled: pd.DataFrame) -> pd.DataFrame:
@@ -136,12 +136,12 @@ def summary(settled: pd.DataFrame) -> pd.DataFrame:
 def _read(folder: Path, names: set[str]) -> dict[str, pd.DataFrame]:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; `gradlab reproduce --output {folder}` makes its data")
-    found = load(folder, names)
-    if not found:
+    frames = load(folder, names)
+    if not frames:
         raise ValueError(
             f"{folder} holds none of the frames that settle claims; `gradlab reproduce --output {folder}` makes them"
         )
-    return found
+    return frames
 
 
 def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
@@ -188,7 +188,7 @@ def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:
 def judge(claim: Claim, low: float, high: float) -> VerdictName:
     """Compare an interval `[low, high]` with the claim's relation; within its margin nothing is decided.
 
-    `>`: HOLDS from `value + margin` on, FAILS at or below `value`, and equality within `ROUNDING` is no excess; `<` is its mirror
+    `>`: HOLDS from `value + margin` on, FAILS at or below `value`, and equality within `EQUALITY_TOLERANCE` is no excess; `<` is its mirror
     image. `≤` and `≥` are the opposites of `>` and `<`, so equality holds. `=`: HOLDS when the interval lies within
     `value ± margin`, FAILS when it lies outside; `≠` is its opposite. NaN, and ends that are open on the side that would decide,
     are UNDECIDED.
@@ -209,7 +209,7 @@ def judge(claim: Claim, low: float, high: float) -> VerdictName:
 
 
 def _equal(claim: Claim) -> float:
-    return ROUNDING * max(1.0, abs(claim.value))
+    return EQUALITY_TOLERANCE * max(1.0, abs(claim.value))
 
 
 def samples_needed(
@@ -233,8 +233,8 @@ def samples_needed(
             return None  # within the indifference zone: no interval is ever clear of it
     factors = [0.0]
     for threshold in thresholds:
-        reach, gap = (high - centre, threshold - centre) if threshold >= centre else (centre - low, centre - threshold)
-        factors.append(reach / gap if gap > 0 else np.inf)
+        half_width, gap = (high - centre, threshold - centre) if threshold >= centre else (centre - low, centre - threshold)
+        factors.append(half_width / gap if gap > 0 else np.inf)
     ratio = (1 + ndtri(1 - (1 - power) / tails) / ndtri((1 + level) / 2)) * max(factors)
     return int(np.ceil(samples * ratio**2)) if np.isfinite(ratio) else None
 
@@ -275,8 +275,8 @@ def _describe(row: pd.Series[Any]) -> str:
     for key, form in EVIDENCE.items():
         if key not in row.index or pd.isna(row[key]) or isinstance(row[key], str) == (":" in form):
             continue
-        said = form.format(row[key])
-        parts = [part for part in parts if part not in said]
-        if not any(said in part for part in parts):
-            parts.append(said)
+        text = form.format(row[key])
+        parts = [part for part in parts if part not in text]
+        if not any(text in part for part in parts):
+            parts.append(text)
     return ", ".join(parts)

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradlab.moments import Gradients, Pull
-from gradlab.per_sample.layers import owners
-from gradlab.per_sample.tape import Tape, abreast, applied, kinds_of, replayable
+from gradlab.moments import Gradients, Pullback
+from gradlab.per_sample.layers import trainable_layers
+from gradlab.per_sample.tape import Tape, basis_cotangents, cotangents_per_pass, mix, replayable
 from gradlab.policies import LanguageModel
 
 #: Bytes that activations and cotangents of one chunk of sequences may take.
@@ -29,7 +29,7 @@ LARGEST_KEPT = 2**25 - 2**16
 
 
 @dataclass(frozen=True)
-class Pulled:
+class ParameterMoments:
     """`total` `[e, p]`: weighted sum of the gradients. `square` `[units, e]`: squared norm of every unit's gradient.
 
     A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
@@ -43,7 +43,7 @@ class Pulled:
 _GRAMS: WeakKeyDictionary[LanguageModel, Tensor] = WeakKeyDictionary()
 
 
-def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> Pulled:
+def pullback(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1, pairs: bool = False) -> ParameterMoments:
     """Carry gradients with respect to logits back to the policy's parameters, a bounded chunk of sequences at a time.
 
     batch: gradients over a rollout of a language model, whose `prompts` say what was answered. weight `[n]`: of each response in
@@ -60,50 +60,52 @@ def pull(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int = 1,
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)
     n, t = rollout.tokens.shape
     e = len(batch.score)
-    size = unit * even(n // unit, chunk(policy, abreast(batch) if unit == 1 else e, t, unit))
+    rows_per_chunk = unit * balanced_chunk_size(
+        n // unit, units_per_pass(policy, cotangents_per_pass(batch) if unit == 1 else e, t, unit)
+    )
     total = torch.zeros(e, len(policy.parameters), dtype=torch.float64)
-    places = dict(
+    parameter_views = dict(
         zip(policy.weights, torch.split(total, [weight.numel() for weight in policy.weights.values()], 1), strict=True)
     )
     square = torch.zeros(n // unit, e, dtype=torch.float64)
     inner = torch.zeros(n // unit, e, e, dtype=torch.float64) if pairs else None
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    for start in range(0, n, rows_per_chunk):
+        part = slice(start, start + rows_per_chunk)
         for rows, ids in policy.sequences(rollout.prompts[part], rollout.tokens[part]):
-            found = Tape(policy, ids, t).pull(batch, rows + start, weight, unit, pairs)
+            part_moments = Tape(policy, ids, t).pullback(batch, rows + start, weight, unit, pairs)
             units = (rows[::unit] + start) // unit
-            for name, each in found.sums.items():
-                places[name].view(each.shape).add_(each.cpu())
-            square[units] = found.square
-            if inner is not None and found.inner is not None:
-                inner[units] = found.inner
-    return Pulled(total, square, inner)
+            for name, gradient in part_moments.sums.items():
+                parameter_views[name].view(gradient.shape).add_(gradient.cpu())
+            square[units] = part_moments.square
+            if inner is not None and part_moments.inner is not None:
+                inner[units] = part_moments.inner
+    return ParameterMoments(total, square, inner)
 
 
-def sums(policy: LanguageModel) -> Pull:
+def pullback_of(policy: LanguageModel) -> Pullback:
     """Weighted sums of gradients and of their squares in the parameters of a language model whose responses are listed."""
 
-    def both(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def sums_and_squares(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, t = batch.rollout.tokens.shape
         sequences = len(policy.prompts) * policy.vocab ** (t - 1)
-        if policy in _GRAMS or sequences * t * policy.vocab < n * abreast(batch):
-            return means(policy, batch.mean(weight)), weight @ squares(policy, batch)
-        found = pull(policy, batch, weight)
-        return found.total, weight @ found.square
+        if policy in _GRAMS or sequences * t * policy.vocab < n * cotangents_per_pass(batch):
+            return mean_gradients(policy, batch.mean(weight)), weight @ squared_norms(policy, batch)
+        moments = pullback(policy, batch, weight)
+        return moments.total, weight @ moments.square
 
-    return both
+    return sums_and_squares
 
 
-def means(policy: LanguageModel, tables: Tensor) -> Tensor:
+def mean_gradients(policy: LanguageModel, tables: Tensor) -> Tensor:
     """Gradients with respect to the table of a listed language model, `[e, rows · v]`, pulled back to its parameters, `[e, p]`."""
     with torch.enable_grad():
         theta = policy.parameters.detach().clone().requires_grad_(True)
         table = policy.with_parameters(theta).table.flatten()
-        found = [torch.autograd.grad(table, theta, row.to(table.dtype), retain_graph=True)[0] for row in tables]
-    return torch.stack(found).double()
+        pulled_back = [torch.autograd.grad(table, theta, row.to(table.dtype), retain_graph=True)[0] for row in tables]
+    return torch.stack(pulled_back).double()
 
 
-def squares(policy: LanguageModel, batch: Gradients) -> Tensor:
+def squared_norms(policy: LanguageModel, batch: Gradients) -> Tensor:
     """Squared norms `[n, e]` of gradients over a listed rollout: `cᵀ (J Jᵀ) c`, with `c` the cotangents of a response's logits.
 
     Responses that differ in their last token only are read off the same logits, so there are far fewer Jacobians than responses.
@@ -112,16 +114,16 @@ def squares(policy: LanguageModel, batch: Gradients) -> Tensor:
     gram = logit_gram(policy)
     t = rollout.tokens.shape[1]
     prompt, node = rollout.contexts[:, -1] // policy.nodes, rollout.contexts[:, -1] % policy.nodes
-    which = prompt * policy.vocab ** (t - 1) + node - (policy.nodes - policy.vocab ** (t - 1))
-    found = torch.zeros(len(which), len(batch.score), dtype=torch.float64)
-    for rows in torch.split(torch.arange(len(which)), max(1, PASS_BYTES // (32 * gram.shape[1] ** 2))):
-        own = gram[which[rows]]
-        kinds, shares = kinds_of(batch, rows)
-        cotangents = torch.stack(kinds, 2)
-        for e, share in enumerate(shares.permute(0, 2, 3, 1)[:, :, :, None]):
-            c = applied(share, cotangents).flatten(1)[:, None]
-            found[rows, e] = (c @ own @ c.mT)[:, 0, 0]
-    return found
+    sequence = prompt * policy.vocab ** (t - 1) + node - (policy.nodes - policy.vocab ** (t - 1))
+    squared = torch.zeros(len(sequence), len(batch.score), dtype=torch.float64)
+    for rows in torch.split(torch.arange(len(sequence)), max(1, PASS_BYTES // (32 * gram.shape[1] ** 2))):
+        grams = gram[sequence[rows]]
+        basis, mixing_weights = basis_cotangents(batch, rows)
+        cotangents = torch.stack(basis, 2)
+        for e, mixing in enumerate(mixing_weights.permute(0, 2, 3, 1)[:, :, :, None]):
+            c = mix(mixing, cotangents).flatten(1)[:, None]
+            squared[rows, e] = (c @ grams @ c.mT)[:, 0, 0]
+    return squared
 
 
 def logit_gram(policy: LanguageModel) -> Tensor:
@@ -135,17 +137,17 @@ def logit_gram(policy: LanguageModel) -> Tensor:
         prefixes = torch.stack([grid // v ** (t - 2 - k) % v for k in range(t - 1)] + [torch.zeros_like(grid)], -1)
         x = len(policy.prompts)
         prompts, tokens = torch.arange(x).repeat_interleave(len(grid)), prefixes.repeat(x, 1)
-        found = torch.zeros(len(tokens), t * v, t * v, dtype=torch.float64)
-        for part in torch.split(torch.arange(len(tokens)), chunk(policy, t * v, t)):
+        gram = torch.zeros(len(tokens), t * v, t * v, dtype=torch.float64)
+        for part in torch.split(torch.arange(len(tokens)), units_per_pass(policy, t * v, t)):
             for rows, ids in policy.sequences(prompts[part], tokens[part]):
-                found[part[rows]] = Tape(policy, ids, t).gram()
-        _GRAMS[policy] = found
+                gram[part[rows]] = Tape(policy, ids, t).gram()
+        _GRAMS[policy] = gram
     return _GRAMS[policy]
 
 
-def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
+def units_per_pass(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
     """How many units of responses of `length` tokens one pass may hold within `PASS_BYTES`."""
-    widths = [sum(owner.layer.weight.shape) for owner in owners(policy).values()]  # type: ignore[arg-type]
+    widths = [sum(trainable.layer.weight.shape) for trainable in trainable_layers(policy).values()]  # type: ignore[arg-type]
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
     # A replay holds the cotangents of one layer at a time, and what becomes of them; a recording those of all layers.
     cotangents = 3 * max(widths) if replayable(policy) else sum(widths)
@@ -158,6 +160,6 @@ def chunk(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int
     )
 
 
-def even(n: int, most: int) -> int:
+def balanced_chunk_size(n: int, most: int) -> int:
     """Size of the fewest parts of at most `most` of `n` things, all as large as one another, or nearly."""
     return -(-n // -(-n // most))

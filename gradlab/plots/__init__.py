@@ -4,7 +4,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 """
 
 from gradlab.plots.asymmetry import dropped_sides, restoring, sides, tail_indices
-from gradlab.plots.audit import matches, pulls
+from gradlab.plots.audit import audited_curves, matches
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -27,6 +27,7 @@ __all__ = [
     "VIA",
     "Style",
     "ascents",
+    "audited_curves",
     "baselines",
     "batches",
     "catalogue",
@@ -51,7 +52,6 @@ __all__ = [
     "named_tokens",
     "normalisers",
     "objectives",
-    "pulls",
     "rare_token",
     "ratios",
     "restoring",

@@ -1,4 +1,4 @@
-"""Figures about which tokens carry a gradient, and about bringing a dropped or an inflated token back."""
+"""Figures about which tokens carry a gradient, and about the recovery of a dropped or an inflated token."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def tail_indices(frame: pd.DataFrame, hill: pd.DataFrame) -> Figure:
 
 @styled
 def restoring(paths: pd.DataFrame, times: pd.DataFrame) -> Figure:
-    """A dropped token on its way back, then the time it takes from every distance; hollow: not back within the limit.
+    """Recovery of a dropped token, then its duration from every distance; hollow: not recovered within the limit.
 
     Reads `estimator, time, probability, reference` of one start, and `estimator, reference, shift, time, restored`: one
     panel per reference probability.

@@ -17,7 +17,7 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 @styled
-def pulls(frame: pd.DataFrame) -> Figure:
+def audited_curves(frame: pd.DataFrame) -> Figure:
     """Coefficient on the score of one token against its log-ratio, whole and close up; the line of k2 and k1 in reward is black.
 
     Reads `subject, log_ratio, coefficient`, at least the rows of one subject. Subjects with one curve share a line and a
@@ -31,15 +31,15 @@ def pulls(frame: pd.DataFrame) -> Figure:
     groups = sorted(kinds.values(), key=len, reverse=True)
     figure = Figure(figsize=(PAGE, 2.6 + 0.13 * min(len(groups), CURVES)))
     axes = figure.subplots(1, 2)
-    for ax, reach in zip(axes, (wide.index.max(), 4.0), strict=True):
-        part = wide[wide.index.to_series().abs() <= reach]
+    for ax, x_limit in zip(axes, (wide.index.max(), 4.0), strict=True):
+        part = wide[wide.index.to_series().abs() <= x_limit]
         line = {**TRUTH, "zorder": 3, "dashes": (1, 2.5)}
         ax.plot(part.index, part.index, **line, label="ℓ, as k2 in the loss and k1 in the reward have it")
         for k, names in enumerate(groups[:CURVES]):
             label = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             curve = part[names[0]].where(np.isfinite(part[names[0]]))
             ax.plot(part.index, curve, f"C{k % 6}{_DASHES[k // 6 % 4]}", linewidth=2.2 - 1.2 * k / CURVES, label=label)
-        ax.set(xlabel="log-ratio ℓ = log π(y) − log ref(y)", xlim=(-reach, reach))
+        ax.set(xlabel="log-ratio ℓ = log π(y) − log ref(y)", xlim=(-x_limit, x_limit))
         ax.grid()
     axes[0].set_yscale("symlog", linthresh=1)
     finite = np.abs(wide.to_numpy(dtype=float))
@@ -47,8 +47,8 @@ def pulls(frame: pd.DataFrame) -> Figure:
     # Zero lies between the two ends of the linear part, which leave no room for a label.
     axes[0].set_yticks([sign * 10.0**k for sign in (-1, 1) for k in range(0, decades + 1, -(-decades // 5))])
     axes[0].set(ylabel="coefficient on ∇log π(y)", title="whole range")
-    close = wide[wide.index.to_series().abs() <= 4].to_numpy(dtype=float)
-    bound = float(np.clip(np.nanmax(np.abs(close), initial=1.0, where=np.isfinite(close)), 1.0, 8.0))
+    near_curves = wide[wide.index.to_series().abs() <= 4].to_numpy(dtype=float)
+    bound = float(np.clip(np.nanmax(np.abs(near_curves), initial=1.0, where=np.isfinite(near_curves)), 1.0, 8.0))
     left_out = f", {len(groups) - CURVES} further curves not shown" if len(groups) > CURVES else ""
     axes[1].set(ylim=(-bound, bound), title=f"close up{left_out}")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Figures about where exact ascent on reward minus a regulariser comes to rest."""
+"""Figures about the stationary points of exact ascent on reward minus a regulariser."""
 
 from __future__ import annotations
 

@@ -183,5 +183,7 @@ def dots(ax: Axes, x: Any, y: Any, name: str, via: str = "exact", error: Any = N
     if exact:
         ax.plot(x, y, **{**common, **kwargs})
     else:
-        known: dict[str, Any] = {key: np.where(np.isfinite(reach), reach, np.nan) for key, reach in (error or {}).items()}
+        known: dict[str, Any] = {
+            key: np.where(np.isfinite(half_widths), half_widths, np.nan) for key, half_widths in (error or {}).items()
+        }
         ax.errorbar(x, y, elinewidth=0.8, **{**common, **kwargs}, **known)

@@ -79,9 +79,9 @@ def _quotients(ax: Axes, rows: pd.DataFrame, column: str) -> None:
         if row["estimator"] == "k2-loss" and column == "kl_over_k2":
             continue
         centre, low, high = (float(row[key]) for key in (column, f"{column}_low", f"{column}_high"))
-        reach: dict[str, Any] = {"xerr": np.nan_to_num([[centre - low], [high - centre]])}
+        error_widths: dict[str, Any] = {"xerr": np.nan_to_num([[centre - low], [high - centre]])}
         fill = style_of(row["estimator"]).colour if row["data"] == "one epoch per batch" else "white"
-        dots(ax, [centre], [-i], row["estimator"], "sampled", reach, markersize=4, markerfacecolor=fill)
+        dots(ax, [centre], [-i], row["estimator"], "sampled", error_widths, markersize=4, markerfacecolor=fill)
     ax.set_xscale("log")
     _ticks(ax, rows[[f"{column}_low", f"{column}_high"]].to_numpy().ravel())
     ax.grid(axis="x")

@@ -8,6 +8,7 @@ import torch
 from gradlab._common.registry import Registry
 from gradlab.policies.gaussian import Gaussian
 from gradlab.policies.language import LanguageModel
+from gradlab.policies.responses import Responses
 from gradlab.policies.small import small
 from gradlab.policies.tabular import Bandit, Markov, Tabular, Tree
 
@@ -23,6 +24,7 @@ __all__ = [
     "LanguageModel",
     "Markov",
     "Policy",
+    "Responses",
     "Tabular",
     "Tree",
     "check_policy_class",
@@ -47,10 +49,11 @@ def check_policy_class(kind: type) -> None:
         raise ValueError(f"{name} needs a classmethod random(…, seed) that makes one, as gl.Tree.random does")
     try:
         policy = kind.random(seed=0)  # type: ignore[attr-defined]
-        twin = policy.with_parameters(policy.parameters)
-        drawn, _ = policy.sample(8, np.random.default_rng(0))
+        clone = policy.with_parameters(policy.parameters)
+        drawn = policy.sample(8, np.random.default_rng(0)).tokens
         found = policy.occupancy()
-        tokens, mask = policy.enumerate()
+        listed = policy.enumerate()
+        tokens, mask = listed.tokens, listed.mask
         contexts = policy.contexts(tokens)
         log_prob = torch.where(mask, policy.family.log_prob(policy.table, contexts, tokens), 0.0)
     except Exception as error:
@@ -62,7 +65,7 @@ def check_policy_class(kind: type) -> None:
         raise ValueError(
             f"{name}.sample and contexts give tokens [n, {policy.length}], got {list(drawn.shape)}, {list(contexts.shape)}"
         )
-    if not torch.allclose(twin.table, policy.table):
+    if not torch.allclose(clone.table, policy.table):
         raise ValueError(f"{name}.with_parameters(parameters) must give the same policy back, and its table differs")
     if abs(float(weight.sum()) - 1) > 1e-9 or found.shape != visits.shape or not torch.allclose(found, visits, atol=1e-9):
         raise ValueError(

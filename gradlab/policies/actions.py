@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 #: Logit of a token outside the nucleus: finite, and probability 0.
-NOWHERE = -1e9
+MASKED_LOGIT = -1e9
 
 
 def check_actions(
@@ -48,19 +48,19 @@ def check_actions(
     return torch.tensor(chosen)
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """`logits` `[…, v]` of the smallest set of tokens with at least the probability `top_p`; the others at `NOWHERE`."""
+def cut_to_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """`logits` `[…, v]` of the smallest set of tokens with at least the probability `top_p`; the others at `MASKED_LOGIT`."""
     if top_p == 1:
         return logits
     p, order = logits.detach().softmax(-1).sort(-1, descending=True)
     outside = (p.cumsum(-1) - p >= top_p).gather(-1, order.argsort(-1))
-    return logits.masked_fill(outside, NOWHERE)
+    return logits.masked_fill(outside, MASKED_LOGIT)
 
 
-def inverted(logits: Tensor, uniforms: Tensor) -> Tensor:
+def inverse_cdf_sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     """The token at which the cumulative distribution of `logits` `[n, v]` passes `uniforms` `[n]`, `[n]`."""
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)
-    # Rounding must neither lead behind the last token nor to one of probability 0.
+    # Rounding must neither lead past the last token nor to one of probability 0.
     last = (p > 0).to(torch.int64).cumsum(-1).argmax(-1)
     return torch.searchsorted(cdf, uniforms[:, None], right=True)[:, 0].minimum(last)

@@ -5,7 +5,7 @@ its place; `gl.Scenario(policy, reference, behaviour)` measures what that does.
 
 **A nucleus leaves responses out.** With `top_p < 1` some responses have `μ(y) = 0` and `π(y) > 0`. The ratio `ρ = π/μ` is defined
 on every response that is drawn, and importance weights do all they can: `E_μ[ρ f] = E_π[f; μ > 0]`, the part of the
-expectation that lies in the support. What is left out cannot be weighted back. `lost_mass` is its probability `π(μ = 0)`;
+expectation that lies in the support. What is left out cannot be weighted back. `missing_support_probability` is its probability `π(μ = 0)`;
 estimators stay what they are, and the bias that they show with weights against the full target is the cost of the nucleus.
 """
 
@@ -71,17 +71,17 @@ def low_precision(policy: P, dtype: torch.dtype = torch.bfloat16) -> P:
 
 
 @dataclass(frozen=True)
-class Mass:
+class Estimate:
     """A probability, with the interval `low`–`high` where it was sampled (equal to it when exact)."""
 
-    mass: float
+    value: float
     low: float
     high: float
 
 
-def lost_mass(
+def missing_support_probability(
     policy: LanguageModel, behaviour: LanguageModel, samples: int | None = None, seed: int = 0, level: float = 0.95
-) -> Mass:
+) -> Estimate:
     """Probability under the policy of responses that the behaviour never gives, `π(μ = 0)`, mean over prompts.
 
     samples: `None` sums over all responses; otherwise `1 − E_μ[Π_t ρ_t]` from that many responses, with the normal
@@ -93,25 +93,28 @@ def lost_mass(
         raise ValueError("policy and behaviour must share vocabulary, length, end token and prompts")
     with torch.no_grad():
         if samples is None:
-            prompts, tokens, mask = policy.enumerate()
-            contexts = policy.contexts(tokens, prompts)
-            given = torch.where(mask, behaviour.family.log_prob(behaviour.table, contexts, tokens), 0.0).sum(-1).exp()
-            own = torch.where(mask, policy.family.log_prob(policy.table, contexts, tokens), 0.0).sum(-1).exp()
-            mass = float(own[given == 0].sum()) / len(policy.prompts)
-            return Mass(mass, mass, mass)
+            responses = policy.enumerate()
+            contexts = policy.rows_of(responses)
+            policy_probability, behaviour_probability = (
+                torch.where(responses.mask, p.family.log_prob(p.table, contexts, responses.tokens), 0.0).sum(-1).exp()
+                for p in (policy, behaviour)
+            )
+            probability = float(policy_probability[behaviour_probability == 0].sum()) / len(policy.prompts)
+            return Estimate(probability, probability, probability)
         check_whole("samples", samples)
         check_held(samples, 1)
         rng = generator(seed, 11)
         weights = []
         for part in np.array_split(np.arange(samples), max(1, samples // 64)):
-            prompts, tokens, mask = behaviour.sample(len(part), rng)
+            responses = behaviour.sample(len(part), rng)
+            prompts, tokens = responses.prompts, responses.tokens
             ratio = log_probs(policy, prompts, tokens) - log_probs(behaviour, prompts, tokens)
-            weights.append(torch.where(mask, ratio, 0.0).sum(-1).exp())
+            weights.append(torch.where(responses.mask, ratio, 0.0).sum(-1).exp())
         weight = torch.cat(weights).numpy()
-        mass, reach = 1 - weight.mean(), scipy.special.ndtri((1 + level) / 2) * weight.std(ddof=1) / samples**0.5
-        return Mass(float(mass), float(mass - reach), float(mass + reach))
+        probability, half_width = 1 - weight.mean(), scipy.special.ndtri((1 + level) / 2) * weight.std(ddof=1) / samples**0.5
+        return Estimate(float(probability), float(probability - half_width), float(probability + half_width))
 
 
 def log_probs(policy: LanguageModel, prompts: Tensor, tokens: Tensor) -> Tensor:
-    """`log π(y_t|s_t)` of given responses, `[n, t]`."""
+    """`log π(y_t|s_t)` of given tokens `[n, t]` after prompts `[n]`, as `[n, t]`."""
     return policy.logits(prompts, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

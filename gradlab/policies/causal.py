@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gradlab.policies.actions import inverted
+from gradlab.policies.actions import inverse_cdf_sample
 from gradlab.policies.arithmetic import faithful
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.split import Packed, lower, split, upper
@@ -30,12 +30,12 @@ READ_TOKENS = 2**12
 class Pretrained(LanguageModel):
     """A `LanguageModel` made by `Network.policy`: sampling with a key-value cache, and whole trees in one pass.
 
-    whole: the network from ids to logits, whose weights `model` (its upper blocks) shares. packed: the trees of its prompts, or
+    full_model: the network from ids to logits, whose weights `model` (its upper blocks) shares. packed: the trees of its prompts, or
     `None` where they are too large. vocabulary: digest of what the ids mean.
     """
 
     _: KW_ONLY
-    whole: Any = None
+    full_model: Any = None
     packed: Packed | None = None
     vocabulary: str = ""
 
@@ -49,28 +49,28 @@ class Pretrained(LanguageModel):
     @cached_property
     def _rows(self) -> dict[str, Tensor]:
         """Parameters of the output layer cut to the action set; none where the whole vocabulary is in play or it is trained."""
-        if self.actions is None or output_names(self.whole) & set(self.trainable or ()):
+        if self.actions is None or output_names(self.full_model) & set(self.trainable or ()):
             return {}
-        known = dict(self.whole.named_parameters(remove_duplicate=False))
-        return {name: known[name].detach()[list(self.actions)] for name in output_names(self.whole)}
+        known = dict(self.full_model.named_parameters(remove_duplicate=False))
+        return {name: known[name].detach()[list(self.actions)] for name in output_names(self.full_model)}
 
-    def _called(self, module: Any, given: dict[str, Any]) -> Any:
+    def _call(self, module: Any, kwargs: dict[str, Any]) -> Any:
         """Call a network with this policy's weights, in its own precision."""
         precision = next(module.parameters()).dtype
         swapped = {**self._rows, **(getattr(self, "_swapped", None) or {})}
         swapped = {name: weight.to(precision) for name, weight in swapped.items()}
-        given = {name: item.to(self.device) if isinstance(item, Tensor) else item for name, item in given.items()}
+        kwargs = {name: item.to(self.device) if isinstance(item, Tensor) else item for name, item in kwargs.items()}
         with faithful(precision):
-            return functional_call(module, swapped, (), given, tie_weights=False)
+            return functional_call(module, swapped, (), kwargs, tie_weights=False)
 
     def network(self, features: Tensor) -> Tensor:
         """Logits `[b, ≤ T, v]` of the last `T` positions over the action set, differentiable in the parameters."""
-        given: dict[str, Any] = {"use_cache": False, "logits_to_keep": self.length}
+        kwargs: dict[str, Any] = {"use_cache": False, "logits_to_keep": self.length}
         if self.trunk is None:
-            logits: Tensor = self._called(self.model, {"input_ids": features, **given}).logits
+            logits: Tensor = self._call(self.model, {"input_ids": features, **kwargs}).logits
         else:
             features = features.to(next(self.model.parameters()).dtype)
-            logits = self._called(self.model, {"inputs_embeds": features, **given}).logits
+            logits = self._call(self.model, {"inputs_embeds": features, **kwargs}).logits
         return logits
 
     def logits(self, prompts: Tensor, tokens: Tensor) -> Tensor:
@@ -87,14 +87,14 @@ class Pretrained(LanguageModel):
         """Logits `[prompts, ids]` over the network's whole vocabulary after every prompt, float64."""
         with torch.no_grad():
             ids, attention, positions = padded(self.prompts)
-            given = {
+            kwargs = {
                 "input_ids": ids,
                 "attention_mask": attention,
                 "position_ids": positions,
                 "logits_to_keep": 1,
                 "use_cache": False,
             }
-            logits: Tensor = self.whole(**given).logits[:, -1]
+            logits: Tensor = self.full_model(**kwargs).logits[:, -1]
         return _checked(logits)
 
     @cached_property
@@ -104,8 +104,8 @@ class Pretrained(LanguageModel):
             return super().table
         parts = []
         for prompt in self.prompts:
-            given = self.packed.inputs(prompt, next(self.model.parameters()).dtype)
-            logits = self._called(self.model, {**given, "use_cache": False}).logits[0]
+            kwargs = self.packed.inputs(prompt, next(self.model.parameters()).dtype)
+            logits = self._call(self.model, {**kwargs, "use_cache": False}).logits[0]
             parts.append(self.shaped(_checked(logits)))
         return torch.cat(parts)
 
@@ -121,44 +121,44 @@ class Pretrained(LanguageModel):
         """One batch of responses to prompts `[n]` from uniforms `[n, T]`: tokens `[n, T]` and their log-probabilities `[n, T]`.
 
         Each distinct prompt is read once. Log-probabilities are those this pass drew from, as an inference engine reports them;
-        behind an end token they are 0.
+        after an end token they are 0.
         """
-        asked, which = torch.unique(prompts, return_inverse=True)
-        ids, attention, positions = padded([self.prompts[p] for p in asked.tolist()])
+        unique_prompts, which = torch.unique(prompts, return_inverse=True)
+        ids, attention, positions = padded([self.prompts[p] for p in unique_prompts.tolist()])
         tokens, log_probs = self._blank(*uniforms.shape), torch.zeros(uniforms.shape, dtype=torch.float64)
         chosen = None if self.actions is None else torch.tensor(list(self.actions))
-        alive = torch.ones(len(prompts), dtype=torch.bool)
-        cache = importlib.import_module("transformers").DynamicCache(config=self.whole.config)
-        known = inspect.signature(type(self.whole).forward).parameters
-        given = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        unfinished = torch.ones(len(prompts), dtype=torch.bool)
+        cache = importlib.import_module("transformers").DynamicCache(config=self.full_model.config)
+        known = inspect.signature(type(self.full_model).forward).parameters
+        kwargs = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         with torch.no_grad():
-            said = ids
+            input_ids = ids
             for t in range(uniforms.shape[1]):
-                read = {"input_ids": said, "attention_mask": attention, "position_ids": positions}
-                step = self._called(self.whole, {**given, **read}).logits[:, -1]
+                step_kwargs = {"input_ids": input_ids, "attention_mask": attention, "position_ids": positions}
+                step = self._call(self.full_model, {**kwargs, **step_kwargs}).logits[:, -1]
                 if t == 0:  # from here on a row per response, not per prompt
                     step, attention, positions = step[which], attention[which], positions[which, -1:]
                     cache.batch_select_indices(which)
                 logits = self.shaped(_checked(step))
-                drawn = inverted(logits, uniforms[:, t].contiguous())
-                taken = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
-                tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
-                log_probs[:, t] = torch.where(alive, taken, 0.0)
+                sampled = inverse_cdf_sample(logits, uniforms[:, t].contiguous())
+                chosen_log_prob = logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
+                tokens[:, t] = torch.where(unfinished, sampled, tokens[:, t])
+                log_probs[:, t] = torch.where(unfinished, chosen_log_prob, 0.0)
                 if self.eos is not None:
-                    alive = alive & (drawn != self.eos)
-                    if not bool(alive.any()):
+                    unfinished = unfinished & (sampled != self.eos)
+                    if not bool(unfinished.any()):
                         break
-                said = tokens[:, t : t + 1] if chosen is None else chosen[tokens[:, t : t + 1]]
-                attention, positions = torch.cat([attention, torch.ones_like(said)], -1), positions + 1
+                input_ids = tokens[:, t : t + 1] if chosen is None else chosen[tokens[:, t : t + 1]]
+                attention, positions = torch.cat([attention, torch.ones_like(input_ids)], -1), positions + 1
         return tokens, log_probs
 
     def in_precision(self, dtype: torch.dtype) -> Pretrained:
         """The same policy computed throughout in another precision, as a separate inference engine would; weights are rounded."""
-        whole = copy.deepcopy(self.whole).to(dtype)
-        block = 0 if self.trunk is None else split(whole, self.trainable)[1]
-        packed = None if self.packed is None else self.packed.of(whole)
-        trunk = None if block == 0 else packed or Trunk(lower(whole, block))
-        return self.changed(model=upper(whole, block, dtype), whole=whole, trunk=trunk, packed=packed)
+        full_model = copy.deepcopy(self.full_model).to(dtype)
+        block = 0 if self.trunk is None else split(full_model, self.trainable)[1]
+        packed = None if self.packed is None else self.packed.of(full_model)
+        trunk = None if block == 0 else packed or Trunk(lower(full_model, block))
+        return self.changed(model=upper(full_model, block, dtype), full_model=full_model, trunk=trunk, packed=packed)
 
 
 def _checked(logits: Tensor) -> Tensor:

@@ -115,13 +115,13 @@ class Categorical:
 
     def slope(self, kernel: str, table: Tensor, reference: Tensor) -> Tensor:
         # ∇ Σ_v f(p(v)) is p f' as a coefficient on the scores, with f' = ℓ + 1 for the KL and p − ref for mse; the 1 drops out.
-        pull = self.log_ratios(table, reference) if kernel == "full" else self.gaps(table, reference)
-        return self.along_scores(rows(table).p * pull, table)
+        difference = self.log_ratios(table, reference) if kernel == "full" else self.gaps(table, reference)
+        return self.along_scores(rows(table).p * difference, table)
 
-    def along_scores(self, taken: Tensor, table: Tensor) -> Tensor:
-        """`Σ_y taken(y) (onehot(y) − p)` of every row, for coefficients `taken` `[…, r, v]`."""
+    def along_scores(self, at_tokens: Tensor, table: Tensor) -> Tensor:
+        """`Σ_y at_tokens(y) (onehot(y) − p)` of every row, for coefficients `at_tokens` `[…, r, v]`."""
         p = rows(table).p
-        return self.balanced(torch.addcmul(taken, p, taken.sum(-1, keepdim=True), value=-1), table)
+        return self.balanced(torch.addcmul(at_tokens, p, at_tokens.sum(-1, keepdim=True), value=-1), table)
 
     def balanced(self, gradient: Tensor, table: Tensor) -> Tensor:
         # Logits are defined up to a shift, so a row sums to 0. The entry of a token that takes nearly all is a difference of
@@ -131,14 +131,14 @@ class Categorical:
 
     def score_sum(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
         # Σ a (onehot − p) = (Σ a onehot) − p Σ a: one scatter for all estimators, then a rank-one correction per row.
-        taken = coefficients.new_zeros(coefficients.shape[0], table.numel())
-        taken.index_add_(1, _flat(table, contexts, tokens).flatten(), coefficients.flatten(1))
-        return self.along_scores(taken.view(-1, *table.shape), table)
+        at_tokens = coefficients.new_zeros(coefficients.shape[0], table.numel())
+        at_tokens.index_add_(1, _flat(table, contexts, tokens).flatten(), coefficients.flatten(1))
+        return self.along_scores(at_tokens.view(-1, *table.shape), table)
 
     def score_tables(self, table: Tensor, contexts: Tensor, tokens: Tensor, coefficients: Tensor) -> Tensor:
-        taken = coefficients.new_zeros(len(tokens), table.numel())
-        taken.scatter_add_(1, _flat(table, contexts, tokens), coefficients)
-        return self.along_scores(taken.view(-1, *table.shape), table)
+        at_tokens = coefficients.new_zeros(len(tokens), table.numel())
+        at_tokens.scatter_add_(1, _flat(table, contexts, tokens), coefficients)
+        return self.along_scores(at_tokens.view(-1, *table.shape), table)
 
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
         # (1 − p(y))² and the squares of the other tokens, of which only the likeliest can be left out of a sum beforehand.
@@ -156,10 +156,10 @@ class Categorical:
     def split(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # onehot(y) − p, and onehot(m) − p for the likeliest token m, whose entry 1 − p(m) is summed: nothing cancels near 1.
         _, p, top = rows(table)
-        taken = tokens != top[:, 0][contexts]
+        at_tokens = tokens != top[:, 0][contexts]
         rest = p.scatter(-1, top, 0.0)
         likeliest = (-rest).scatter(-1, top, rest.sum(-1, keepdim=True))
-        return taken, torch.stack([taken, ~taken]).to(table.dtype), torch.stack([-p, likeliest])
+        return at_tokens, torch.stack([at_tokens, ~at_tokens]).to(table.dtype), torch.stack([-p, likeliest])
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
         _, p, top = rows(table)
@@ -195,9 +195,9 @@ class Normal:
         # ∫ p²/q of two normals is finite iff p has less than twice the variance of q.
         (m, s), (mean, std) = table.unbind(-1), reference.unbind(-1)
         wider = (s - std) * (s + std) / std.square()
-        spread = 1 - wider
-        log_integral = ((m - mean) / std).square() / spread - 0.5 * torch.log1p(-wider.clamp(-1, 1).square())
-        return torch.where(spread > 0, 0.5 * torch.expm1(log_integral), torch.inf)
+        variance_gap = 1 - wider
+        log_integral = ((m - mean) / std).square() / variance_gap - 0.5 * torch.log1p(-wider.clamp(-1, 1).square())
+        return torch.where(variance_gap > 0, 0.5 * torch.expm1(log_integral), torch.inf)
 
     def mse(self, table: Tensor, reference: Tensor) -> Tensor:
         # (1/s + 1/σ − 2√2/b e^{−w}) / 4√π with b² = s² + σ², w = d²/2b²; the first three terms as one fraction.

@@ -16,6 +16,7 @@ from torch import Tensor
 from gradlab._common.names import check_held, check_real
 from gradlab.policies import families
 from gradlab.policies.perturb import perturbation
+from gradlab.policies.responses import Responses
 
 #: Beyond this many standard deviations a normal density underflows in float64.
 REACH = 37.0
@@ -36,6 +37,12 @@ class Gaussian:
     eos: ClassVar[None] = None
     enumerable: ClassVar[bool] = True
     revisits: ClassVar[bool] = False
+    tabulated: ClassVar[bool] = True
+    countable: ClassVar[bool] = False
+    #: It has no tokens.
+    vocab: ClassVar[int] = 0
+    prompts: ClassVar[Sequence[Sequence[int]]] = ((),)
+    parameter_names: ClassVar[list[str]] = ["mean", "std"]
     family: ClassVar[families.Family] = families.NORMAL
     signature: ClassVar[tuple[Any, ...]] = ("Gaussian",)
 
@@ -70,13 +77,21 @@ class Gaussian:
 
     def with_parameters(self, parameters: Tensor) -> Gaussian:
         """The same policy with other parameters `(mean, std)`; a differentiable vector stays differentiable."""
-        twin = copy.copy(self)
-        object.__setattr__(twin, "table", parameters.reshape(1, 2))
-        return twin
+        clone = copy.copy(self)
+        object.__setattr__(clone, "table", parameters.reshape(1, 2))
+        return clone
 
     def contexts(self, tokens: Tensor) -> Tensor:
         """Row of every action: there is one."""
         return torch.zeros_like(tokens, dtype=torch.long)
+
+    def rows_of(self, responses: Responses) -> Tensor:
+        """Row of every action: there is one."""
+        return self.contexts(responses.tokens)
+
+    def balanced(self, gradient: Tensor) -> Tensor:
+        """A target's gradient `[2]` as it is, see `Family.balanced`."""
+        return self.family.balanced(gradient.view_as(self.table), self.table).flatten()
 
     def occupancy(self) -> Tensor:
         """Expected number of actions drawn from the single row, `[1]`."""
@@ -86,8 +101,8 @@ class Gaussian:
         """`KL(self ‖ reference)` in nats, in closed form."""
         return self.family.reverse_kl(self.table, reference.table)[0]
 
-    def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draw `n` actions `[n, 1]` and their mask (all true)."""
+    def sample(self, n: int, rng: np.random.Generator, group: int = 1) -> Responses:
+        """Draw `n` actions `[n, 1]`. All groups share the one prompt."""
         return self.respond(self.variates(n, rng))
 
     def variates(self, n: int, rng: np.random.Generator) -> Tensor:
@@ -95,10 +110,10 @@ class Gaussian:
         check_held(n, 4)
         return torch.from_numpy(rng.standard_normal((n, 1)))
 
-    def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:
-        """The actions made of `variates` `[n, 1]`, and their mask (all true)."""
+    def respond(self, variates: Tensor) -> Responses:
+        """The actions made of `variates` `[n, 1]`."""
         mean, std = self.table[0]
-        return mean + std * variates, torch.ones_like(variates, dtype=torch.bool)
+        return Responses.without_prompt(mean + std * variates, torch.ones_like(variates, dtype=torch.bool))
 
     def moved(self, noise: Tensor) -> Gaussian:
         """Add noise `[2]` to the mean, in units of std, and to log std."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gradlab._common.names import check_held
 from gradlab.policies import families, trees
-from gradlab.policies.actions import check_actions, inverted, nucleus
+from gradlab.policies.actions import check_actions, cut_to_nucleus, inverse_cdf_sample
 from gradlab.policies.parameterised import Parameterised
+from gradlab.policies.responses import Responses
 from gradlab.policies.tabular import ENUMERATION_BYTES
 
 #: Responses of all prompts together that are listed at most; each costs the network a pass over prompt and response.
@@ -59,6 +60,7 @@ class LanguageModel(Parameterised):
     derived: ClassVar[tuple[str, ...]] = ("parameters", "table")
     family: ClassVar[families.Family] = families.CATEGORICAL
     revisits: ClassVar[bool] = False
+    countable: ClassVar[bool] = False  # each count would cost a pass over its response
 
     def __post_init__(self) -> None:
         if not self.prompts or any(len(prompt) == 0 for prompt in self.prompts):
@@ -98,8 +100,8 @@ class LanguageModel(Parameterised):
     @property
     def chosen(self) -> Tensor:
         """The network's id of every token of the vocabulary, `[v]`."""
-        found: Tensor = self._chosen  # type: ignore[attr-defined]
-        return found
+        ids: Tensor = self._chosen  # type: ignore[attr-defined]
+        return ids
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -111,8 +113,8 @@ class LanguageModel(Parameterised):
         """Logits `[prompts, ids]` over the network's whole vocabulary after every prompt, float64."""
         x = len(self.prompts)
         with torch.no_grad():
-            places, parts = zip(*self._passes(torch.arange(x), self._blank(x, 1)), strict=True)
-        return torch.cat(parts)[torch.cat(places).argsort(), 0]
+            rows, parts = zip(*self._passes(torch.arange(x), self._blank(x, 1)), strict=True)
+        return torch.cat(parts)[torch.cat(rows).argsort(), 0]
 
     # ---- logits --------------------------------------------------------------------------------------------------------
 
@@ -124,11 +126,11 @@ class LanguageModel(Parameterised):
         lengths = torch.tensor([len(prompt) for prompt in self.prompts])[prompts]
         for size in sorted(set(lengths.tolist())):
             rows = torch.nonzero(lengths == size)[:, 0]
-            asked, which = torch.unique(prompts[rows], return_inverse=True)
-            given = torch.tensor([[int(i) for i in self.prompts[p]] for p in asked.tolist()])[which]
+            unique_prompts, which = torch.unique(prompts[rows], return_inverse=True)
+            prompt_ids = torch.tensor([[int(i) for i in self.prompts[p]] for p in unique_prompts.tolist()])[which]
             chosen = getattr(self, "_chosen", None)
-            said = tokens[rows, :-1] if chosen is None else chosen[tokens[rows, :-1]]
-            yield rows, torch.cat([given, said], -1)
+            response_ids = tokens[rows, :-1] if chosen is None else chosen[tokens[rows, :-1]]
+            yield rows, torch.cat([prompt_ids, response_ids], -1)
 
     def _passes(self, prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and raw logits `[b, t, ids]` in float64, a bounded number at a time."""
@@ -147,12 +149,12 @@ class LanguageModel(Parameterised):
 
     def logits(self, prompts: Tensor, tokens: Tensor) -> Tensor:
         """Logits `[n, t, v]` over the action set that emit tokens `[n, t]` (positions in it) after prompts `[n]`, float64."""
-        places, parts = zip(*((rows, self.shaped(raw)) for rows, raw in self._passes(prompts, tokens)), strict=True)
-        return torch.cat(parts)[torch.cat(places).argsort()]
+        rows_of_parts, parts = zip(*((rows, self.shaped(raw)) for rows, raw in self._passes(prompts, tokens)), strict=True)
+        return torch.cat(parts)[torch.cat(rows_of_parts).argsort()]
 
     def shaped(self, raw: Tensor) -> Tensor:
         """Raw logits `[…, ids]` → logits `[…, v]` of the policy: action set, temperature, nucleus."""
-        return nucleus(self.select(raw) / self.temperature, self.top_p)
+        return cut_to_nucleus(self.select(raw) / self.temperature, self.top_p)
 
     def select(self, raw: Tensor) -> Tensor:
         """The logits `[…, v]` of the action set among raw ones `[…, ids]`."""
@@ -172,6 +174,22 @@ class LanguageModel(Parameterised):
         listed = trees.count(v, t, self.eos) * len(self.prompts)
         return bool(listed <= ENUMERATED_RESPONSES and v**t * t * 8 <= ENUMERATION_BYTES)
 
+    @property
+    def tabulated(self) -> bool:
+        """Whether its logits at every prefix can be held as `table`."""
+        return self.enumerable
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Raises `ValueError`: a network has too many parameters to read one by one."""
+        raise ValueError(
+            "a network's parameters have no names worth reading one by one; use gl.measure, or gl.language for tokens"
+        )
+
+    def balanced(self, gradient: Tensor) -> Tensor:
+        """A target's gradient `[p]` as it is: its entries do not belong to tokens."""
+        return gradient
+
     @cached_property
     def table(self) -> Tensor:
         """Logits at every prefix of every prompt, `[prompts · nodes, v]`, each prompt's breadth-first as in `Tree`.
@@ -187,6 +205,10 @@ class LanguageModel(Parameterised):
         """Row of `table` that emits each token of `tokens` `[n, t]` after prompts `[n]`, as `[n, t]`."""
         return trees.rows(tokens, self.vocab) + self.nodes * prompts[:, None]
 
+    def rows_of(self, responses: Responses) -> Tensor:
+        """Row of `table` that emits each token of some responses, `[n, t]`."""
+        return self.contexts(responses.tokens, responses.prompts)
+
     def occupancy(self) -> Tensor:
         """Expected number of times a response emits from each row of `table`; differentiable in the table."""
         p = self.table.softmax(-1).view(len(self.prompts), -1, self.vocab)
@@ -196,12 +218,12 @@ class LanguageModel(Parameterised):
         """`KL(self(y) ‖ reference(y))` of whole responses in nats, mean over prompts. Raises `ValueError` where they cannot be listed."""
         return self.occupancy() @ self.family.reverse_kl(self.table, reference.table)
 
-    def enumerate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All responses: prompts `[n]`, tokens `[n, T]` and mask `[n, T]`. Raises `ValueError` where there are too many."""
+    def enumerate(self) -> Responses:
+        """All responses to every prompt in turn, `[n, T]`. Raises `ValueError` where there are too many."""
         self._check_enumerable()
         tokens, mask = trees.responses(self.vocab, self.length, self.eos)
         x = len(self.prompts)
-        return torch.arange(x).repeat_interleave(len(tokens)), tokens.repeat(x, 1), mask.repeat(x, 1)
+        return Responses(tokens.repeat(x, 1), mask.repeat(x, 1), torch.arange(x).repeat_interleave(len(tokens)))
 
     def _check_enumerable(self) -> None:
         if not self.enumerable:
@@ -213,10 +235,10 @@ class LanguageModel(Parameterised):
 
     # ---- sampling ------------------------------------------------------------------------------------------------------
 
-    def sample(self, n: int, rng: np.random.Generator, group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw `n` responses: prompts `[n]`, tokens `[n, T]`, mask `[n, T]`; every `group` successive ones share their prompt.
+    def sample(self, n: int, rng: np.random.Generator, group: int = 1) -> Responses:
+        """Draw `n` responses, `[n, T]`; every `group` successive ones share their prompt.
 
-        Behind an end token the end token is repeated. Raises `ValueError` when `n` is not a multiple of `group`.
+        After an end token the end token is repeated. Raises `ValueError` when `n` is not a multiple of `group`.
         """
         if n % group:
             raise ValueError(f"{n} responses cannot be split into groups of {group} that share a prompt")
@@ -225,21 +247,21 @@ class LanguageModel(Parameterised):
         tokens = self._blank(n, self.length)
         with torch.no_grad():
             self.draw(prompts, tokens, torch.from_numpy(rng.random((n, self.length))))
-        return prompts, tokens, trees.live(tokens, self.eos)
+        return Responses(tokens, trees.response_mask(tokens, self.eos), prompts)
 
     def draw(self, prompts: Tensor, tokens: Tensor, uniforms: Tensor) -> None:
         """Fill `tokens` `[n, T]` by inverting the distribution of each step at `uniforms` `[n, T]`.
 
         Reads every prefix anew; a network with a key-value cache overrides this and must give the same tokens.
         """
-        alive = torch.arange(len(prompts))
+        unfinished = torch.arange(len(prompts))
         for t in range(self.length):
-            for part in torch.split(alive, max(1, CHUNK // (getattr(self, "_width", 1024) * (t + 1)))):
+            for part in torch.split(unfinished, max(1, CHUNK // (getattr(self, "_width", 1024) * (t + 1)))):
                 step = self.logits(prompts[part], tokens[part, : t + 1])[:, -1]
-                tokens[part, t] = inverted(step, uniforms[part, t])
+                tokens[part, t] = inverse_cdf_sample(step, uniforms[part, t])
             if self.eos is not None:
-                alive = alive[tokens[alive, t] != self.eos]
-            if not len(alive):
+                unfinished = unfinished[tokens[unfinished, t] != self.eos]
+            if not len(unfinished):
                 return
 
     def _blank(self, n: int, length: int) -> Tensor:

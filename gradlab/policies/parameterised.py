@@ -65,22 +65,22 @@ class Parameterised:
 
     def with_parameters(self: N, parameters: Tensor) -> N:
         """The same policy with other trainable parameters `[p]`; a differentiable vector stays differentiable."""
-        twin = copy.copy(self)
+        clone = copy.copy(self)
         for cached in self.derived:
-            twin.__dict__.pop(cached, None)
+            clone.__dict__.pop(cached, None)
         parts = torch.split(parameters, [weight.numel() for weight in self.weights.values()])
         swapped = {name: part.view_as(w).to(w.device) for part, (name, w) in zip(parts, self.weights.items(), strict=True)}
-        object.__setattr__(twin, "_swapped", swapped)
-        twin.__dict__["parameters"] = parameters
-        return twin
+        object.__setattr__(clone, "_swapped", swapped)
+        clone.__dict__["parameters"] = parameters
+        return clone
 
     def changed(self: N, **fields: Any) -> N:
         """The same policy with other fields, such as `temperature=0.7` or `model=other`: how behaviour policies are made.
 
         Parameters given by `with_parameters` stay.
         """
-        twin = replace(self, **fields)
-        return twin.with_parameters(self.parameters) if hasattr(self, "_swapped") else twin
+        clone = replace(self, **fields)
+        return clone.with_parameters(self.parameters) if hasattr(self, "_swapped") else clone
 
     def features(self, ids: Tensor) -> Tensor:
         """What `model` reads for ids `[b, s]`: the ids, or the activations of the trunk."""

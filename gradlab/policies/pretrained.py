@@ -74,13 +74,13 @@ def load(source: str | Path, file: str | None = None, dtype: torch.dtype = torch
         raise ValueError(f"reading {source} needs {' and '.join(missing)}, not installed: {INSTALL}")
     transformers = importlib.import_module("transformers")
     where = str(path if path.is_dir() else source)
-    given = {} if file is None else {"gguf_file": file}
+    kwargs = {} if file is None else {"gguf_file": file}
     # The library draws progress bars into pipes, too.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
-            model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **given)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **given)
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{source} cannot be read as a causal language model: {str(error).strip().splitlines()[0]}") from error
     return Network(model.eval().requires_grad_(False), tokenizer, Path(file or where).stem)
@@ -137,17 +137,17 @@ class Network:
             raise ValueError(f"the end token {eos!r} must be one of the actions {list(actions)}")
         else:
             end = None if eos is None else list(actions).index(eos)
-        asked = [self.ids(prompt) if isinstance(prompt, str) else [int(i) for i in prompt] for prompt in prompts]
+        prompt_ids = [self.ids(prompt) if isinstance(prompt, str) else [int(i) for i in prompt] for prompt in prompts]
         width = int(self.model.config.vocab_size)
-        if any(not 0 <= i < width for prompt in asked for i in prompt):
+        if any(not 0 <= i < width for prompt in prompt_ids for i in prompt):
             raise ValueError(f"prompts hold ids outside the {width} that {self.name} knows")
         names, block = split(self.model, trainable)
         top = upper(self.model, block, precision, whole_output=chosen is None or bool(output_names(self.model) & set(names)))
         few = chosen is not None and sum(len(chosen) ** t for t in range(length)) <= PACKED_NODES
-        packed = Packed(self.model, asked, chosen, length, block) if chosen is not None and few else None
+        packed = Packed(self.model, prompt_ids, chosen, length, block) if chosen is not None and few else None
         trunk = None if block == 0 else packed or Trunk(lower(self.model, block))
         return Pretrained(
-            top, asked, length, actions=chosen, eos=end, trainable=names, trunk=trunk, tolerance=tolerance,
+            top, prompt_ids, length, actions=chosen, eos=end, trainable=names, trunk=trunk, tolerance=tolerance,
             context=getattr(self.model.config, "max_position_embeddings", None),
-            words=None if actions is None else list(actions), whole=self.model, packed=packed, vocabulary=self.digest,
+            words=None if actions is None else list(actions), full_model=self.model, packed=packed, vocabulary=self.digest,
         )  # fmt: skip

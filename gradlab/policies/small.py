@@ -23,6 +23,7 @@ from torch import Tensor
 from gradlab._common.names import check_name
 from gradlab._common.streams import generator
 from gradlab.policies.language import LanguageModel
+from gradlab.policies.responses import Responses
 from gradlab.policies.transformer import Transformer
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -55,31 +56,31 @@ class Task:
         if self.eos is None:
             ids = torch.tensor([self.ids(text) for text in texts])
             return ids, (torch.arange(1, ids.shape[1]) >= len(self.prompts[0])).expand(len(ids), -1)
-        whole = [self.ids(self.eos + text + self.eos) for text in texts]
+        sequences = [self.ids(self.eos + text + self.eos) for text in texts]
         width, end = self.length + 1, self.characters.index(self.eos)
-        ids = torch.tensor([row + [end] * (width - len(row)) for row in whole])
-        return ids, torch.tensor([[t < len(row) for t in range(1, width)] for row in whole])
+        ids = torch.tensor([row + [end] * (width - len(row)) for row in sequences])
+        return ids, torch.tensor([[t < len(row) for t in range(1, width)] for row in sequences])
 
     def policy(self, model: Transformer, prompts: Sequence[str] | None = None, length: int | None = None) -> LanguageModel:
         """The network as a policy over responses to these prompts (all of the task's by default)."""
-        given = self.prompts if prompts is None else prompts
+        prompts_of_policy = self.prompts if prompts is None else prompts
         eos = None if self.eos is None else self.characters.index(self.eos)
         return LanguageModel(
-            model, tuple(tuple(self.ids(prompt)) for prompt in given), length or self.length, eos=eos, context=self.context,
+            model, tuple(tuple(self.ids(prompt)) for prompt in prompts_of_policy), length or self.length, eos=eos, context=self.context,
             words=tuple(self.characters),
         )  # fmt: skip
 
-    def reward(self, policy: LanguageModel, prompts: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def reward(self, policy: LanguageModel, responses: Responses) -> Tensor:
         """1 for a response that solves the task, else 0, `[n]`."""
         text = [
-            "".join(self.characters[i] for i, m in zip(row, live, strict=True) if m)
-            for row, live in zip(tokens.tolist(), mask.tolist(), strict=True)
+            "".join(self.characters[i] for i, m in zip(row, row_mask, strict=True) if m)
+            for row, row_mask in zip(responses.tokens.tolist(), responses.mask.tolist(), strict=True)
         ]
         if self.name == "names":
             return torch.tensor([float(answer.endswith("a.")) for answer in text])
-        asked = ["".join(self.characters[i] for i in policy.prompts[p]) for p in prompts.tolist()]
+        questions = ["".join(self.characters[i] for i in policy.prompts[p]) for p in responses.prompts.tolist()]
         return torch.tensor(
-            [float(int(q[:2]) + int(q[3:5]) == int(a) if a.isdigit() else 0) for q, a in zip(asked, text, strict=True)]
+            [float(int(q[:2]) + int(q[3:5]) == int(a) if a.isdigit() else 0) for q, a in zip(questions, text, strict=True)]
         )
 
 

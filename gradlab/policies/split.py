@@ -71,17 +71,21 @@ def _cut(model: Any, first: int) -> int:
     """`first`, or 0 with a warning where the network does not survive the cut."""
     if first == 0:
         return 0
-    kinds = set(getattr(model.config, "layer_types", None) or ())
+    layer_types = set(getattr(model.config, "layer_types", None) or ())
     ids = torch.arange(6)[None] % model.config.vocab_size
     with torch.no_grad(), faithful(next(model.parameters()).dtype):
-        whole = model(input_ids=ids, use_cache=False).logits
-        parts = upper(model, first, whole.dtype)(inputs_embeds=lower(model, first)(ids), use_cache=False).logits
-    if not bool(torch.isfinite(whole.sum())):
+        full_logits = model(input_ids=ids, use_cache=False).logits
+        parts = upper(model, first, full_logits.dtype)(inputs_embeds=lower(model, first)(ids), use_cache=False).logits
+    if not bool(torch.isfinite(full_logits.sum())):
         raise ValueError(f"{type(model).__name__} gives NaN or infinite logits; check its weights and its precision")
-    apart = float((parts - whole).abs().max() / whole.abs().max())
-    if apart <= AGREEMENT and len(kinds) <= 1:
+    relative_gap = float((parts - full_logits).abs().max() / full_logits.abs().max())
+    if relative_gap <= AGREEMENT and len(layer_types) <= 1:
         return first
-    reason = f"blocks of several kinds {sorted(kinds)}" if len(kinds) > 1 else f"logits that differ by {apart:.1g} when cut"
+    reason = (
+        f"blocks of several kinds {sorted(layer_types)}"
+        if len(layer_types) > 1
+        else f"logits that differ by {relative_gap:.1g} when cut"
+    )
     warnings.warn(f"{type(model).__name__} has {reason}: the frozen trunk is not cached, which is slower", stacklevel=4)
     return 0
 
@@ -114,9 +118,9 @@ def upper(model: Any, first: int, precision: torch.dtype, whole_output: bool = T
 
 
 def _shallow(module: Any) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone
 
 
 class _Lower(nn.Module):
@@ -126,9 +130,9 @@ class _Lower(nn.Module):
         super().__init__()
         self.model, self.first = model, first
 
-    def forward(self, ids: Tensor, **given: Any) -> Tensor:
+    def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
         with faithful(next(self.model.parameters()).dtype):
-            found = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True, **given)
+            found = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True, **kwargs)
         activations: Tensor = found.hidden_states[self.first]
         return activations
 
@@ -175,18 +179,18 @@ class Packed(Trunk):
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Activations `[b, s, d]` of ids `[b, s]`: read off the trees where all rows are in them, otherwise computed."""
-        found = []
+        activations = []
         for row in ids.tolist():
             places = self._places(row)
             if places is None:
                 return super().__call__(ids)
-            found.append(self._tree(places[0])[0, places[1]])
-        return torch.stack(found)
+            activations.append(self._tree(places[0])[0, places[1]])
+        return torch.stack(activations)
 
     def _places(self, row: Sequence[int]) -> tuple[tuple[int, ...], list[int]] | None:
         """The prompt that a sequence begins with, and the positions of its ids in that prompt's tree."""
-        for said in range(min(self.length, len(row))):
-            prompt, answer = tuple(row[: len(row) - said]), row[len(row) - said :]
+        for answer_length in range(min(self.length, len(row))):
+            prompt, answer = tuple(row[: len(row) - answer_length]), row[len(row) - answer_length :]
             if prompt in self.prompts and all(i in self.actions for i in answer):
                 node, places = -1, list(range(len(prompt)))
                 for i in answer:  # the children of node k of a breadth-first trie start at (k + 1) v
@@ -195,7 +199,7 @@ class Packed(Trunk):
                 return prompt, places
         return None
 
-    def _given(self, prompt: tuple[int, ...], precision: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+    def _kwargs(self, prompt: tuple[int, ...], precision: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
         """Ids `[1, s]` of a prompt's tree, with its attention mask and positions."""
         p, m = len(prompt), len(self.tokens)
         sees = torch.zeros(p + m, p + m, dtype=torch.bool)
@@ -208,14 +212,14 @@ class Packed(Trunk):
 
     def _tree(self, prompt: tuple[int, ...]) -> Tensor:
         if prompt not in self._trees:
-            ids, given = self._given(prompt, next(self.model.parameters()).dtype)
+            ids, kwargs = self._kwargs(prompt, next(self.model.parameters()).dtype)
             with torch.no_grad():
-                self._trees[prompt] = self.module(ids, **given)
+                self._trees[prompt] = self.module(ids, **kwargs)
         return self._trees[prompt]
 
     def inputs(self, prompt: Sequence[int], precision: torch.dtype) -> dict[str, Any]:
         """What the upper part reads for one prompt to give logits at its end and at every node, `[1, nodes, …]`."""
-        asked = tuple(int(i) for i in prompt)
-        ids, given = self._given(asked, precision)
-        given["logits_to_keep"] = torch.arange(len(asked) - 1, ids.shape[1])
-        return given | ({"inputs_embeds": self._tree(asked).to(precision)} if self.first else {"input_ids": ids})
+        prompt_ids = tuple(int(i) for i in prompt)
+        ids, kwargs = self._kwargs(prompt_ids, precision)
+        kwargs["logits_to_keep"] = torch.arange(len(prompt_ids) - 1, ids.shape[1])
+        return kwargs | ({"inputs_embeds": self._tree(prompt_ids).to(precision)} if self.first else {"input_ids": ids})

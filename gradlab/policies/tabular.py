@@ -7,7 +7,8 @@ row; sampling, enumeration and perturbation are shared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +20,7 @@ from gradlab._common.names import check_held, check_real, check_whole
 from gradlab._common.streams import generator
 from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
+from gradlab.policies.responses import Responses
 
 #: Enumeration is refused when the logits of all responses, `n · t · v` doubles, would need more than this.
 ENUMERATION_BYTES = 2**30
@@ -42,6 +44,12 @@ class Tabular:
     family: ClassVar[families.Family] = families.CATEGORICAL
     #: Whether a response may emit from the same row more than once.
     revisits: ClassVar[bool] = False
+    #: Whether its logits at every prefix can be held as `table`.
+    tabulated: ClassVar[bool] = True
+    #: Whether many draws cost no more than multinomial counts of the listed responses.
+    countable: ClassVar[bool] = True
+    #: A table answers one empty prompt.
+    prompts: ClassVar[Sequence[Sequence[int]]] = ((),)
 
     @property
     def vocab(self) -> int:
@@ -58,15 +66,29 @@ class Tabular:
         """What two policies must share to be compared: kind, table shape, length and end token."""
         return (type(self).__name__, tuple(self.table.shape), self.length, self.eos)
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """A name for every parameter, `[p]`: the token, and the row where there are several."""
+        rows, v = self.table.shape
+        return [(f"node {i} " if rows > 1 else "") + f"token {j}" for i in range(rows) for j in range(v)]
+
     def contexts(self, tokens: Tensor) -> Tensor:
         """Row of the table that emits each token of `tokens` `[n, t]`, as `[n, t]`."""
         raise NotImplementedError
 
+    def rows_of(self, responses: Responses) -> Tensor:
+        """Row of the table that emits each token of some responses, `[n, t]`."""
+        return self.contexts(responses.tokens)
+
+    def balanced(self, gradient: Tensor) -> Tensor:
+        """A target's gradient `[p]` without what rounding leaves at the likeliest token of a row, see `Family.balanced`."""
+        return self.family.balanced(gradient.view_as(self.table), self.table).flatten()
+
     def with_parameters(self: P, parameters: Tensor) -> P:
         """The same policy with other parameters `[p]` (row-major logits); a differentiable vector stays differentiable."""
-        twin = copy.copy(self)
-        object.__setattr__(twin, "table", parameters.reshape(self.table.shape))
-        return twin
+        clone = copy.copy(self)
+        object.__setattr__(clone, "table", parameters.reshape(self.table.shape))
+        return clone
 
     def occupancy(self) -> Tensor:
         """Expected number of times a response emits a token from each row, `[rows]`; differentiable in the table."""
@@ -81,8 +103,8 @@ class Tabular:
         """Whether all responses fit the memory bound of `enumerate`."""
         return bool(self.vocab**self.length * self.length * self.vocab * 8 <= ENUMERATION_BYTES)
 
-    def enumerate(self) -> tuple[Tensor, Tensor]:
-        """All responses: tokens `[n, T]` in lexicographic order and mask `[n, T]`, true up to and including the end token.
+    def enumerate(self) -> Responses:
+        """All responses in lexicographic order, `[n, T]`.
 
         Raises `ValueError` above `ENUMERATION_BYTES`.
         """
@@ -94,9 +116,9 @@ class Tabular:
                 "token depends only on the one before, build it as gl.Markov, which is solved by dynamic programming"
             )
         tokens, mask = trees.responses(v, length, self.eos)
-        return tokens.clone(), mask.clone()
+        return Responses.without_prompt(tokens.clone(), mask.clone())
 
-    def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, size: int) -> Iterator[Responses]:
         """All responses as `enumerate` has them, at most `size` at a time, so that only a part is ever held.
 
         Raises `ValueError` above `VISITED_RESPONSES`.
@@ -108,15 +130,15 @@ class Tabular:
                 f"{VISITED_RESPONSES:,} that are visited one by one; sample it (samples=…) or, if each token depends only on the one "
                 "before, build it as gl.Markov, which is solved by dynamic programming"
             )
-        return trees.parts(v, length, self.eos, size)
+        return itertools.starmap(Responses.without_prompt, trees.parts(v, length, self.eos, size))
 
     def visited(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows `[q]` that emit `tokens` `[n, t]` of a part of the responses, and which of these emits each token, `[n, t]`."""
         rows, contexts = torch.unique(self.contexts(tokens), return_inverse=True)
         return rows, contexts
 
-    def sample(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draw `n` responses: tokens `[n, T]` and mask `[n, T]`. Behind an end token the end token is repeated."""
+    def sample(self, n: int, rng: np.random.Generator, group: int = 1) -> Responses:
+        """Draw `n` responses, `[n, T]`; after an end token the end token is repeated. All groups share the one prompt."""
         return self.respond(self.variates(n, rng))
 
     def variates(self, n: int, rng: np.random.Generator) -> Tensor:
@@ -124,10 +146,10 @@ class Tabular:
         check_held(n, 4 * self.length)
         return torch.from_numpy(rng.random((self.length, n))).T
 
-    def respond(self, variates: Tensor) -> tuple[Tensor, Tensor]:
-        """The responses made of `variates` `[n, T]`, by inverting the distribution of each step: tokens and mask `[n, T]`."""
+    def respond(self, variates: Tensor) -> Responses:
+        """The responses made of `variates` `[n, T]`, by inverting the distribution of each step."""
         cdf = self.table.softmax(-1).cumsum(-1)
-        cdf[:, -1] = 1.0  # so that no variate falls behind the last token by rounding
+        cdf[:, -1] = 1.0  # so that no variate falls past the last token by rounding
         n = len(variates)
         tokens = torch.full((n, self.length), 0 if self.eos is None else self.eos)
         alive = torch.arange(n)
@@ -138,7 +160,7 @@ class Tabular:
             tokens[alive, t] = drawn
             if self.eos is not None:
                 alive = alive[drawn != self.eos]
-        return tokens, trees.live(tokens, self.eos)
+        return Responses.without_prompt(tokens, trees.response_mask(tokens, self.eos))
 
     def moved(self: P, noise: Tensor) -> P:
         """The policy with noise `[p]` added to its logits."""
@@ -210,7 +232,7 @@ class Tree(Tabular):
     """A prefix-tabular policy: its own logits for every prefix of length `0 … T−1`.
 
     `logits` is `[nodes, v]`, breadth-first with `v^t` rows at depth `t`, so the children of node `i` start at `i·v + 1`;
-    `T` follows from the number of rows. With `eos` set, rows behind an end token exist and are unused.
+    `T` follows from the number of rows. With `eos` set, rows after an end token exist and are unused.
     Raises `ValueError` when the number of rows is not `1 + v + … + v^(T−1)`.
     """
 

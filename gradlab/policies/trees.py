@@ -24,7 +24,7 @@ def prefixes(vocab: int, length: int) -> Tensor:
 
 
 def breadth_first(steps: Tensor) -> Tensor:
-    """What stands behind the tokens of `prefixes`, `[x, v^(T−1), T, v]`, as rows of nodes `[x, nodes, v]`."""
+    """What follows the tokens of `prefixes`, `[x, v^(T−1), T, v]`, as rows of nodes `[x, nodes, v]`."""
     length, v = steps.shape[-2:]
     # The prefixes of depth t are the first t tokens of every v^(T − 1 − t)-th longest one.
     return torch.cat([steps[:, :: v ** (length - 1 - t), t] for t in range(length)], 1)
@@ -42,7 +42,7 @@ def occupancy(p: Tensor, length: int, eos: int | None) -> Tensor:
     """Probability of reaching each node of `x` equally likely trees, `[x, nodes]`, from `p` `[x, nodes, v]`; differentiable."""
     x, _, v = p.shape
     if eos is not None:
-        p = p * (torch.arange(v) != eos)  # nothing is emitted behind the end token
+        p = p * (torch.arange(v) != eos)  # nothing is emitted after the end token
     depths, start = [torch.full((x, 1), 1 / x, dtype=p.dtype)], 0
     for t in range(length - 1):
         depths.append((depths[-1][..., None] * p[:, start : start + v**t]).flatten(1))
@@ -72,20 +72,20 @@ def parts(vocab: int, length: int, eos: int | None, size: int) -> Iterator[tuple
 def _part(numbers: Tensor, vocab: int, length: int, eos: int | None) -> tuple[Tensor, Tensor]:
     """The responses whose tokens are the digits of `numbers`."""
     tokens = torch.stack(_digits(numbers, vocab, length), -1)
-    mask = live(tokens, eos)
+    mask = response_mask(tokens, eos)
     if eos is None:
         return tokens, mask
-    # One representative per response: everything behind the end token is the end token again.
+    # One representative per response: everything after the end token is the end token again.
     keep = (mask | (tokens == eos)).all(-1)
     return tokens[keep], mask[keep]
 
 
-def live(tokens: Tensor, eos: int | None) -> Tensor:
+def response_mask(tokens: Tensor, eos: int | None) -> Tensor:
     """Mask `[n, t]` of the tokens up to and including the end token."""
     if eos is None:
         return torch.ones_like(tokens, dtype=torch.bool)
-    ended = (tokens == eos).cumsum(-1)
-    return (ended == 0) | ((ended == 1) & (tokens == eos))
+    ended_before = (tokens == eos).cumsum(-1)
+    return (ended_before == 0) | ((ended_before == 1) & (tokens == eos))
 
 
 def _digits(numbers: Tensor, base: int, length: int) -> list[Tensor]:

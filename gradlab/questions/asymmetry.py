@@ -23,14 +23,13 @@ from torch import Tensor
 
 from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
-from gradlab.components import parameters
 from gradlab.estimators.coefficients import coefficients
 from gradlab.estimators.estimator import Estimator, log_ratios
-from gradlab.measure import ROUNDING, by_name, one_thread
+from gradlab.measure import ZERO_TOLERANCE, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Tree
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario, check_scenario
+from gradlab.scenario import Scenario, check_scenario, is_of
 from gradlab.solvers import exact, montecarlo
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -83,7 +82,7 @@ def measure(
     `ValueError` for policies other than `Bandit` and `Tree`, for callables, for kernels over the whole vocabulary (their
     gradient belongs to no sampled token) and for group baselines.
     """
-    losses = {name: _decomposed(name, loss) for name, loss in by_name(estimators).items()}
+    losses = {name: _require_scores(name, loss) for name, loss in by_name(estimators).items()}
     listed = several(scenarios)
     check_seed(seed)
     check_probability("level", level)
@@ -92,17 +91,17 @@ def measure(
     rows = []
     for index, scenario in enumerate(listed):
         check_scenario(scenario)
-        if not isinstance(scenario.policy, Bandit | Tree):
+        if not (is_of(scenario, Bandit) or is_of(scenario, Tree)):
             kind = type(scenario.policy).__name__
             raise ValueError(f"shares are exact sums over tokens: the policy must be a gl.Bandit or a gl.Tree, got {kind}")
         with one_thread(), torch.no_grad():
             rollout, direction = Rollout.enumerated(scenario), exact.gradient(target, scenario)
             size = direction.norm()
             direction = direction / torch.where(size > 0, size, torch.nan)
-            weight = rollout.weight[None] if samples is None else _counted(rollout, samples, seed, index)
+            weight = rollout.weight[None] if samples is None else _batch_weights(rollout, samples, seed, index)
             common = {
                 "scenario": scenario.label,
-                "family": type(scenario.policy).__name__.lower(),
+                "family": scenario.family,
                 "vocab": scenario.policy.vocab,
                 "length": scenario.policy.length,
                 "target": target,
@@ -112,7 +111,9 @@ def measure(
             }
             for name, estimator in losses.items():
                 row = _row(estimator, rollout, direction, weight, level)
-                rows.append({**common, "estimator": name, **row, "largest_token": parameters(scenario)[row["largest_token"]]})
+                rows.append(
+                    {**common, "estimator": name, **row, "largest_token": scenario.policy.parameter_names[row["largest_token"]]}
+                )
     columns = []
     for column in COLUMNS:
         columns += [column, *([f"{column}_low", f"{column}_high"] if column in SAMPLED else [])]
@@ -128,11 +129,13 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
     ((name, loss),) = by_name(estimator).items()
     with one_thread(), torch.no_grad():
         rollout, direction = Rollout.enumerated(scenario), exact.gradient(target, scenario)
-        parts = _parts(_decomposed(name, loss), rollout, direction / direction.norm())
+        parts = _parts(_require_scores(name, loss), rollout, direction / direction.norm())
         cells = {what: _cells(part, rollout, rollout.weight).numpy() for what, part in parts.items() if what in _SIDES}
-        probability = _cells(rollout.live, rollout, rollout.weight).numpy()
+        probability = _cells(rollout.mask_float, rollout, rollout.weight).numpy()
         log_ratio = (scenario.policy.table.log_softmax(-1) - scenario.reference.table.log_softmax(-1)).flatten().numpy()
-    return pd.DataFrame({"parameter": parameters(scenario), "probability": probability, "log_ratio": log_ratio, **cells})
+    return pd.DataFrame(
+        {"parameter": scenario.policy.parameter_names, "probability": probability, "log_ratio": log_ratio, **cells}
+    )
 
 
 def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quantiles: Sequence[float]) -> pd.DataFrame:
@@ -146,7 +149,7 @@ def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quanti
     return pd.DataFrame(rows, columns=[*by, "quantity", "quantile", "share", "count"])
 
 
-def _decomposed(name: str, loss: Loss) -> Estimator:
+def _require_scores(name: str, loss: Loss) -> Estimator:
     """Refuse what puts no coefficient on the sampled tokens' scores."""
     if not isinstance(loss, Estimator):
         raise ValueError(f"{name} is a function: only a gl.Estimator has a known coefficient on every sampled token")
@@ -161,16 +164,16 @@ def _parts(estimator: Estimator, rollout: Rollout, direction: Tensor) -> dict[st
     a = coefficients(estimator, rollout).score
     scores = rollout.table, rollout.contexts, rollout.tokens
     along = rollout.family.score_dot(*scores, direction.view_as(rollout.table))
-    side = log_ratios(estimator, rollout)[0].sign().expand_as(a) * rollout.live
+    side = log_ratios(estimator, rollout)[0].sign().expand_as(a) * rollout.mask_float
     norm = rollout.family.score_norm(*scores)
-    pull = a * along
-    return {"mass": a.abs(), "expected": pull, "pull": pull.abs(), "second": a.square() * norm, "side": side}
+    expected = a * along
+    return {"mass": a.abs(), "expected": expected, "pull": expected.abs(), "second": a.square() * norm, "side": side}
 
 
 def _cells(part: Tensor, rollout: Rollout, weight: Tensor) -> Tensor:
     """Sum a part over responses into context-token pairs, `[p]`."""
     flat = (rollout.contexts * rollout.table.shape[-1] + rollout.tokens).flatten()
-    return part.new_zeros(rollout.table.numel()).index_add_(0, flat, (part * rollout.live * weight[:, None]).flatten())
+    return part.new_zeros(rollout.table.numel()).index_add_(0, flat, (part * rollout.mask_float * weight[:, None]).flatten())
 
 
 def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tensor, level: float) -> dict[str, Any]:
@@ -178,44 +181,47 @@ def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tens
     parts = _parts(estimator, rollout, direction)
     side, x = parts["side"], parts["expected"].sum(-1)
     columns = [(parts[what] * (side == sign)).sum(-1) for what in _SIDES for sign in (-1, 1, 0)]
-    columns += [((side < 0) * rollout.live).sum(-1), rollout.lengths, x, x**2, x**3]
+    columns += [((side < 0) * rollout.mask_float).sum(-1), rollout.lengths, x, x**2, x**3]
     sums = (weight @ torch.stack(columns, -1).to(weight.dtype)).numpy()
     row = _statistics(sums.mean(0))
     if len(sums) > 1:
         batches = len(sums)
         left_out = _statistics((sums.sum(0) - sums) / (batches - 1))
         for column in SAMPLED:
-            found = left_out[column]
-            reach = special.stdtrit(batches - 1, (1 + level) / 2) * ((batches - 1) * found.var()) ** 0.5
-            row[f"{column}_low"], row[f"{column}_high"] = row[column] - reach, row[column] + reach
+            left_out_column = left_out[column]
+            half_width = special.stdtrit(batches - 1, (1 + level) / 2) * ((batches - 1) * left_out_column.var()) ** 0.5
+            row[f"{column}_low"], row[f"{column}_high"] = row[column] - half_width, row[column] + half_width
     pooled = weight.mean(0)
-    pull, second = (_cells(parts[what], rollout, pooled).abs().numpy() for what in ("expected", "second"))
+    expected, second = (_cells(parts[what], rollout, pooled).abs().numpy() for what in ("expected", "second"))
     largest = int(second.argmax())
     with np.errstate(invalid="ignore"):  # of a gradient that is 0 nothing is the largest part
-        row["largest_expected"], row["largest_second"] = pull.max() / pull.sum(), second.max() / second.sum()
-    row |= {"largest_token": largest, "largest_probability": float(_cells(rollout.live, rollout, rollout.weight)[largest])}
+        row["largest_expected"], row["largest_second"] = expected.max() / expected.sum(), second.max() / second.sum()
+    row |= {
+        "largest_token": largest,
+        "largest_probability": float(_cells(rollout.mask_float, rollout, rollout.weight)[largest]),
+    }
     return row
 
 
 def _statistics(sums: Array) -> dict[str, Any]:
     """Shares and skewness from the sums of `_row`, the last axis."""
-    held, tokens, mean, square, cube = np.moveaxis(sums[..., 3 * len(_SIDES) :], -1, 0)
-    found: dict[str, Any] = {"under_probability": held / tokens}
+    under_tokens, tokens, mean, square, cube = np.moveaxis(sums[..., 3 * len(_SIDES) :], -1, 0)
+    statistics: dict[str, Any] = {"under_probability": under_tokens / tokens}
     for i, what in enumerate(_SIDES):
         parts = sums[..., 3 * i : 3 * i + 3]
         total = parts.sum(-1)
-        total = np.where(np.abs(total) <= ROUNDING * np.abs(parts).sum(-1), np.nan, total)  # of nothing there is no share
-        found[f"under_{what}"], found[f"over_{what}"] = (parts[..., side] / total for side in (0, 1))
+        total = np.where(np.abs(total) <= ZERO_TOLERANCE * np.abs(parts).sum(-1), np.nan, total)  # of nothing there is no share
+        statistics[f"under_{what}"], statistics[f"over_{what}"] = (parts[..., side] / total for side in (0, 1))
     variance = np.maximum(square - mean**2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found["skewness"] = (cube - 3 * mean * square + 2 * mean**3) / variance**1.5
-    return found
+        statistics["skewness"] = (cube - 3 * mean * square + 2 * mean**3) / variance**1.5
+    return statistics
 
 
-def _counted(rollout: Rollout, samples: int, seed: int, index: int) -> Tensor:
+def _batch_weights(rollout: Rollout, samples: int, seed: int, index: int) -> Tensor:
     """Weights of independent batches of counted draws, `[b, n]`; their mean is the weight of the whole run."""
     rng = generator(seed, 9, index)
     batches = max(1, min(montecarlo.BATCHES, samples // 16))
     if samples % batches:
         raise ValueError(f"samples must be a multiple of the {batches} batches that error bars come from, got {samples}")
-    return rollout.counted(samples // batches, batches, rng)
+    return rollout.multinomial_weights(samples // batches, batches, rng)

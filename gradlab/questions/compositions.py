@@ -138,7 +138,7 @@ def against(
         means, traces = torch.stack([m.mean for m in moments]), np.array([m.trace_cov for m in moments])
         policy: Any = scenario.policy
         common = {
-            "scenario": scenario.label, "family": type(policy).__name__.lower(), "vocab": policy.vocab, "length": policy.length,
+            "scenario": scenario.label, "family": scenario.family, "vocab": policy.vocab, "length": policy.length,
             "off_policy": scenario.behaviour is not None, "kl": scenario.kl(), "lag": scenario.lag(), "via": "exact",
         }  # fmt: skip
         for goal, truth in zip(goals, truths, strict=True):
@@ -163,31 +163,31 @@ def worst(frame: pd.DataFrame) -> pd.DataFrame:
     return table.add_prefix("bias_").rename_axis(columns=None).reset_index()
 
 
-def twins(estimators: Mapping[str, Estimator], scenario: Scenario) -> dict[str, str]:
+def equivalent_estimators(estimators: Mapping[str, Estimator], scenario: Scenario) -> dict[str, str]:
     """Estimator → the first one in the mapping that has the same gradient on every response of the scenario.
 
     Compared are two random projections of all gradients, to a relative 1e-9. An estimator that compares responses with each
     other has no gradient of its own and stays by itself. Raises `ValueError` when the responses cannot be enumerated.
     """
     check_scenario(scenario)
-    named, alone = by_name(estimators), {}
+    named, ungrouped = by_name(estimators), {}
     for name, loss in named.items():
         if not isinstance(loss, Estimator):
             raise ValueError(f"{name} is a function: twins are sought among gl.Estimator")
         if not loss.grouped:
-            alone[name] = loss
+            ungrouped[name] = loss
     rollout = Rollout.enumerated(scenario)
     rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(9,)))
     directions = torch.from_numpy(rng.standard_normal((rollout.table.numel(), 2)))
-    found, prints = {name: name for name in named}, dict[str, Tensor]()
+    representative, fingerprints = {name: name for name in named}, dict[str, Tensor]()
     with torch.no_grad(), one_thread():
-        batch = gradients(list(alone.values()), rollout)
-        for e, name in enumerate(alone):
+        batch = gradients(list(ungrouped.values()), rollout)
+        for e, name in enumerate(ungrouped):
             mark = batch.tables(e).flatten(1) @ directions
-            for first, other in prints.items():
+            for first, other in fingerprints.items():
                 if float((mark - other).abs().max()) <= 1e-9 * float(other.abs().max()):
-                    found[name] = first
+                    representative[name] = first
                     break
             else:
-                prints[name] = mark
-    return found
+                fingerprints[name] = mark
+    return representative

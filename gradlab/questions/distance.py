@@ -27,7 +27,7 @@ from gradlab.solvers import exact, montecarlo
 Array = npt.NDArray[np.float64]
 
 #: A relative bias below this is rounding: it has no slope.
-ROUNDING = 1e-9
+BIAS_FLOOR = 1e-9
 #: Quantiles of a band, besides its ends `min` and `max`.
 QUANTILES = {"low": 0.1, "median": 0.5, "high": 0.9}
 
@@ -51,18 +51,18 @@ def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular
     Logits are Gaussian with a standard deviation between 0.5 and 2. Raises `ValueError` for another family.
     """
     rng = generator(seed, 10, *family.encode())
-    found: dict[str, Tabular | Gaussian] = {}
+    policies: dict[str, Tabular | Gaussian] = {}
     for index in range(count):
-        own, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
+        own_seed, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
         if family == "bandit":
-            found[name] = Bandit.random(int(rng.integers(3, 21)), own, scale)
+            policies[name] = Bandit.random(int(rng.integers(3, 21)), own_seed, scale)
         elif family == "tree":
-            found[name] = Tree.random(int(rng.integers(2, 5)), int(rng.integers(2, 5)), own, scale=scale)
+            policies[name] = Tree.random(int(rng.integers(2, 5)), int(rng.integers(2, 5)), own_seed, scale=scale)
         elif family == "markov":
-            found[name] = Markov.random(int(rng.integers(2, 6)), int(rng.integers(4, 17)), own, scale=scale)
+            policies[name] = Markov.random(int(rng.integers(2, 6)), int(rng.integers(4, 17)), own_seed, scale=scale)
         else:
             raise ValueError(f"family must be 'bandit', 'tree' or 'markov', got {family!r}")
-    return found
+    return policies
 
 
 def compensating(free_layers: int = 2) -> Scenario:
@@ -99,11 +99,11 @@ def bands(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str]) -> pd.
     groups = frame.groupby(list(by), sort=False, dropna=False)
     # Nearest order statistics, so that an infinite value does not turn into NaN by interpolation.
     ends = {share: groups[list(columns)].quantile(share, interpolation="nearest") for share in (*QUANTILES.values(), 0.0, 1.0)}
-    found: dict[str, Any] = {"scenarios": groups.size()}
+    quantiles_by_group: dict[str, Any] = {"scenarios": groups.size()}
     for column in columns:
         for end, share in (*QUANTILES.items(), ("min", 0.0), ("max", 1.0)):
-            found[column if end == "median" else f"{column}_{end}"] = ends[share][column]
-    return pd.DataFrame(found).reset_index()
+            quantiles_by_group[column if end == "median" else f"{column}_{end}"] = ends[share][column]
+    return pd.DataFrame(quantiles_by_group).reset_index()
 
 
 def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.DataFrame:
@@ -117,7 +117,7 @@ def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.Dat
         raise ValueError(f"a slope with an error needs at least 3 points, got {points}")
     keys = ["family", "scenario", "estimator", "target"]
     near = frame.sort_values("kl", kind="stable").groupby(keys, sort=False).head(points)
-    near = near[near[column] > ROUNDING]
+    near = near[near[column] > BIAS_FLOOR]
     counts = near.groupby(keys, sort=False)[column].transform("size")
     near = near[counts == points]
     group = near.groupby(keys, sort=False).ngroup()
@@ -125,13 +125,13 @@ def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.Dat
     kl, value = (near[name].to_numpy(dtype=float).reshape(-1, points) for name in ("kl", column))
     x, y = np.log(kl), np.log(value)
     dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    spread = np.square(dx).sum(-1)
-    slope = (dx * dy).sum(-1) / spread
+    squared_span = np.square(dx).sum(-1)
+    slope = (dx * dy).sum(-1) / squared_span
     residual = np.square(dy - slope[:, None] * dx).sum(-1) / (points - 2)
-    found = near[keys].iloc[::points].reset_index(drop=True).assign(via="exact", statistic=column)
+    fit_by_group = near[keys].iloc[::points].reset_index(drop=True).assign(via="exact", statistic=column)
     factor = np.exp(y.mean(-1) - slope * x.mean(-1))
-    fits = {"slope": slope, "slope_error": np.sqrt(residual / spread), "factor": factor}
-    return found.assign(**fits, kl_min=kl[:, 0], kl_max=kl[:, -1], points=points)
+    fits = {"slope": slope, "slope_error": np.sqrt(residual / squared_span), "factor": factor}
+    return fit_by_group.assign(**fits, kl_min=kl[:, 0], kl_max=kl[:, -1], points=points)
 
 
 def versus(frame: pd.DataFrame, estimator: str, other: str, target: str = "reverse_kl") -> pd.DataFrame:
@@ -144,21 +144,21 @@ def versus(frame: pd.DataFrame, estimator: str, other: str, target: str = "rever
     keys = ["family", "scenario", "kl", "target", "via"]
     chosen = frame[frame["target"] == target]
     left, right = (chosen[chosen["estimator"] == name].set_index(keys) for name in (estimator, other))
-    both = left.join(right.add_suffix("_other"), how="inner")
-    gain, cost = both["bias"] ** 2 - both["bias_other"] ** 2, both["noise_other"] - both["noise"]
+    joined = left.join(right.add_suffix("_other"), how="inner")
+    bias_gap, cost = joined["bias"] ** 2 - joined["bias_other"] ** 2, joined["noise_other"] - joined["noise"]
     # Biases of two estimators of one mean differ by rounding only.
-    gain = gain.where(gain.abs() > ROUNDING * (both["bias"] + both["bias_other"]), 0.0)
+    bias_gap = bias_gap.where(bias_gap.abs() > BIAS_FLOOR * (joined["bias"] + joined["bias_other"]), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        meet = (cost / gain).to_numpy()
-    overtaken = np.where(gain > 0, np.maximum(meet, 0.0), np.where((gain == 0) & (cost < 0), 0.0, np.inf))
+        meet = (cost / bias_gap).to_numpy()
+    overtaken = np.where(bias_gap > 0, np.maximum(meet, 0.0), np.where((bias_gap == 0) & (cost < 0), 0.0, np.inf))
     columns = {
         "estimator": estimator,
         "other": other,
-        "norm_ratio": both["gradient_norm"] / both["gradient_norm_other"],
-        "noise_ratio": both["trace_cov"] / both["trace_cov_other"],
+        "norm_ratio": joined["gradient_norm"] / joined["gradient_norm_other"],
+        "noise_ratio": joined["trace_cov"] / joined["trace_cov_other"],
         "overtaken": overtaken,
     }
-    return pd.DataFrame(columns, index=both.index).reset_index()
+    return pd.DataFrame(columns, index=joined.index).reset_index()
 
 
 def batches(frame: pd.DataFrame, sizes: Sequence[int]) -> pd.DataFrame:
@@ -199,8 +199,8 @@ def sampled_rmse(
                     ]
                 )
                 found = float(_median(errors.mean(-1, keepdims=True))[0])
-                spread = _median(errors[:, resampled].mean(-1))
-                low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
+                resampled_median = _median(errors[:, resampled].mean(-1))
+                low, high = np.quantile(resampled_median, [(1 - level) / 2, (1 + level) / 2])
                 ends = {"rmse": found, "rmse_low": min(low, found), "rmse_high": max(high, found)}
                 rows.append({"estimator": name, "batch": size, "via": "sampled", "samples": replicates, **ends})
     return pd.DataFrame(rows)
@@ -208,14 +208,14 @@ def sampled_rmse(
 
 def _median(squares: Array) -> Array:
     """Root of the median over scenarios, the median of `bands`."""
-    found: Array = pd.DataFrame(squares).quantile(0.5, interpolation="nearest").to_numpy() ** 0.5
-    return found
+    median: Array = pd.DataFrame(squares).quantile(0.5, interpolation="nearest").to_numpy() ** 0.5
+    return median
 
 
 def _squared_errors(loss: Loss, scenario: Scenario, truth: Tensor, size: int, replicates: int, seed: int) -> Array:
     means = montecarlo.replicates(loss, scenario, size, replicates, seed)
-    found: Array = ((means - truth).square().sum(-1) / truth.square().sum()).numpy()
-    return found
+    squared: Array = ((means - truth).square().sum(-1) / truth.square().sum()).numpy()
+    return squared
 
 
 def second_order(rollout: Rollout) -> Tensor:
@@ -250,7 +250,7 @@ def remainders(scenarios: Sequence[Scenario], credit: str = "token") -> pd.DataF
             k3, second = exact.moments([loss, correction], scenario)
             error = exact.gradient(target, scenario) - k3.mean
             left = float((error - second.mean).norm() / error.norm())
-            family = type(scenario.policy).__name__.lower()
+            family = scenario.family
             common = {"family": family, "scenario": scenario.label, "estimator": name, "target": target, "credit": credit}
             rows.append({**common, "via": "exact", "kl": scenario.kl(), "remainder": left})
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Where exact ascent on reward minus a regulariser comes to rest: worlds × regularisers × coefficients → one tidy frame."""
+"""Stationary points of exact ascent on reward minus a regulariser: problems × regularisers × coefficients → one tidy frame."""
 
 from __future__ import annotations
 
@@ -70,12 +70,14 @@ def measure(
     for name, loss in losses.items():
         if not isinstance(loss, Estimator):
             raise ValueError(f"{name} is a function: exact ascent differentiates its expectation, which needs a gl.Estimator")
-    work = [*((world, None, 0.0) for world in listed), *((world, loss, c) for world, _, loss, c in tasks)]
-    calls = (joblib.delayed(_ended)(*item) for item in tqdm(work, desc="fixed points", disable=None, delay=2))
+    ascents = [*((world, None, 0.0) for world in listed), *((world, loss, c) for world, _, loss, c in tasks)]
+    calls = (joblib.delayed(_ended)(*item) for item in tqdm(ascents, desc="fixed points", disable=None, delay=2))
     ends: list[FixedPoint] = spread(calls, jobs)
-    free = dict(zip((world.name for world in listed), ends, strict=False))
-    rows = [_row(world, UNREGULARISED, 0.0, free[world.name], free[world.name]) for world in listed]
-    rows += [_row(w, name, c, end, free[w.name]) for (w, name, _, c), end in zip(tasks, ends[len(listed) :], strict=True)]
+    unregularised = dict(zip((world.name for world in listed), ends, strict=False))
+    rows = [_row(world, UNREGULARISED, 0.0, unregularised[world.name], unregularised[world.name]) for world in listed]
+    rows += [
+        _row(w, name, c, end, unregularised[w.name]) for (w, name, _, c), end in zip(tasks, ends[len(listed) :], strict=True)
+    ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -83,8 +85,8 @@ def _ended(world: World, estimator: Any, coefficient: float) -> FixedPoint:
     return ascend(world, estimator, coefficient, points=2, tolerance=1e-3)
 
 
-def _row(world: World, name: str, coefficient: float, found: FixedPoint, free: FixedPoint) -> dict[str, Any]:
-    p, reference, r = found.probabilities, world.reference, world.reward.numpy()
+def _row(world: World, name: str, coefficient: float, fixed_point: FixedPoint, unregularised: FixedPoint) -> dict[str, Any]:
+    p, reference, r = fixed_point.probabilities, world.reference, world.reward.numpy()
     ref = Rollout.enumerated(Scenario(reference, reference)).weight.numpy()
     row: dict[str, Any] = {
         "world": world.name,
@@ -94,15 +96,15 @@ def _row(world: World, name: str, coefficient: float, found: FixedPoint, free: F
         "estimator": name,
         "coefficient": coefficient,
         "via": "exact",
-        "status": found.status,
-        "residual": found.residual,
+        "status": fixed_point.status,
+        "residual": fixed_point.residual,
         "reward": float(p @ r),
         "regret": float(r.max() - p @ r),
         "kl": _kl(p, ref),
-        "to_unregularised": float(np.abs(p - free.probabilities).max()),
+        "to_unregularised": float(np.abs(p - unregularised.probabilities).max()),
         "rarest": float(p.min()),
-        "rate": found.rate,
-        "curl": found.curl,
+        "rate": fixed_point.rate,
+        "curl": fixed_point.curl,
     }
     if coefficient > 0:
         for which in ("reverse", "forward"):

@@ -24,14 +24,14 @@ from gradlab.rollout import Rollout
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-#: The flow is followed until this time, in logits per nat, or until a response is rarer than this many nats.
-HORIZON, RAREST = 1e8, 200.0
+#: The flow is followed until this time, in logits per nat, or until a response's log-probability is below this.
+T_MAX, MIN_LOG_PROB = 1e8, -200.0
 #: A flow whose scaled velocity has fallen to this is handed over to root finding.
-ARRIVED = 1e-4
-#: Steps of the solver between two looks at whether it has arrived.
-LOOK = 4
+SWITCH_TOL = 1e-4
+#: Steps of the solver between two checks of the residual.
+CHECK_EVERY = 4
 #: Largest scaled velocity that counts as none.
-STILL = 1e-9
+ROOT_TOL = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class World:
         if not isinstance(self.reference, Bandit | Tree):
             raise ValueError(f"exact ascent needs a gl.Bandit or a gl.Tree, got {type(self.reference).__name__}")
         object.__setattr__(self, "reward", torch.as_tensor(self.reward, dtype=torch.float64))
-        n = len(self.reference.enumerate()[0])
+        n = len(self.reference.enumerate())
         if self.reward.shape != (n,) or not bool(torch.isfinite(self.reward).all()):
             raise ValueError(f"reward must be one finite number per response, [{n}], got {list(self.reward.shape)}")
 
@@ -81,7 +81,8 @@ class Ascent:
                 f"{estimator.name} is no sum over single responses; take the estimator without its baseline or mean"
             )
         self.world, self.estimator, self.coefficient = world, estimator, coefficient
-        self.tokens, self.mask = world.reference.enumerate()
+        listed = world.reference.enumerate()
+        self.tokens, self.mask = listed.tokens, listed.mask
         self.contexts = world.reference.contexts(self.tokens)
         visited = torch.zeros(len(world.reference.table), dtype=torch.bool)
         visited[self.contexts[self.mask]] = True
@@ -98,14 +99,14 @@ class Ascent:
         weight = self.log_probabilities(table).exp()
         reference = self.world.reference.table
         rollout = Rollout(self.tokens, self.mask, weight, self.contexts, table, reference, table, self.world.reference.length)
-        pull = Gradients(rollout, torch.zeros_like(rollout.log_prob)[None])
+        regulariser = Gradients(rollout, torch.zeros_like(rollout.log_prob)[None])
         if self.estimator is not None:
-            pull = gradients([self.estimator], rollout)
+            regulariser = gradients([self.estimator], rollout)
         if parts:
-            return pull.mean(weight).view(self.shape)
+            return regulariser.mean(weight).view(self.shape)
         # One contraction for both: the reward is a coefficient on the scores, too.
-        score = self.world.reward[:, None] * rollout.live - self.coefficient * pull.score
-        direct = tuple((which, -self.coefficient * share, slope) for which, share, slope in pull.direct)
+        score = self.world.reward[:, None] * rollout.mask_float - self.coefficient * regulariser.score
+        direct = tuple((which, -self.coefficient * share, slope) for which, share, slope in regulariser.direct)
         return Gradients(rollout, score, direct).mean(weight).view(self.shape)
 
     def scaled(self, table: Tensor) -> Tensor:
@@ -113,16 +114,16 @@ class Ascent:
 
         It vanishes only inside the simplex: a token being given up keeps a velocity per draw while `F` itself goes to 0.
         """
-        drawn = self.world.reference.with_parameters(table.flatten()).occupancy()[:, None] * table.softmax(-1)
-        natural = (self.velocity(table) / drawn.clamp(min=1e-300))[self.rows]
+        token_probability = self.world.reference.with_parameters(table.flatten()).occupancy()[:, None] * table.softmax(-1)
+        natural = (self.velocity(table) / token_probability.clamp(min=1e-300))[self.rows]
         return natural[:, :-1] - natural[:, -1:]
 
     def jacobian(self, function: Callable[[Tensor], Tensor], flat: Array) -> Array:
         """Jacobian of a function of the table at flat logits `[p]`, by automatic differentiation."""
         with torch.enable_grad():
             at = torch.from_numpy(flat).view(self.shape)
-            found: Tensor = torch.autograd.functional.jacobian(function, at, vectorize=True)  # type: ignore[no-untyped-call]
-        return found.reshape(-1, flat.size).numpy()
+            jacobian: Tensor = torch.autograd.functional.jacobian(function, at, vectorize=True)  # type: ignore[no-untyped-call]
+        return jacobian.reshape(-1, flat.size).numpy()
 
 
 def ascend(
@@ -149,11 +150,11 @@ def ascend(
         end, flow = _flow(ascent, begin, tolerance)
         residual = _residual(ascent, end)
         status = "moving"
-        if residual <= ARRIVED:
+        if residual <= SWITCH_TOL:
             solved = _solve(ascent, end)
-            away = np.abs(_responses(ascent, solved) - _responses(ascent, end)).max()
-            if (better := _residual(ascent, solved)) <= STILL and away <= 1e-2:
-                end, residual, status = solved, better, "interior"
+            moved = np.abs(_responses(ascent, solved) - _responses(ascent, end)).max()
+            if (solved_residual := _residual(ascent, solved)) <= ROOT_TOL and moved <= 1e-2:
+                end, residual, status = solved, solved_residual, "interior"
         probabilities = _responses(ascent, end)
         if status != "interior" and probabilities.min() < 1e-6:
             status = "boundary"
@@ -174,16 +175,16 @@ def _flow(ascent: Ascent, begin: Array, tolerance: float) -> tuple[Array, scipy.
         # Past the end of the simplex a trial step may overflow: it then fails to converge and is taken again, shorter.
         return np.nan_to_num(ascent.jacobian(ascent.velocity, flat), nan=0.0, posinf=0.0, neginf=0.0)
 
-    solver = scipy.integrate.BDF(velocity, 0.0, begin, HORIZON, rtol=tolerance, atol=tolerance / 10, jac=jacobian)
+    solver = scipy.integrate.BDF(velocity, 0.0, begin, T_MAX, rtol=tolerance, atol=tolerance / 10, jac=jacobian)
     times, pieces = [0.0], []
     while solver.status == "running":
         if solver.step() is not None:  # says why it failed
             break
         times.append(float(solver.t))
         pieces.append(solver.dense_output())
-        if len(pieces) % LOOK == 0 and _residual(ascent, solver.y) <= ARRIVED:
+        if len(pieces) % CHECK_EVERY == 0 and _residual(ascent, solver.y) <= SWITCH_TOL:
             break
-        if float(ascent.log_probabilities(torch.from_numpy(solver.y).view(ascent.shape)).min()) < -RAREST:
+        if float(ascent.log_probabilities(torch.from_numpy(solver.y).view(ascent.shape)).min()) < MIN_LOG_PROB:
             break
     return solver.y, scipy.integrate.OdeSolution(times, pieces)
 
@@ -206,18 +207,18 @@ def _solve(ascent: Ascent, flat: Array) -> Array:
     table = torch.from_numpy(flat).view(ascent.shape)
     held, free = (table - table[:, -1:]).flatten().numpy(), _free(ascent)
 
-    def whole(part: Array) -> Array:
+    def all_logits(part: Array) -> Array:
         full = held.copy()
         full[free] = part
         return full
 
     def scaled(part: Array) -> Array:
-        return ascent.scaled(torch.from_numpy(whole(part)).view(ascent.shape)).flatten().numpy()
+        return ascent.scaled(torch.from_numpy(all_logits(part)).view(ascent.shape)).flatten().numpy()
 
     def slope(part: Array) -> Array:
-        return ascent.jacobian(ascent.scaled, whole(part))[:, free]
+        return ascent.jacobian(ascent.scaled, all_logits(part))[:, free]
 
-    return whole(scipy.optimize.root(scaled, held[free], jac=slope, method="hybr", tol=1e-14).x)
+    return all_logits(scipy.optimize.root(scaled, held[free], jac=slope, method="hybr", tol=1e-14).x)
 
 
 def _linearised(ascent: Ascent, flat: Array) -> tuple[float, float]:
@@ -227,7 +228,9 @@ def _linearised(ascent: Ascent, flat: Array) -> tuple[float, float]:
     # In differences to the last token: d(θ_v − θ_last)/dτ = F_v − F_last.
     reduced = (jacobian - jacobian[(np.arange(flat.size) // v) * v + v - 1])[np.ix_(free, free)]
     rate = float(np.linalg.eigvals(reduced).real.max()) if np.isfinite(reduced).all() else float("nan")
-    pull = ascent.jacobian(lambda table: ascent.velocity(table, parts=True), flat)
-    symmetric = float(np.linalg.norm(pull + pull.T))
-    curl = float(np.linalg.norm(pull - pull.T)) / symmetric if symmetric > 1e-12 else float("nan")
+    regulariser_jacobian = ascent.jacobian(lambda table: ascent.velocity(table, parts=True), flat)
+    symmetric = float(np.linalg.norm(regulariser_jacobian + regulariser_jacobian.T))
+    curl = (
+        float(np.linalg.norm(regulariser_jacobian - regulariser_jacobian.T)) / symmetric if symmetric > 1e-12 else float("nan")
+    )
     return rate, curl

@@ -21,7 +21,7 @@ from gradlab.moments import Gradients
 from gradlab.per_sample import backprop
 from gradlab.policies import LanguageModel
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, is_of
 from gradlab.solvers import exact
 
 #: A ratio is called extreme from this factor on.
@@ -32,7 +32,7 @@ def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollou
     """All responses of a language model (`samples=None`), or that many drawn ones."""
     if samples is None:
         return Rollout.enumerated(scenario)
-    return Rollout.drawn(scenario, samples, generator(seed, 12))
+    return Rollout.from_sampler(scenario, samples, generator(seed, 12))
 
 
 def extremes(
@@ -76,14 +76,15 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
 
     One forward-mode pass: the directional derivative of the logits, less its mean under π.
     """
-    assert rollout.prompts is not None
     t, v = rollout.tokens.shape[1], policy.vocab
     # Responses that differ in their last token only are read off the same logits.
-    said = torch.cat([rollout.prompts[:, None], rollout.tokens[:, :-1]], -1)
-    distinct, which = torch.unique(said, dim=0, return_inverse=True)
+    sequences = torch.cat([rollout.responses.prompts[:, None], rollout.tokens[:, :-1]], -1)
+    unique_sequences, which = torch.unique(sequences, dim=0, return_inverse=True)
     theta = policy.parameters.detach()
-    centred = torch.zeros(len(distinct), t, v, dtype=torch.float64)
-    for rows, ids in policy.sequences(distinct[:, 0], torch.cat([distinct[:, 1:], distinct[:, :1]], -1)):
+    centred = torch.zeros(len(unique_sequences), t, v, dtype=torch.float64)
+    for rows, ids in policy.sequences(
+        unique_sequences[:, 0], torch.cat([unique_sequences[:, 1:], unique_sequences[:, :1]], -1)
+    ):
         features = policy.features(ids)
 
         def logits(parameters: Tensor, features: Tensor = features) -> Tensor:
@@ -98,10 +99,10 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
 def score_norms(policy: LanguageModel, rollout: Rollout) -> Tensor:
     """`‖∇log π(y_t|s_t)‖²` of every sampled token in the policy's parameters, `[n, t]`."""
     t = rollout.tokens.shape[1]
-    single = Gradients(rollout, torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.live)
+    single = Gradients(rollout, torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.mask_float)
     if not rollout.sampled:
-        return backprop.squares(policy, single)
-    return backprop.pull(policy, single, rollout.weight).square
+        return backprop.squared_norms(policy, single)
+    return backprop.pullback(policy, single, rollout.weight).square
 
 
 def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, seed: int = 0,
@@ -109,17 +110,18 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
     """What every sampled token contributes to each estimator's gradient: one row per estimator × response × token.
 
     With `a` the token's coefficient, `s` its score in the policy's parameters and `u` the true gradient over its norm:
-    `mass` `|a|`, `expected` `a⟨s, u⟩`, `pull` its magnitude and `second` `a²‖s‖²` (the token's own part of `E‖g‖²`; products of two
+    `mass` `|a|`, `expected` `a⟨s, u⟩`, `projection` its magnitude and `second` `a²‖s‖²` (the token's own part of `E‖g‖²`; products of two
     tokens belong to neither), all times the response's weight. direction: instead of the exact ∇ of the reverse KL, which needs
     responses that can be listed. Columns also `after` (prompt and prefix), `token`, `log_ratio`, `weight`.
     """
+    if not is_of(scenario, LanguageModel):
+        kind = type(scenario.policy).__name__
+        raise ValueError(f"parts in the parameters of a language model were asked for, the policy is a {kind}")
     policy = scenario.policy
-    if not isinstance(policy, LanguageModel):
-        raise ValueError(f"parts in the parameters of a language model were asked for, the policy is a {type(policy).__name__}")
     with one_thread(), torch.no_grad():
         rollout = rollout_of(scenario, samples, seed)
         u = exact.gradient("reverse_kl", scenario) if direction is None else direction
-        pull, norm = along(policy, rollout, u / u.norm()), score_norms(policy, rollout)
+        projection, norm = along(policy, rollout, u / u.norm()), score_norms(policy, rollout)
         rows = torch.nonzero(rollout.mask)
         i, t = rows.unbind(-1)
         common = {
@@ -132,7 +134,7 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
             assert isinstance(estimator, Estimator)
             a = coefficients(estimator, rollout).score
             ratio = log_ratios(estimator, rollout)[0].expand_as(a)
-            share = {"mass": a.abs(), "expected": a * pull, "pull": (a * pull).abs(), "second": a.square() * norm}
+            share = {"mass": a.abs(), "expected": a * projection, "pull": (a * projection).abs(), "second": a.square() * norm}
             columns = {key: (value * rollout.weight[:, None])[i, t].numpy() for key, value in share.items()}
             frames.append(pd.DataFrame({"estimator": name, **common, "log_ratio": ratio[i, t].numpy(), **columns}))
     return pd.concat(frames, ignore_index=True).assign(scenario=scenario.label, via=_via(samples))
@@ -166,9 +168,8 @@ def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFr
 
 def text(policy: Any, rollout: Rollout, i: int, t: int) -> str:
     """Prompt and prefix that token `t` of response `i` follows."""
-    assert rollout.prompts is not None
     chosen, names = policy.chosen.tolist(), words(policy)
-    prompt = [names[chosen.index(k)] if k in chosen else f"<{k}>" for k in policy.prompts[int(rollout.prompts[i])]]
+    prompt = [names[chosen.index(k)] if k in chosen else f"<{k}>" for k in policy.prompts[int(rollout.responses.prompts[i])]]
     return "".join(prompt + [names[k] for k in rollout.tokens[i, :t].tolist()])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradlab.estimators.estimator import Estimator
-from gradlab.measure import ROUNDING, one_thread
+from gradlab.measure import ZERO_TOLERANCE, one_thread
 from gradlab.moments import Moments
 from gradlab.policies import Markov, Tree
 from gradlab.rollout import Rollout
@@ -51,16 +51,16 @@ def length_gradient(policy: Markov | Tree) -> Tensor:
     with torch.enable_grad():
         leaf = policy.parameters.detach().clone().requires_grad_(True)
         # A bandit's length is a constant; adding nothing keeps it differentiable.
-        (found,) = torch.autograd.grad(expected_length(policy.with_parameters(leaf)) + 0 * leaf.sum(), leaf)
-    return found
+        (derivative,) = torch.autograd.grad(expected_length(policy.with_parameters(leaf)) + 0 * leaf.sum(), leaf)
+    return derivative
 
 
 def length_distribution(policy: Markov | Tree) -> Tensor:
     """Probability of every length `0 … T`, `[T + 1]`."""
     if policy.eos is None:
-        found = torch.zeros(policy.length + 1, dtype=torch.float64)
-        found[-1] = 1
-        return found
+        probabilities = torch.zeros(policy.length + 1, dtype=torch.float64)
+        probabilities[-1] = 1
+        return probabilities
     p, eos = policy.table.softmax(-1), policy.eos
     ended, rows, state = [torch.zeros((), dtype=torch.float64)], torch.zeros(1, dtype=torch.long), torch.ones(1).double()
     for _ in range(policy.length - 1):
@@ -122,9 +122,9 @@ def normalisers(
             distribution = length_distribution(policy).numpy()
             lengths = np.arange(len(distribution))
             mean = float(distribution @ lengths)
-            spread = max(float(distribution @ lengths**2) - mean**2, 0.0) ** 0.5 / mean
+            relative_std = max(float(distribution @ lengths**2) - mean**2, 0.0) ** 0.5 / mean
             common = {"scenario": scenario.label, "via": "exact", "kl": scenario.kl(), "mean_length": mean}
-            common |= {"length_spread": spread, "variable": spread > 1e-9}
+            common |= {"length_spread": relative_std, "variable": relative_std > 1e-9}
             slope, inverse = length_gradient(policy), exact.gradient("inverse_length", scenario)
             for name, estimator in estimators.items():
                 found = _under_each(estimator, scenario, batches)
@@ -146,19 +146,19 @@ def _effect(
     moments: Moments, plain: Moments, slope: Tensor, inverse: Tensor, policy: Any, mean: float, step: float
 ) -> dict[str, float]:
     g, size, nan = moments.mean, float(moments.mean.norm()), float("nan")
-    zero = size <= ROUNDING * (moments.trace_cov**0.5 + size)
-    whole = float(plain.mean.norm())
-    nothing = whole <= ROUNDING * (plain.trace_cov**0.5 + whole)
-    found = {"gradient_norm": size, "misdirection": nan, "scale": nan, "inverse_length": nan}
-    found |= {"length_cosine": nan, "length_change": nan}
-    if not nothing:
-        along = float(g @ plain.mean) / whole
-        found["misdirection"] = float((g - along * plain.mean / whole).norm()) / size
-        found["scale"] = along / whole * mean
-    if float(inverse.norm()) > ROUNDING:
-        found["inverse_length"] = float((g - inverse).norm() / inverse.norm())
+    zero = size <= ZERO_TOLERANCE * (moments.trace_cov**0.5 + size)
+    plain_norm = float(plain.mean.norm())
+    no_gradient = plain_norm <= ZERO_TOLERANCE * (plain.trace_cov**0.5 + plain_norm)
+    columns = {"gradient_norm": size, "misdirection": nan, "scale": nan, "inverse_length": nan}
+    columns |= {"length_cosine": nan, "length_change": nan}
+    if not no_gradient:
+        along = float(g @ plain.mean) / plain_norm
+        columns["misdirection"] = float((g - along * plain.mean / plain_norm).norm()) / size
+        columns["scale"] = along / plain_norm * mean
+    if float(inverse.norm()) > ZERO_TOLERANCE:
+        columns["inverse_length"] = float((g - inverse).norm() / inverse.norm())
     if not zero:
-        if float(slope.norm()) > ROUNDING:
-            found["length_cosine"] = -float(g @ slope) / size / float(slope.norm())
-        found["length_change"] = float(expected_length(policy.moved(-step * g / size))) - mean
-    return found
+        if float(slope.norm()) > ZERO_TOLERANCE:
+            columns["length_cosine"] = -float(g @ slope) / size / float(slope.norm())
+        columns["length_change"] = float(expected_length(policy.moved(-step * g / size))) - mean
+    return columns

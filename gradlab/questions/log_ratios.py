@@ -22,7 +22,7 @@ from gradlab._common.names import check_probability
 from gradlab._common.provenance import versions
 from gradlab._common.streams import generator
 from gradlab.policies import Gaussian, LanguageModel
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, is_of
 
 Array = npt.NDArray[np.float64]
 
@@ -60,36 +60,36 @@ def masses(
     Raises `ValueError` for a Gaussian, for samples of a table, and where responses can neither be listed nor are sampled.
     """
     check_probability("level", level)
-    if isinstance(scenario.policy, Gaussian):
+    if is_of(scenario, Gaussian):
         raise ValueError("ratios of tokens need tokens: a Gaussian has none")
-    if samples is not None and not isinstance(scenario.policy, LanguageModel):
+    if samples is not None and not is_of(scenario, LanguageModel):
         raise ValueError("the prefixes of a table are counted exactly: leave samples out")
     ends = torch.tensor(ranges, dtype=torch.float64)
     cuts = torch.unique(ends)
     with torch.no_grad():
-        if samples is None:
+        if samples is not None and is_of(scenario, LanguageModel):
+            by_kind, step_weight = _sampled_counts(scenario, cuts, samples, seed)
+            weight = torch.ones(samples, 1, dtype=torch.float64)
+        else:
             weight = scenario.policy.occupancy()[:, None]
             table, reference_table = (policy.table[:, None] for policy in (scenario.policy, scenario.reference))
-            live = torch.ones(len(weight), dtype=torch.float64)
-            found = _counts(table, reference_table, cuts, live[:, None])
-        else:
-            found, live = _drawn(scenario, cuts, samples, seed)
-            weight = torch.ones(samples, 1, dtype=torch.float64)
+            step_weight = torch.ones(len(weight), dtype=torch.float64)
+            by_kind = _counts(table, reference_table, cuts, step_weight[:, None])
     rows: dict[str, Any] = {"scenario": scenario.label, "low": ends[:, 0], "high": ends[:, 1]}
     # A range is the bins between its ends; bin k lies below cut k.
     first, last = (torch.searchsorted(cuts, ends.T.contiguous()) + 1).unbind()
-    found = torch.stack([found[..., a:b].sum(-1) for a, b in zip(first.tolist(), last.tolist(), strict=True)], -1)
-    total = float((weight[:, 0] * live).sum())
+    by_kind = torch.stack([by_kind[..., a:b].sum(-1) for a, b in zip(first.tolist(), last.tolist(), strict=True)], -1)
+    total = float((weight[:, 0] * step_weight).sum())
     most = {"policy": ends[:, 1].exp(), "reference": (-ends[:, 0]).exp(), "vocabulary": torch.ones(len(ends))}
     for k, name in enumerate(most):
-        rows[name] = (weight * found[:, k]).sum(0) / total
+        rows[name] = (weight * by_kind[:, k]).sum(0) / total
         rows[f"{name}_low"] = rows[f"{name}_high"] = float("nan")
         if samples is not None:
             limits = most[name].double().clamp(max=1).numpy()
-            low, high = bounds(found[:, k].numpy(), live.numpy(), scenario.policy.length, limits, level)
+            low, high = bounds(by_kind[:, k].numpy(), step_weight.numpy(), scenario.policy.length, limits, level)
             rows[f"{name}_low"], rows[f"{name}_high"] = low, high
     rows |= {
-        "prefixes": int(live.sum()) if samples else len(live),
+        "prefixes": int(step_weight.sum()) if samples else len(step_weight),
         "via": "sampled" if samples else "exact",
         "samples": samples,
     }
@@ -145,22 +145,20 @@ def _counts(logits: Tensor, reference_logits: Tensor, cuts: Tensor, mask: Tensor
     """Mass between successive cuts, summed over the live prefixes of a response: `[n, 3, bins]`, of logits `[n, t, v]`."""
     log_p, log_ref = logits.log_softmax(-1), reference_logits.log_softmax(-1)
     bins = torch.bucketize(log_p - log_ref, cuts, right=True)
-    kinds = (log_p.exp(), log_ref.exp(), torch.full_like(log_p, 1 / log_p.shape[-1]))
+    distributions = (log_p.exp(), log_ref.exp(), torch.full_like(log_p, 1 / log_p.shape[-1]))
     empty = log_p.new_zeros(*log_p.shape[:-1], len(cuts) + 1)
-    found = torch.stack([empty.scatter_add(-1, bins, kind) for kind in kinds], -2)
-    return (found * mask[..., None, None]).sum(1)
+    counts = torch.stack([empty.scatter_add(-1, bins, kind) for kind in distributions], -2)
+    return (counts * mask[..., None, None]).sum(1)
 
 
-def _drawn(scenario: Scenario, cuts: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _sampled_counts(scenario: Scenario[LanguageModel], cuts: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """`_counts` of the prefixes of sampled responses, a bounded number of them at a time, and the responses' lengths."""
     policy, reference = scenario.policy, scenario.reference
-    assert isinstance(policy, LanguageModel)
-    assert isinstance(reference, LanguageModel)
-    prompts, tokens, mask = policy.sample(samples, generator(seed, 14))
+    responses = policy.sample(samples, generator(seed, 14))
     size = max(1, CHUNK // (policy.length * policy.vocab))
-    found = []
+    counts = []
     for start in range(0, samples, size):
-        part = slice(start, start + size)
-        logits, reference_logits = (p.logits(prompts[part], tokens[part]) for p in (policy, reference))
-        found.append(_counts(logits, reference_logits, cuts, mask[part].double()))
-    return torch.cat(found), mask.sum(1).double()
+        part = responses[start : start + size]
+        logits, reference_logits = (p.logits(part.prompts, part.tokens) for p in (policy, reference))
+        counts.append(_counts(logits, reference_logits, cuts, part.mask.double()))
+    return torch.cat(counts), responses.mask.sum(1).double()

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradlab.estimators.estimator import Estimator
 from gradlab.policies import Bandit, Markov, Tree
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, is_of
 from gradlab.solvers import exact
 
 P = TypeVar("P", Bandit, Tree, Markov)
@@ -52,7 +52,7 @@ def _shipped() -> dict[str, tuple[Estimator, str]]:
 SHIPPED: dict[str, tuple[Estimator, str]] = _shipped()
 
 
-def behind(policy: P, lag: float, seed: int = 0) -> P:
+def at_lag(policy: P, lag: float, seed: int = 0) -> P:
     """A behaviour policy at `KL(behaviour ‖ policy) = lag` nats, whole responses, along one random direction per seed.
 
     The nearest such point of the ray. Raises `ValueError` for a lag that is not positive, or that the direction never reaches.
@@ -83,14 +83,13 @@ def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> 
     By dynamic programming on `Markov`, by enumeration on `Bandit` and `Tree`. Raises `ValueError` for truncation on `Markov`.
     """
     policy, sampler = scenario.policy, scenario.sampler
-    if not isinstance(policy, Markov):
+    if not is_of(scenario, Markov):
         with torch.no_grad():
             rollout = Rollout.enumerated(scenario)
             w = rollout.log_weight.cumsum(-1).exp().clamp(max=np.inf if truncate is None else truncate)
             return (rollout.weight @ w).square() / (rollout.weight @ w.square())
     if truncate is not None:
         raise ValueError("a truncated prefix weight does not decompose over time; enumerate a short chain as gl.Tree")
-    assert isinstance(sampler, Markov)
     square = (2 * policy.table.log_softmax(-1) - sampler.table.log_softmax(-1)).exp()  # μ ρ² of every (row, token)
     state, ended, found = square[0].clone(), torch.zeros((), dtype=torch.float64), []
     for t in range(policy.length):
@@ -119,7 +118,7 @@ def repulsion(scenarios: Sequence[Scenario], step: float = 0.1) -> pd.DataFrame:
         after = float(sampler.kl(policy.moved(-step * mean))) - scenario.lag()
         norm = float(away.norm())
         shares = [float((mean - away).norm()) / norm, float((mean - elsewhere).norm()) / norm]
-        known = [scenario.label, type(policy).__name__.lower(), scenario.kl(), scenario.lag(), "k1-loss", "exact"]
+        known = [scenario.label, scenario.family, scenario.kl(), scenario.lag(), "k1-loss", "exact"]
         rows.append([*known, float(mean.norm()), *shares, after])
     names = ["scenario", "family", "kl", "lag", "estimator", "via", "gradient_norm", "repulsion", "moved", "lag_change"]
     return pd.DataFrame(rows, columns=names)
@@ -137,17 +136,17 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
         log_error = 0.5 * np.log(frame["bias"] ** 2 + frame["noise"] / batch)
         mean = frame.assign(rmse=log_error).groupby([*by, "estimator"], sort=False)["rmse"].mean()
         parts.append(np.exp(mean).reset_index().assign(batch=batch))
-    found: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    least = found.groupby([*by, "batch"])["rmse"].transform("min")
-    found = found.assign(regret=found["rmse"] / least)
-    return found[[*by, "batch", "estimator", "rmse", "regret"]]
+    rmse: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    least = rmse.groupby([*by, "batch"])["rmse"].transform("min")
+    rmse = rmse.assign(regret=rmse["rmse"] / least)
+    return rmse[[*by, "batch", "estimator", "rmse", "regret"]]
 
 
-def winners(found: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
+def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
     """The rows of `errors` with the smallest error, and `runner_up` with the regret of taking it instead."""
     # Errors that agree to rounding are equal, and the estimator named first wins: a bound that never binds wins nothing.
-    order = np.log(found["rmse"]).round(9)
-    ordered = found.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
+    order = np.log(ranked["rmse"]).round(9)
+    ordered = ranked.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
     place = ordered.groupby([*by, "batch"], sort=False).cumcount()
     second = ordered[place == 1].rename(columns={"estimator": "runner_up", "regret": "runner_up_regret"}).drop(columns="rmse")
     best = ordered[place == 0].merge(second, on=[*by, "batch"], how="left")

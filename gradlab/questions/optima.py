@@ -1,7 +1,7 @@
 """Closed forms: the policy that maximises expected reward minus a divergence from the reference.
 
 Over whole responses that is one distribution; token by token, with frozen prefixes, every context has its own, and the rewards
-a context sees are those that the policy behind it goes on to collect, without the divergences to come.
+a context sees are those that the policy collects after it, without the divergences to come.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ def optimum(
 
     credit `sequence`: the divergence is between whole responses. credit `token`: every context solves its own problem with
     the rewards `Q(s, v)` that the same policy collects afterwards; the divergences of later contexts are not charged, which
-    is where an exact per-token loss comes to rest. Raises `ValueError` as `tilted` does, and for an unknown credit.
+    is the stationary point of an exact per-token loss. Raises `ValueError` as `tilted` does, and for an unknown credit.
     """
     check_name("credit", credit, ("sequence", "token"))
     rollout = Rollout.enumerated(Scenario(reference, reference))
     r, ref = np.asarray(reward, dtype=np.float64), rollout.weight.numpy()
     if credit == "sequence":
         return tilted(r, ref, coefficient, divergence)
-    rows, tokens, live = rollout.contexts.numpy(), rollout.tokens.numpy(), rollout.mask.numpy()
+    rows, tokens, mask = rollout.contexts.numpy(), rollout.tokens.numpy(), rollout.mask.numpy()
     table = reference.table.softmax(-1).numpy()
     value, probability = r.copy(), np.ones_like(r)
     for t in reversed(range(rows.shape[1])):
-        at = live[:, t]
+        at = mask[:, t]
         ahead = np.zeros_like(table)  # all responses through one token of a context agree on what follows
         ahead[rows[at, t], tokens[at, t]] = value[at]
         chosen = np.zeros_like(table)

@@ -137,7 +137,7 @@ def compared(
         rollout = Rollout.enumerated(scenario)
     else:
         rng = generator(seed, 6)
-        rollout = Rollout.drawn(scenario, samples, rng)
+        rollout = Rollout.from_sampler(scenario, samples, rng)
     rows = []
     for pair in pairs:
         (name, one), (other, two) = by_name(list(pair)).items()

@@ -67,14 +67,14 @@ def spelled(answers: Sequence[str]) -> Tensor:
 
 def listed(policy: LanguageModel) -> Tensor:
     """Log-probability of every response to every prompt, `[prompts, responses]`, in the order of `LanguageModel.enumerate`."""
-    prompts, tokens, mask = policy.enumerate()
-    log_prob = policy.family.log_prob(policy.table, policy.contexts(tokens, prompts), tokens)
-    return torch.where(mask, log_prob, 0.0).sum(-1).view(len(policy.prompts), -1)
+    responses = policy.enumerate()
+    log_prob = policy.family.log_prob(policy.table, policy.rows_of(responses), responses.tokens)
+    return torch.where(responses.mask, log_prob, 0.0).sum(-1).view(len(policy.prompts), -1)
 
 
 def rewards(policy: LanguageModel, answers: Sequence[str]) -> Tensor:
     """1 for the right response to each prompt and 0 for every other, `[prompts, responses]`."""
-    _, tokens, _ = policy.enumerate()
+    tokens = policy.enumerate().tokens
     return (tokens.view(len(answers), -1, LENGTH) == spelled(answers)[:, None]).all(-1).double()
 
 
@@ -99,18 +99,18 @@ def reinforce(
     theta = policy.parameters.detach().clone().requires_grad_(True)
     optimiser = torch.optim.Adam([theta], lr=rate)
     reward = rewards(policy, answers)
-    found = {0: theta.detach().clone()} if 0 in steps else {}
+    reward_history = {0: theta.detach().clone()} if 0 in steps else {}
     for step in range(1, max(steps) + 1):
         with torch.enable_grad():
             log_prob = listed(policy.with_parameters(theta))
             uniforms = torch.from_numpy(rng.random((len(answers), group)))
             cdf = log_prob.detach().exp().cumsum(-1)
-            drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-            got = reward.gather(1, drawn)
+            sampled = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+            got = reward.gather(1, sampled)
             advantage = got - (got.sum(1, keepdim=True) - got) / (group - 1)
-            loss = -(advantage * log_prob.gather(1, drawn)).mean()
+            loss = -(advantage * log_prob.gather(1, sampled)).mean()
             (theta.grad,) = torch.autograd.grad(loss, theta)
         optimiser.step()
         if step in steps:
-            found[step] = theta.detach().clone()
-    return found
+            reward_history[step] = theta.detach().clone()
+    return reward_history

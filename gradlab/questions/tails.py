@@ -27,7 +27,7 @@ from gradlab.measure import one_thread
 from gradlab.moments import CANCELLED
 from gradlab.policies import Bandit, Gaussian
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario, check_scenario
+from gradlab.scenario import Scenario, check_scenario, is_of
 from gradlab.solvers import exact
 
 Array = npt.NDArray[np.float64]
@@ -66,19 +66,17 @@ def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:
     """
     if min(sizes) < 2:
         raise ValueError(f"sizes must be at least 2, got {min(sizes)}")
-    part = _gaussian_share if isinstance(scenario.policy, Gaussian) else _bandit_share
+    share_of: Any = _gaussian_share if is_of(scenario, Gaussian) else _bandit_share
     kl, rows = scenario.kl(), []
     for n in sizes:
-        value, reference = part(scenario, 1 / n)
+        value, reference = share_of(scenario, 1 / n)
         row = {"samples": n, "share": value / kl, "reference_probability": reference, "seen": kl - value}
         rows.append({"scenario": scenario.label, "via": "exact", "kl": kl, **row})
     return pd.DataFrame(rows)
 
 
-def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, float]:
+def _gaussian_share(scenario: Scenario[Gaussian], probability: float) -> tuple[float, float]:
     policy, reference = scenario.policy, scenario.reference
-    assert isinstance(policy, Gaussian)
-    assert isinstance(reference, Gaussian)
     a, b = policy.std**-2, reference.std**-2
     if not a > b:
         raise ValueError(
@@ -101,18 +99,18 @@ def _gaussian_share(scenario: Scenario, probability: float) -> tuple[float, floa
         return float(p.pdf(x) * VALUES["k3"](log_ratio))
 
     ends = np.unique(np.clip([centre - radius, policy.mean, centre, centre + radius], centre - radius, centre + radius))
-    seen = sum(scipy.integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in pairwise(ends))
-    return scenario.kl() - seen, outside(q, radius)
+    truncated_mean = sum(scipy.integrate.quad(k3, low, high, epsabs=1e-13, epsrel=1e-12)[0] for low, high in pairwise(ends))
+    return scenario.kl() - truncated_mean, outside(q, radius)
 
 
 def _bandit_share(scenario: Scenario, probability: float) -> tuple[float, float]:
-    if not isinstance(scenario.policy, Bandit):
+    if not is_of(scenario, Bandit):
         raise ValueError(f"rare_share needs a gl.Gaussian or a gl.Bandit, got {type(scenario.policy).__name__}")
     p, ref, value = _tokens(scenario)
     order = np.argsort(p / ref, kind="stable")
     before = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
-    taken = np.clip((probability - before) / p[order], 0, 1)
-    return float(taken @ (p * value)[order]), float(taken @ ref[order])
+    fraction = np.clip((probability - before) / p[order], 0, 1)
+    return float(fraction @ (p * value)[order]), float(fraction @ ref[order])
 
 
 def _tokens(scenario: Scenario) -> tuple[Array, Array, Array]:
@@ -137,7 +135,7 @@ def running(
     check_jobs(jobs)
     for size in sizes:
         check_whole("each of sizes", size)
-    if not isinstance(scenario.policy, Gaussian):
+    if not is_of(scenario, Gaussian):
         raise ValueError(f"running() draws from a gl.Gaussian, got {type(scenario.policy).__name__}")
     for kernel in kernels:
         check_name("kernel", kernel, VALUES)
@@ -154,11 +152,9 @@ def running(
 
 
 def _run(
-    kernels: Sequence[str], scenario: Scenario, sizes: Sequence[int], entropy: np.random.SeedSequence
+    kernels: Sequence[str], scenario: Scenario[Gaussian], sizes: Sequence[int], entropy: np.random.SeedSequence
 ) -> list[dict[str, Any]]:
     policy, reference = scenario.policy, scenario.reference
-    assert isinstance(policy, Gaussian)
-    assert isinstance(reference, Gaussian)
     rng, rows = np.random.default_rng(entropy), []
     shift, scale = (policy.mean - reference.mean) / reference.std, policy.std / reference.std
     count, mean, squares = 0, np.zeros(len(kernels)), np.zeros(len(kernels))
@@ -218,7 +214,7 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
     its quantiles `_q10, _q90`, in sampled rows `_low, _high`, and `unmet`, the probability of never meeting the token.
     Raises `ValueError` unless k3 takes exactly two values.
     """
-    if not isinstance(scenario.policy, Bandit):
+    if not is_of(scenario, Bandit):
         raise ValueError(f"dropped() needs a gl.Bandit, got {type(scenario.policy).__name__}")
     p, _, value = _tokens(scenario)
     rare = np.isclose(value, value[p.argmin()], rtol=1e-9, atol=0)
@@ -264,11 +260,11 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
         for scenario in scenarios:
             found, size = exact.moments(loss, scenario), float(exact.gradient("reverse_kl", scenario).square().sum())
             spread, coefficient = chi2(scenario), float("nan")
-            if not isinstance(scenario.policy, Gaussian):
+            if not is_of(scenario, Gaussian):
                 rollout = Rollout.enumerated(scenario)
-                a = coefficients(loss, rollout).score * rollout.live
+                a = coefficients(loss, rollout).score * rollout.mask_float
                 coefficient = float(rollout.weight @ a.square().sum(-1))
-            family = type(scenario.policy).__name__.lower()
+            family = scenario.family
             both = np.isinf(spread) and np.isinf(found.trace_cov)
             row = {"chi2": spread, "coefficient_variance": coefficient, "trace_cov": found.trace_cov}
             noise = found.trace_cov / size if size > 0 else float("nan")
@@ -322,7 +318,7 @@ def tail_index(scenario: Scenario) -> float:
     wider (bounded). The variance of k3 is finite iff `α > 2`, that is `σ² > σ_ref²/2` (arXiv 2510.01555, App. I).
     Raises `ValueError` for other policies: with finitely many tokens there is no tail, only a largest share.
     """
-    if not isinstance(scenario.policy, Gaussian) or not isinstance(scenario.reference, Gaussian):
+    if not is_of(scenario, Gaussian):
         raise ValueError(
             f"a tail index needs a gl.Gaussian, got {type(scenario.policy).__name__}; see `largest_second` instead"
         )

@@ -73,8 +73,8 @@ def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
     centre, n = logs.mean(), len(logs)
     if n < 2:
         return Ratio(float(np.exp(centre)), np.nan, np.nan)
-    reach = scipy.stats.t.ppf((1 + level) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n)
-    return Ratio(*(float(np.exp(end)) for end in (centre, centre - reach, centre + reach)))
+    half_width = scipy.stats.t.ppf((1 + level) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n)
+    return Ratio(*(float(np.exp(end)) for end in (centre, centre - half_width, centre + half_width)))
 
 
 def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
@@ -91,8 +91,8 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
         return UNKNOWN
     w, r = x.var(ddof=1) / y.var(ddof=1), np.corrcoef(x, y)[0, 1]
     k = 1 + 2 * (1 - r**2) * scipy.stats.t.ppf((1 + level) / 2, n - 2) ** 2 / (n - 2)
-    reach = np.sqrt(max(k * k - 1, 0.0))
-    return Ratio(*(float(np.sqrt(w * factor)) for factor in (1.0, k - reach, k + reach)))
+    half_width = np.sqrt(max(k * k - 1, 0.0))
+    return Ratio(*(float(np.sqrt(w * factor)) for factor in (1.0, k - half_width, k + half_width)))
 
 
 def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> pd.DataFrame:
@@ -144,12 +144,12 @@ def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
     found = ends(frame)
     key = ["coefficient", "epochs", "seed"]
     one, two = (found[found["estimator"] == name].set_index(key)["kl"] for name in (estimator, other))
-    both = pd.concat([one, two], axis=1, join="inner", keys=["kl", "kl_other"]).reset_index()
-    difference = both["kl"] / both["kl_other"] - 1
-    said = both.drop(columns="kl_other").assign(difference=difference, via="same draws")
-    said.insert(0, "estimator", estimator)
-    said.insert(1, "other", other)
-    return said
+    joined = pd.concat([one, two], axis=1, join="inner", keys=["kl", "kl_other"]).reset_index()
+    difference = joined["kl"] / joined["kl_other"] - 1
+    differences = joined.drop(columns="kl_other").assign(difference=difference, via="same draws")
+    differences.insert(0, "estimator", estimator)
+    differences.insert(1, "other", other)
+    return differences
 
 
 def _named(estimator: str, epochs: int, budget: str, coefficient: float, seeds: int) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.estimators.kernels import KERNELS
 from gradlab.moments import Loss, Moments, as_losses, gradients, moments_in_parts, moments_of
 from gradlab.per_sample import backprop
-from gradlab.policies import Gaussian, LanguageModel, Markov
+from gradlab.policies import Gaussian, LanguageModel, Markov, Tabular
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario, check_scenario
+from gradlab.scenario import Scenario, check_scenario, is_of
 from gradlab.solvers import markov
 
 #: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
@@ -48,19 +48,19 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
     targets.target(target)
     check_scenario(scenario)
     return (
-        markov.gradient(target, scenario)
-        if isinstance(scenario.policy, Markov)
-        else targets.gradient(target, scenario).double()
+        markov.target_gradient(target, scenario)
+        if is_of(scenario, Markov)
+        else targets.gradient_by_autograd(target, scenario).double()
     )
 
 
 def objective(target: str, scenario: Scenario) -> float:
     """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target."""
-    found = targets.target(target)
+    value = targets.target(target)
     check_scenario(scenario)
-    if isinstance(scenario.policy, Markov):
+    if is_of(scenario, Markov):
         return markov.objective(target, scenario)
-    return float(found.objective(scenario.policy, scenario.reference, scenario.sampler))
+    return float(value.objective(scenario.policy, scenario.reference, scenario.sampler))
 
 
 @overload
@@ -80,20 +80,20 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
     losses = as_losses(estimator)
     check_scenario(scenario)
     with torch.no_grad():
-        if isinstance(scenario.policy, Markov):
-            found = [markov.moments(loss, scenario) for loss in losses]
-        elif isinstance(scenario.policy, Gaussian):
-            found = _by_quadrature(losses, scenario)
-        elif isinstance(scenario.policy, LanguageModel):
-            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.sums(scenario.policy))
-        elif scenario.policy.vocab**scenario.policy.length <= WHOLE_RESPONSES:
-            found = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+        if is_of(scenario, Markov):
+            results = [markov.moments(loss, scenario) for loss in losses]
+        elif is_of(scenario, Gaussian):
+            results = _by_quadrature(losses, scenario)
+        elif is_of(scenario, LanguageModel):
+            results = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.pullback_of(scenario.policy))
+        elif is_of(scenario, Tabular) and scenario.policy.vocab**scenario.policy.length > WHOLE_RESPONSES:
+            results = _in_parts(losses, scenario)
         else:
-            found = _in_parts(losses, scenario)
-    return found if is_several(estimator) else found[0]
+            results = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+    return results if is_several(estimator) else results[0]
 
 
-def _in_parts(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+def _in_parts(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Moments]:
     """Moments on a table with many responses, some of them at a time."""
     policy = scenario.policy
     needed = 8 * (len(losses) + 8) * policy.table.numel()
@@ -143,15 +143,15 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
             f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
             "trace of its covariance"
         )
-    if isinstance(scenario.policy, LanguageModel):
+    if is_of(scenario, LanguageModel):
         raise ValueError(
             f"a network's {len(scenario.policy.parameters):,} parameters have too large a covariance matrix; gl.exact.moments gives "
             "its trace, gl.backprop the inner products between responses"
         )
     with torch.no_grad():
         # Raises where there is no mean to centre at.
-        mean = None if isinstance(scenario.policy, Markov) else moments(estimator, scenario).mean
-        rollout = _rollout([estimator], scenario)
+        mean = None if is_of(scenario, Markov) else moments(estimator, scenario).mean
+        rollout = enumerated([estimator], scenario)
         p, n = rollout.table.numel(), len(rollout.weight)
         if p * max(p, n) > COVARIANCE_DOUBLES:
             raise ValueError(
@@ -161,13 +161,13 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
         table = gradients([estimator], rollout).tables(0).flatten(1)
         centred = table - (rollout.weight @ table if mean is None else mean)
         scaled = centred * rollout.weight.sqrt()[:, None]
-        found = scaled.T @ scaled
-        if isinstance(scenario.policy, Gaussian):
+        cov = scaled.T @ scaled
+        if is_of(scenario, Gaussian):
             for j in range(p):
                 for k in range(p):
                     if _tail(table[:, j] * table[:, k], rollout):
-                        found[j, k] = float("inf") if j == k else float("nan")
-        return found
+                        cov[j, k] = float("inf") if j == k else float("nan")
+        return cov
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> Val
     variance that diverges is `inf`. Raises `ValueError` for an unknown kernel or credit.
     """
     estimator = Estimator(kernel, credit=credit)  # type: ignore[arg-type]  # checked at run time
-    if isinstance(scenario.policy, Markov):
+    if is_of(scenario, Markov):
         return ValueMoments(*markov.value_moments(kernel, scenario, credit))
-    rollout = _rollout([estimator], scenario)
+    rollout = enumerated([estimator], scenario)
     values = kernel_values(estimator, rollout).sum(-1)
     mean = rollout.weight @ values
     squares = (values - mean).square()
-    diverges = isinstance(scenario.policy, Gaussian) and _tail(squares, rollout)
+    diverges = is_of(scenario, Gaussian) and _tail(squares, rollout)
     return ValueMoments(float(mean), float("inf") if diverges else float(rollout.weight @ squares))
 
 
@@ -199,7 +199,7 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> Val
 
 
 def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
-    rollout = _rollout(losses, scenario)
+    rollout = enumerated(losses, scenario)
     found = moments_of(losses, rollout, "quadrature")
     for e, loss in enumerate(losses):
         if isinstance(loss, Estimator) and loss.grouped:
@@ -267,9 +267,9 @@ def _rises_for_good(tails: list[tuple[float, float]]) -> bool:
     return quadratic > BORDER + error
 
 
-def _rollout(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
+def enumerated(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
     """All responses, with the quadrature of a Gaussian cut where any of the estimators has a kink."""
-    if not isinstance(scenario.policy, Gaussian):
+    if not is_of(scenario, Gaussian):
         return Rollout.enumerated(scenario)
     levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator)]
     ratios, weights = ({x for level in levels for x in level[side]} for side in (0, 1))
@@ -281,7 +281,7 @@ def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
 
     `kl` is the step's KL, which a `kl` baseline compares the kernel with.
     """
-    ratios = [kink for kernel in {e.kernel, e.pulling_kernel} & set(KERNELS) for kink in KERNELS[kernel].kinks]
+    ratios = [kink for kernel in {e.kernel, e.effective_gradient_kernel} & set(KERNELS) for kink in KERNELS[kernel].kinks]
     if e.clamp_log_ratio is not None:
         ratios += [-e.clamp_log_ratio, e.clamp_log_ratio]
     if e.clamp_value is not None:

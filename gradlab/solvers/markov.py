@@ -26,18 +26,18 @@ from gradlab.moments import Loss, Moments, of_group
 from gradlab.policies import Markov
 from gradlab.policies.families import CATEGORICAL
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario
+from gradlab.scenario import Scenario, is_of
 from gradlab.solvers.recursions import (
+    INITIALLY_ONE,
     NOTHING,
     ONE,
-    UNITS,
     Recursion,
     Rows,
     Step,
     kernel_step,
-    obstacle,
     recursion,
     whole_kernel,
+    why_not_decomposable,
 )
 from gradlab.solvers.visits import Injection, Walk
 
@@ -67,12 +67,12 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
     a moment overflows.
     """
     _chains(scenario)
-    hindrance = obstacle(estimator)
-    if hindrance is not None or not isinstance(estimator, Estimator):
-        raise ValueError(f"{hindrance}; {INSTEAD}")
+    reason = why_not_decomposable(estimator)
+    if reason is not None or not isinstance(estimator, Estimator):
+        raise ValueError(f"{reason}; {INSTEAD}")
     with torch.no_grad():
         found = _solve(estimator, scenario)
-        found = replace(found, mean=targets.balanced(found.mean, scenario.policy))
+        found = replace(found, mean=scenario.policy.balanced(found.mean))
     if not (isfinite(found.trace_cov) and bool(torch.isfinite(found.mean).all())):
         raise ValueError(f"the moments of {estimator.name} are not finite: the policies are so far apart that they overflow")
     return found
@@ -80,7 +80,7 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
 
 def decomposes(loss: Loss) -> bool:
     """Whether `moments` has a dynamic program for this loss."""
-    return obstacle(loss) is None
+    return why_not_decomposable(loss) is None
 
 
 def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> tuple[float, float]:
@@ -91,9 +91,9 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> tup
     policy, _, sampler = _chains(scenario)
     check_name("credit", credit, ("token", "sequence"))
     estimator = Estimator(kernel, credit="sequence" if credit == "sequence" else "token")
-    hindrance = obstacle(estimator)
-    if hindrance is not None:
-        raise ValueError(f"{hindrance}; {INSTEAD}")
+    reason = why_not_decomposable(estimator)
+    if reason is not None:
+        raise ValueError(f"{reason}; {INSTEAD}")
     with torch.no_grad():
         at = _steps(scenario)
         rows = whole_kernel(kernel, at, "u") if credit == "sequence" else {"k": {"k": ONE, "1": kernel_step(estimator, at)}}
@@ -107,7 +107,7 @@ def objective(target: str, scenario: Scenario) -> float:
         return float(_objective(target, *_chains(scenario)))
 
 
-def gradient(target: str, scenario: Scenario) -> Tensor:
+def target_gradient(target: str, scenario: Scenario) -> Tensor:
     """Gradient `[p]` of a target (`gl.TARGETS`) with respect to the policy's logits, initial row first.
 
     `reverse_kl` is the policy gradient theorem in closed form; the others differentiate a recursion linear in the length.
@@ -117,8 +117,8 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
         return _reverse_kl_gradient(policy, reference)
     with torch.enable_grad():
         leaf = policy.parameters.detach().requires_grad_(True)
-        (found,) = torch.autograd.grad(_objective(target, policy.with_parameters(leaf), reference, sampler), leaf)
-    return targets.balanced(found, policy)
+        (derivative,) = torch.autograd.grad(_objective(target, policy.with_parameters(leaf), reference, sampler), leaf)
+    return policy.balanced(derivative)
 
 
 # ------------------------------------------------------------------------------------------------------- the forward pass
@@ -127,19 +127,19 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
 def _solve(e: Estimator, scenario: Scenario) -> Moments:
     """Run the estimator's recursion and read its moments off the ends."""
     policy, _, sampler = _chains(scenario)
-    _afford(STEP_ARRAYS, policy.vocab, e)
+    _check_memory(STEP_ARRAYS, policy.vocab, e)
     at = _steps(scenario)
     program = recursion(e, at)
     c, x = _needed(program)
     walk = _walk(e, scenario, at, program.rows, c, x)
-    _afford(STEP_ARRAYS + walk.arrays, policy.vocab, e)
-    one, g = _pick(c, "1"), _pick(x, *program.surrogate)
+    _check_memory(STEP_ARRAYS + walk.arrays, policy.vocab, e)
+    one, g = _selector(c, "1"), _selector(x, *program.surrogate)
     if program.score_sum is None:
         mean, square = walk.mean(g, one), walk.square(torch.outer(g, g)[None])
         return Moments(mean, max(float(square[0] - mean @ mean), 0.0), method=METHOD)
     # A centred coefficient a, score sum s and g = a s.
     cc = _scalar_moments(program.rows, c, _emission(sampler), policy)
-    a, s = _pick(c, program.coefficient), _pick(x, program.score_sum)
+    a, s = _selector(c, program.coefficient), _selector(x, program.score_sum)
     average = one @ cc @ a
     a, g = a - average * one, g - average * s
     centre, mean, second, spread = walk.mean(s, one), walk.mean(g, one), walk.mean(g, a), a @ cc @ a
@@ -150,7 +150,7 @@ def _solve(e: Estimator, scenario: Scenario) -> Moments:
     return of_group(e, mean, zeta1, zeta2, METHOD)
 
 
-def _afford(arrays: int, vocab: int, e: Estimator) -> None:
+def _check_memory(arrays: int, vocab: int, e: Estimator) -> None:
     """Raise `ValueError` where so many arrays `[v, v]` are more than `MEMORY_BYTES`."""
     if 8 * arrays * vocab**2 > MEMORY_BYTES:
         raise ValueError(
@@ -163,10 +163,12 @@ def _afford(arrays: int, vocab: int, e: Estimator) -> None:
 def _needed(program: Recursion) -> tuple[list[str], list[str]]:
     """The states whose values are read, 1 first, and those whose gradients move."""
     rows, outputs = program.rows, [*program.surrogate, *([program.score_sum] if program.score_sum else [])]
-    moving = {state for state in rows if any(step.pulls for old in _reach([state], rows) for step in rows[old].values())}
-    x = [state for state in _reach(outputs, rows) if state in moving or state in outputs]
-    pulled = [old for state in x for old, step in rows[state].items() if step.pulls]
-    return _reach(["1", program.coefficient, *pulled], rows), x
+    differentiated = {
+        state for state in rows if any(step.has_gradient for old in _dependencies([state], rows) for step in rows[old].values())
+    }
+    x = [state for state in _dependencies(outputs, rows) if state in differentiated or state in outputs]
+    sources = [old for state in x for old, step in rows[state].items() if step.has_gradient]
+    return _dependencies(["1", program.coefficient, *sources], rows), x
 
 
 def _walk(e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str], x: list[str]) -> Walk:
@@ -181,16 +183,16 @@ def _walk(e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str
     if policy.eos is None:
         lengths[:] = policy.length
     scale = torch.full_like(lengths, constant[e.normalise]) if e.normalise in constant else 1 / lengths
-    alone = all(set(rows[state]) & set(x) == {state} and rows[state][state].equals(ONE) for state in x)
-    settled = alone and (policy.eos is None or e.normalise in constant)
+    uncoupled = all(set(rows[state]) & set(x) == {state} and rows[state][state].equals(ONE) for state in x)
+    settled = uncoupled and (policy.eos is None or e.normalise in constant)
     between_c, between_x = (_matrices(rows, states, states, 0, pi) for states in (c, x))
-    start = _pick(c, *(state for state in c if state in UNITS))
+    start = _selector(c, *(state for state in c if state in INITIALLY_ONE))
     return Walk(_emission(sampler), between_c, between_x, tuple(injected), start, scale, policy.eos, settled)
 
 
 def _scalar_moments(rows: Rows, states: list[str], mu: Tensor, policy: Markov) -> Tensor:
     """`E[c cᵀ]` of whole responses for `c = (*states, …)` under the emissions `mu` `[r, v]`; differentiable."""
-    c = _reach(states, rows)
+    c = _dependencies(states, rows)
     table, cc, ended = _matrices(rows, c, c, 0, mu), _start(c)[None], torch.zeros(len(c), len(c), dtype=mu.dtype)
     for t in range(1, policy.length + 1):
         part = slice(0, 1) if t == 1 else slice(1, None)
@@ -200,12 +202,14 @@ def _scalar_moments(rows: Rows, states: list[str], mu: Tensor, policy: Markov) -
     return ended + cc.sum(0)
 
 
-def _reach(states: Iterable[str], rows: Rows) -> list[str]:
+def _dependencies(states: Iterable[str], rows: Rows) -> list[str]:
     """The states and all that they are updated from."""
-    found = list(dict.fromkeys(states))
-    for state in found:  # grows while it is read
-        found += [old for old, step in rows[state].items() if old not in found and any(part.any() for part in step.parts)]
-    return found
+    states_needed = list(dict.fromkeys(states))
+    for state in states_needed:  # grows while it is read
+        states_needed += [
+            old for old, step in rows[state].items() if old not in states_needed and any(part.any() for part in step.parts)
+        ]
+    return states_needed
 
 
 def _matrices(rows: Rows, new: list[str], old: list[str], part: int, like: Tensor) -> Tensor:
@@ -216,22 +220,22 @@ def _matrices(rows: Rows, new: list[str], old: list[str], part: int, like: Tenso
 
 def _start(states: list[str]) -> Tensor:
     """`c cᵀ` before the first token."""
-    c = torch.tensor([float(state in UNITS) for state in states], dtype=torch.float64)
+    c = torch.tensor([float(state in INITIALLY_ONE) for state in states], dtype=torch.float64)
     return torch.outer(c, c)
 
 
-def _pick(states: list[str], *chosen: str) -> Tensor:
+def _selector(states: list[str], *chosen: str) -> Tensor:
     """The combination of states that adds up the chosen ones."""
     return torch.tensor([float(chosen.count(state)) for state in states], dtype=torch.float64)
 
 
 def _emission(policy: Markov) -> Tensor:
-    """Probabilities `[r, v]` of the next token, 0 behind the end of a response."""
-    return policy.table.softmax(-1) * _open(policy)
+    """Probabilities `[r, v]` of the next token, 0 after the end of a response."""
+    return policy.table.softmax(-1) * _emits(policy)
 
 
-def _open(policy: Markov) -> Tensor:
-    """1 for rows that emit, 0 for the row behind the end token, `[r, 1]`."""
+def _emits(policy: Markov) -> Tensor:
+    """1 for rows that emit, 0 for the row after the end token, `[r, 1]`."""
     rows = torch.arange(len(policy.table))
     return (rows != (-1 if policy.eos is None else 1 + policy.eos)).to(policy.table.dtype)[:, None]
 
@@ -247,11 +251,10 @@ def _steps(scenario: Scenario) -> Rollout:
 
 def _chains(scenario: Scenario) -> tuple[Markov, Markov, Markov]:
     """Policy, reference and sampler. Raises `ValueError` if they are not `Markov`."""
-    policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-    if not (isinstance(policy, Markov) and isinstance(reference, Markov) and isinstance(sampler, Markov)):
-        kind = type(policy).__name__
+    if not is_of(scenario, Markov):
+        kind = type(scenario.policy).__name__
         raise ValueError(f"dynamic programming needs gl.Markov policies, got {kind}; a {kind} is solved by enumeration")
-    return policy, reference, sampler
+    return scenario.policy, scenario.reference, scenario.sampler
 
 
 # -------------------------------------------------------------------------------------------------------------- the targets
@@ -268,7 +271,7 @@ def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) 
         pi, ref = policy.table.softmax(-1), reference.table.softmax(-1)
         gap = CATEGORICAL.gaps(policy.table, reference.table)
         rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(gap)}}
-        return 0.5 * _scalar_moments(rows, ["d"], _open(policy).expand_as(pi), policy)[0, 0]
+        return 0.5 * _scalar_moments(rows, ["d"], _emits(policy).expand_as(pi), policy)[0, 0]
     return targets.target(target).objective(policy, reference, sampler)
 
 
@@ -289,12 +292,12 @@ def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
     """Row `s` of `∇KL(π‖ref)` is `Σ_t d_t(s) π(y|s) (ℓ(s, y) + V_{t+1}(y) − V_t(s))`, with `d_t` the chance of emitting token
     `t` from row `s` and `V_t` the KL still to come; the sum over `t` is one matrix product."""
     p, log_ratio = _emission(policy), CATEGORICAL.log_ratios(policy.table, reference.table)
-    kl, move = CATEGORICAL.reverse_kl(policy.table, reference.table) * _open(policy)[:, 0], p[1:]
-    visits, to_come = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length, policy.vocab)
+    kl, transition = CATEGORICAL.reverse_kl(policy.table, reference.table) * _emits(policy)[:, 0], p[1:]
+    visits, kl_to_go = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length, policy.vocab)
     visits[0] = p[0]
     for t in range(1, policy.length):  # visits[t − 2] is d_t and to_come[t − 2] is V_t, both over the token before
-        visits[t] = visits[t - 1] @ move
-        to_come[-1 - t] = torch.addmv(kl[1:], move, to_come[-t])
-    later = visits[:-1].sum(0)[:, None] * log_ratio[1:] + visits[:-1].T @ to_come[1:]
-    taken = p * torch.cat([(log_ratio[0] + to_come[0])[None], later])
-    return CATEGORICAL.along_scores(taken, policy.table).flatten()
+        visits[t] = visits[t - 1] @ transition
+        kl_to_go[-1 - t] = torch.addmv(kl[1:], transition, kl_to_go[-t])
+    later = visits[:-1].sum(0)[:, None] * log_ratio[1:] + visits[:-1].T @ kl_to_go[1:]
+    weighted = p * torch.cat([(log_ratio[0] + kl_to_go[0])[None], later])
+    return CATEGORICAL.along_scores(weighted, policy.table).flatten()

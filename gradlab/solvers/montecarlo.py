@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import lcm
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Loss, Moments, as_losses, gradients
 from gradlab.per_sample import backprop
-from gradlab.policies import Gaussian, LanguageModel
+from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.rollout import Rollout
-from gradlab.scenario import Scenario, check_scenario
+from gradlab.scenario import Scenario, check_scenario, is_of
 from gradlab.sums import Sums, added
 
 #: Batches of one run; the error bars come from their spread.
@@ -65,13 +65,13 @@ def moments(
     losses = as_losses(estimator)
     check_scenario(scenario)
     check_samples(samples)
-    found: dict[int, Moments] = {}
+    by_loss: dict[int, Moments] = {}
     grouped = {e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
-    for chosen in (sorted(grouped), [e for e in range(len(losses)) if e not in grouped]):
-        if chosen:
-            run = _run([losses[e] for e in chosen], scenario, samples, seed, stream)
-            found.update(zip(chosen, run, strict=True))
-    return [found[e] for e in range(len(losses))] if is_several(estimator) else found[0]
+    for together in (sorted(grouped), [e for e in range(len(losses)) if e not in grouped]):
+        if together:
+            run = _run([losses[e] for e in together], scenario, samples, seed, stream)
+            by_loss.update(zip(together, run, strict=True))
+    return [by_loss[e] for e in range(len(losses))] if is_several(estimator) else by_loss[0]
 
 
 def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: int, seed: int = 0) -> Tensor:
@@ -91,7 +91,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
     with torch.no_grad():
         rollout = Rollout.enumerated(scenario)
         batch = gradients([estimator], rollout)
-        weights = rollout.counted(samples, replicates, _rng(seed, ()))
+        weights = rollout.multinomial_weights(samples, replicates, _rng(seed, ()))
         return torch.stack([batch.mean(weight)[0] for weight in weights])
 
 
@@ -101,29 +101,30 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     unit = lcm(*sizes)
     if samples % unit:
         raise ValueError(f"samples must be a multiple of the group size {unit} of the estimators, got {samples}")
-    counted = unit == 1 and _countable(scenario)
-    if not counted:
+    by_counts = unit == 1 and _countable(scenario)
+    if not by_counts:
         _check_drawn(samples, scenario)
     units = samples // unit
     # Batches of one where two each would be too few; at least 8 of nearly equal size otherwise.
-    most = BATCHES
-    if isinstance(scenario.policy, LanguageModel):
-        most = min(most, BATCH_MEANS // (len(losses) * len(scenario.policy.parameters)))
-    batches = max(8, min(most, units // 16)) if units >= 16 else units
+    max_batches = BATCHES
+    if is_of(scenario, LanguageModel):
+        max_batches = min(max_batches, BATCH_MEANS // (len(losses) * len(scenario.policy.parameters)))
+    batches = max(8, min(max_batches, units // 16)) if units >= 16 else units
     shares = [unit * share for share in shared(units, batches)]
     rngs = [_rng(seed, (*stream, b)) for b in range(batches)]
     means: Tensor | Sums
     apart: tuple[float, float] | None = None
     with torch.no_grad():
-        if counted:
-            means, squares = _counted(losses, scenario, shares, rngs)
-        elif isinstance(scenario.policy, LanguageModel):
-            parts = [_answered(losses, scenario, n, sizes, unit, rng) for n, rng in zip(shares, rngs, strict=True)]
+        if by_counts:
+            means, squares = _batch_of_counts(losses, scenario, shares, rngs)
+        elif is_of(scenario, LanguageModel):
+            parts = [_batch_of_lm(losses, scenario, n, sizes, unit, rng) for n, rng in zip(shares, rngs, strict=True)]
             means, squares = (torch.stack([part[side] for part in parts], 1) for side in (0, 1))
             near, far = (torch.stack([part[2] for part in parts]).sum(0) / samples).tolist()
             apart = near, far
         else:
-            means, squares = _drawn(losses, scenario, shares, sizes, unit, rngs)
+            tables = cast("Scenario[Tabular | Gaussian]", scenario)
+            means, squares = _batch_of_table(losses, tables, shares, sizes, unit, rngs)
         group, share = torch.tensor(sizes, dtype=torch.float64)[:, None], torch.tensor(shares, dtype=torch.float64)
         if isinstance(means, Sums):
             mean, norms = means.weighted(share / samples), means.squares()
@@ -132,12 +133,12 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
         batch_traces = _trace(norms, squares, share / group, group)
         whole = torch.stack([each @ each for each in mean])[:, None]
         trace = _trace(whole, squares.sum(-1, keepdim=True), samples / group, group)
-    enough = min(shares) > unit
-    method = "counted" if counted else "drawn"
+    has_traces = min(shares) > unit
+    method = "counted" if by_counts else "drawn"
     return [
         Moments(
             mean[e], float(trace[e]), samples, means.only(e) if isinstance(means, Sums) else means[e],
-            batch_traces[e] if enough else None, method, apart,
+            batch_traces[e] if has_traces else None, method, apart,
         )
         for e in range(len(losses))
     ]  # fmt: skip
@@ -150,23 +151,23 @@ def shared(samples: int, batches: int) -> list[int]:
 
 def _trace(norms: Tensor, squares: Tensor, units: Tensor, group: Tensor) -> Tensor:
     """Unbiased covariance trace per response: `group · (Σ‖u‖² − k‖mean‖²) / (k − 1)` over `k` units, NaN for one."""
-    found = (group * (squares - units * norms) / (units - 1)).clamp(min=0)
-    return torch.where(units > 1, found, torch.nan)
+    trace = (group * (squares - units * norms) / (units - 1)).clamp(min=0)
+    return torch.where(units > 1, trace, torch.nan)
 
 
-def _counted(
+def _batch_of_counts(
     losses: Sequence[Loss], scenario: Scenario, shares: list[int], rngs: list[np.random.Generator]
 ) -> tuple[Tensor, Tensor]:
     """Means `[e, b, p]` and sums of squares `[e, b]` of batches of counts."""
     listed = gradients(losses, Rollout.enumerated(scenario))
-    counts = torch.cat([listed.rollout.counted(n, 1, rng) * n for n, rng in zip(shares, rngs, strict=True)])
+    counts = torch.cat([listed.rollout.multinomial_weights(n, 1, rng) * n for n, rng in zip(shares, rngs, strict=True)])
     share = torch.tensor(shares, dtype=torch.float64)
     return torch.stack([listed.mean(count) for count in counts], 1) / share[:, None], listed.squares() @ counts.T
 
 
-def _drawn(
+def _batch_of_table(
     losses: Sequence[Loss],
-    scenario: Scenario,
+    scenario: Scenario[Tabular | Gaussian],
     shares: list[int],
     sizes: list[int],
     unit: int,
@@ -174,8 +175,6 @@ def _drawn(
 ) -> tuple[Sums, Tensor]:
     """Means and sums of squares `[e, b]` of batches drawn one by one, a block of responses at a time."""
     policy, sampler = scenario.policy, scenario.sampler
-    assert not isinstance(policy, LanguageModel)
-    assert not isinstance(sampler, LanguageModel)
     (r, v), t = policy.table.shape, policy.length
     # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, of which
     # every block takes some, should cost less than the block.
@@ -227,44 +226,42 @@ def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
 
 
 def _distances(scenario: Scenario, samples: int, seed: int) -> list[float]:
-    policy, sampler = scenario.policy, scenario.sampler
-    if not isinstance(policy, LanguageModel) or not isinstance(sampler, LanguageModel):
+    if not is_of(scenario, LanguageModel):
         raise ValueError(f"{scenario.label} has exact distances: scenario.kl() and scenario.lag()")
     check_samples(samples)
-    prompts, tokens, mask = sampler.sample(samples, _rng(seed, (1,)))
+    policy = scenario.policy
+    responses = scenario.sampler.sample(samples, _rng(seed, (1,)))
     total, chunk = torch.zeros(2, dtype=torch.float64), max(1, CHUNK // (policy.length * policy.vocab))
     with torch.no_grad():
         for part in (slice(start, start + chunk) for start in range(0, samples, chunk)):
-            share = torch.full((len(tokens[part]),), 1 / len(tokens[part]), dtype=torch.float64)
-            rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], share)
+            n = len(responses[part])
+            rollout = Rollout.from_responses(scenario, responses[part], torch.full((n,), 1 / n, dtype=torch.float64))
             total += distances(rollout, scenario.behaviour is not None)
     return [float(x) for x in total / samples]
 
 
-def _answered(
-    losses: Sequence[Loss], scenario: Scenario, n: int, sizes: list[int], unit: int, rng: np.random.Generator
+def _batch_of_lm(
+    losses: Sequence[Loss], scenario: Scenario[LanguageModel], n: int, sizes: list[int], unit: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean `[e, p]` and sum of squares `[e]` of one batch of a language model's answers, and `distances` summed over them `[2]`.
 
     A unit answers one prompt.
     """
-    policy, sampler = scenario.policy, scenario.sampler
-    assert isinstance(policy, LanguageModel)
-    assert isinstance(sampler, LanguageModel)
-    prompts, tokens, mask = sampler.sample(n, rng, unit)
-    length = float(mask.sum()) / n
+    policy = scenario.policy
+    responses = scenario.sampler.sample(n, rng, unit)
+    length = float(responses.mask.sum()) / n
     chunk = max(1, CHUNK // (policy.length * policy.vocab * unit)) * unit
     sums = torch.zeros(len(losses), len(policy.parameters), dtype=torch.float64)
     squares = torch.zeros(len(losses), dtype=torch.float64)
     apart = torch.zeros(2, dtype=torch.float64)
     for part in (slice(start, start + chunk) for start in range(0, n, chunk)):
-        ones = torch.ones(len(tokens[part]), dtype=torch.float64)
-        rollout = Rollout.answered(scenario, prompts[part], tokens[part], mask[part], ones / len(ones), length)
+        ones = torch.ones(len(responses[part]), dtype=torch.float64)
+        rollout = Rollout.from_responses(scenario, responses[part], ones / len(ones), length)
         for size in sorted(set(sizes)):
-            chosen = [e for e, own in enumerate(sizes) if own == size]
-            found = backprop.pull(policy, gradients([losses[e] for e in chosen], rollout), ones / size, unit=size)
-            sums[chosen] += found.total
-            squares[chosen] += found.square.sum(0) / size**2
+            same_group = [e for e, group_size in enumerate(sizes) if group_size == size]
+            moments = backprop.pullback(policy, gradients([losses[e] for e in same_group], rollout), ones / size, unit=size)
+            sums[same_group] += moments.total
+            squares[same_group] += moments.square.sum(0) / size**2
         apart += distances(rollout, scenario.behaviour is not None)
     return sums * torch.tensor(sizes)[:, None] / n, squares, apart
 
@@ -284,12 +281,7 @@ def distances(rollout: Rollout, off_policy: bool) -> Tensor:
 
 def _countable(scenario: Scenario) -> bool:
     policy = scenario.policy
-    # Each count of a language model's responses would cost a pass over all of them.
-    return (
-        not isinstance(policy, Gaussian | LanguageModel)
-        and policy.enumerable
-        and policy.vocab**policy.length <= COUNTED_RESPONSES
-    )
+    return policy.countable and policy.enumerable and policy.vocab**policy.length <= COUNTED_RESPONSES
 
 
 def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:
@@ -310,7 +302,7 @@ def check_reach(samples: int, scenario: Scenario, losses: Iterable[Loss]) -> Non
 
 
 def _check_drawn(samples: int, scenario: Scenario) -> None:
-    most = (ANSWERED_TOKENS if isinstance(scenario.policy, LanguageModel) else DRAWN_TOKENS) // scenario.policy.length
+    most = (ANSWERED_TOKENS if is_of(scenario, LanguageModel) else DRAWN_TOKENS) // scenario.policy.length
     if samples > most:
         raise ValueError(
             f"samples={samples} is more than the {most} responses of {scenario.label} that are drawn one by one in a run, which "

@@ -37,7 +37,7 @@ class Step:
         return self.value, self.score, self.direct
 
     @property
-    def pulls(self) -> bool:
+    def has_gradient(self) -> bool:
         """Whether a gradient enters here."""
         return bool(self.score.any() or self.direct.any())
 
@@ -59,7 +59,7 @@ ONE, NOTHING = Step(ZERO + 1), Step(ZERO)
 Rows = dict[str, dict[str, Step]]
 
 #: States that start at 1; all others start at 0.
-UNITS = ("1", "w", "u", "u of c")
+INITIALLY_ONE = ("1", "w", "u", "u of c")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Recursion:
     score_sum: str | None = None
 
 
-def obstacle(loss: Loss) -> str | None:
+def why_not_decomposable(loss: Loss) -> str | None:
     """Which part of a loss does not decompose over time, or `None`."""
     if not isinstance(loss, Estimator):
         name = getattr(loss, "__name__", type(loss).__name__)
@@ -159,10 +159,10 @@ def whole_kernel(name: str, at: Rollout, unit: str, tag: str = "") -> Rows:
     kernel, k, d = KERNELS[name], f"k{tag}", f"d{tag}"
     x, log_ref = _grid(at.log_ratio, at), _grid(at.reference_log_prob, at)
     # A function of ℓ times ref(y) is one of ℓ alone where ref is 1; the product over tokens brings ref back.
-    given = torch.zeros_like(log_ref) if kernel.times_reference else log_ref
-    rows: Rows = {k: {k: ONE, unit: Step(kernel.value(x, given))}, unit: {unit: ONE}}
+    log_ref_factor = torch.zeros_like(log_ref) if kernel.times_reference else log_ref
+    rows: Rows = {k: {k: ONE, unit: Step(kernel.value(x, log_ref_factor))}, unit: {unit: ONE}}
     if kernel.growth is not None:
-        slope = kernel.derivative(x, given)
+        slope = kernel.derivative(x, log_ref_factor)
         rows[k][d], rows[d] = Step(slope / curvature(kernel)), {d: Step(kernel.growth(x)), unit: Step(slope)}
     return _weighted(rows, Step(log_ref.exp())) if kernel.times_reference else rows
 
@@ -174,9 +174,9 @@ def _weighted(rows: Rows, factor: Step) -> Rows:
 
 def _term(local: Estimator, at: Rollout) -> Step:
     """A per-token surrogate at every single step."""
-    found = coefficients(local, at)
-    direct = ZERO if found.direct is None else _grid(found.direct, at)
-    return Step(_grid(local(at), at), _grid(found.score, at), direct)
+    term = coefficients(local, at)
+    direct = ZERO if term.direct is None else _grid(term.direct, at)
+    return Step(_grid(local(at), at), _grid(term.score, at), direct)
 
 
 def kernel_step(e: Estimator, at: Rollout) -> Step:
@@ -193,10 +193,10 @@ def _grid(values: Tensor, at: Rollout) -> Tensor:
     return values.reshape(at.table.shape)
 
 
-def _merged(found: Recursion) -> Recursion:
+def _merged(given: Recursion) -> Recursion:
     """Identify states that start and continue alike, such as 1 and a detached weight on-policy."""
-    rows = {"1": {"1": ONE}} | found.rows
-    kept = {name: name for name in rows}
+    rows = {"1": {"1": ONE}} | given.rows
+    merged_into = {name: name for name in rows}
 
     def renamed(row: dict[str, Step], old: str, new: str) -> dict[str, Step]:
         others = {name: step for name, step in row.items() if name != old}
@@ -204,11 +204,15 @@ def _merged(found: Recursion) -> Recursion:
 
     def alike(a: str, b: str) -> bool:
         one, two = renamed(rows[a], b, a), renamed(rows[b], b, a)
-        return (a in UNITS) == (b in UNITS) and one.keys() == two.keys() and all(one[old].equals(two[old]) for old in one)
+        return (
+            (a in INITIALLY_ONE) == (b in INITIALLY_ONE)
+            and one.keys() == two.keys()
+            and all(one[old].equals(two[old]) for old in one)
+        )
 
     while pair := next((pair for pair in combinations(rows, 2) if alike(*pair)), None):
         a, b = pair
         rows = {name: renamed(row, b, a) for name, row in rows.items() if name != b}
-        kept = {name: a if state == b else state for name, state in kept.items()}
-    score_sum = None if found.score_sum is None else kept[found.score_sum]
-    return Recursion(rows, tuple(kept[state] for state in found.surrogate), kept[found.coefficient], score_sum)
+        merged_into = {name: a if state == b else state for name, state in merged_into.items()}
+    score_sum = None if given.score_sum is None else merged_into[given.score_sum]
+    return Recursion(rows, tuple(merged_into[state] for state in given.surrogate), merged_into[given.coefficient], score_sum)

@@ -6,7 +6,7 @@ steps overlap only in a common row:
 
     E‖g·X‖² = Σ_{d ≥ 0} (2 − [d = 0]) Σ_t E[ (a_tᵀ C'_t c_{t−1}) (a_{t+d}ᵀ C'_{t+d} c_{t+d−1}) φ_t·φ_{t+d};  both leave one row ]
 
-Of the past such a pair needs `E[c cᵀ]` in its row, of the future `E[a aᵀ]` behind its last token. What lies between is the same
+Of the past such a pair needs `E[c cᵀ]` in its row, of the future `E[a aᵀ]` after its last token. What lies between is the same
 at all times: the probability of coming back after `d` steps, with `C_x` and `C` multiplied along the way, which is a power of
 one matrix `[v, v]` for every pair of states. So a distance `d` costs a product of such matrices, `v³`, and the sum over `t` of
 past × future, `v² T`; where futures are the same at all times (credits that do not look ahead), `v²`.
@@ -65,7 +65,7 @@ class Plan:
 class Walk:
     """A recursion on a chain whose row 0 emits the first token and row `y + 1` the token after `y`.
 
-    `mu` `[r, v]` are the probabilities of tokens, 0 behind the end of a response; `c` `[r, v, k, k]` and `x` `[r, v, m, m]` are `C`
+    `mu` `[r, v]` are the probabilities of tokens, 0 after the end of a response; `c` `[r, v, k, k]` and `x` `[r, v, m, m]` are `C`
     and `C_x`, `start` `[k]` the states `c` before the first token. A response ends with `eos`, or after as many tokens as
     `scale` has entries; the gradient of one with `t` tokens is multiplied by `scale[t − 1]`. `settled` promises that `x` is the
     identity and `scale` constant.
@@ -94,11 +94,11 @@ class Walk:
     def square(self, ends: Tensor) -> Tensor:
         """`E[Σ_ij Q_ij X_i·X_j]` of whole responses for the symmetric matrices `Q` of `ends` `[q, m, m]`, `[q]`."""
         pasts, futures = self._pasts, self._futures(_moves(self.mu, self.x, self.x), ends, 2)
-        total = _meeting(self._together(), pasts, futures, [ALWAYS]).sum((0, 1, 2))
+        total = _meeting(self._same_step(), pasts, futures, [ALWAYS]).sum((0, 1, 2))
         pasts, steps = pasts[1:, 1:], len(self.scale) - 1
         if self.settled:
             pasts, futures = pasts.cumsum(0), futures[-1:]
-        for distances, tables in self._apart():
+        for distances, tables in self._distinct_steps():
             spans: list[Span] = [
                 (slice(steps - d - 1, steps - d), slice(None)) if self.settled else (slice(steps - d), slice(1 + d, None))
                 for d in distances
@@ -128,7 +128,7 @@ class Walk:
         return pasts
 
     def _futures(self, moves: Tables, ends: Tensor, power: int) -> Tensor:
-        """What is left of `ends` `[q, a, b]`, taken after the last token, behind token `y` of every time, `[T, v, q, a, b]`."""
+        """What is left of `ends` `[q, a, b]`, taken after the last token, after token `y` of every time, `[T, v, q, a, b]`."""
         scaled = self.scale[:, None, None, None] ** power * ends
         futures = scaled[:, None].repeat(1, self.mu.shape[1], 1, 1, 1)
         if self.settled and power == 2:
@@ -143,7 +143,7 @@ class Walk:
                 futures[t, self.eos] = scaled[t]
         return futures
 
-    def _together(self) -> Tables:
+    def _same_step(self) -> Tables:
         """The pairs of a step with itself."""
         tables: Tables = {}
         for one in self.injected:
@@ -161,7 +161,7 @@ class Walk:
         factors = [each.factor[1:] for each in self.injected]
         kinds, (x_kind, c_kind, *factor_kinds) = _distinct([self.x[1:], self.c[1:], *factors])
         moves = {((k, m), (i, j)): _sorted(x_kind[i, k], c_kind[j, m]) for i, k in x_kind for j, m in c_kind}
-        # By the states behind the first step, what it injects and hands on; by those before the second, what it makes of them.
+        # By the states after the first step, what it injects and hands on; by those before the second, what it makes of them.
         firsts: dict[Pair, list[tuple[Pair, Term]]] = {}
         seconds: dict[Pair, list[tuple[Pair, Term]]] = {}
         for e, kind in enumerate(factor_kinds):
@@ -187,7 +187,7 @@ class Walk:
         starts = {place[now, source] for now, source in carried if now == source}
         return Plan(kinds, {move for terms in recursion for move, _ in terms}, recursion, starts, list(meetings.items()))
 
-    def _apart(self) -> Iterator[tuple[range, Tables]]:
+    def _distinct_steps(self) -> Iterator[tuple[range, Tables]]:
         """The pairs of steps 1, 2, 3 … apart, some distances at a time: tables `[d, s, y]`."""
         mu, last, plan, kinds = self.mu[1:], len(self.scale) - 2, self._plan, self._plan.kinds
         shifts = [(each.onehot, each.shift[1:]) for each in self.injected]
@@ -205,11 +205,11 @@ class Walk:
             tables: Tables = {}
             back = torch.stack(steps, 1)
             for terms, ends in plan.meetings:
-                pull = torch.zeros_like(mu)  # along what the first step has pulled the row that the second one leaves
+                second_row = torch.zeros_like(mu)  # along what the first step has pulled the row that the second one leaves
                 for (at, (e, factor, step)), count in terms:
                     flow, (onehot, shift) = back[at] * (count * mu * kinds[factor] * kinds[step]), shifts[e]
-                    pull = pull + onehot * flow + shift * flow.sum(-1, keepdim=True)
-                dots = [onehot * pull + (shift * pull).sum(-1, keepdim=True) for onehot, shift in shifts]
+                    second_row = second_row + onehot * flow + shift * flow.sum(-1, keepdim=True)
+                dots = [onehot * second_row + (shift * second_row).sum(-1, keepdim=True) for onehot, shift in shifts]
                 for ((e, factor, step), past, future), count in ends.items():
                     _add(tables, (*past, *future), dots[e] * (count * mu * kinds[factor] * kinds[step]))
             yield range(d, d + len(steps)), tables

@@ -1,1 +1,1 @@
-"""What an analysis leaves behind: frames, figures and captions, the record of a run, the page that shows them."""
+"""The output of an analysis: frames, figures and captions, the record of a run, the page that shows them."""

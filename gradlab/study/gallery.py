@@ -17,7 +17,7 @@ _VERDICT = re.compile(r"\b(HOLDS|FAILS|UNDECIDED|OPEN)\b")
 
 
 @dataclass(frozen=True)
-class Plate:
+class FigureEntry:
     """One figure of the gallery: its name, caption and notes as HTML, picture as a data URI, and the files beside it."""
 
     name: str
@@ -27,10 +27,10 @@ class Plate:
     files: tuple[str, ...]
 
 
-def plates(folder: Path) -> list[Plate]:
+def figure_entries(folder: Path) -> list[FigureEntry]:
     """Every figure of a folder that has a picture and a text, in the order of their names."""
     markdown = MarkdownIt("commonmark", {"html": False})
-    found = []
+    entries = []
     for picture in sorted(folder.glob("[0-9]*.png")):
         text = picture.with_suffix(".md")
         if not text.is_file():
@@ -39,8 +39,8 @@ def plates(folder: Path) -> list[Plate]:
         encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
         caption, _, notes = text.read_text(encoding="utf-8").partition("\n\n")
         shown = _VERDICT.sub(r'<span class="verdict \1">\1</span>', markdown.render(notes))
-        found.append(Plate(picture.stem, markdown.render(caption), shown, f"data:image/png;base64,{encoded}", files))
-    return found
+        entries.append(FigureEntry(picture.stem, markdown.render(caption), shown, f"data:image/png;base64,{encoded}", files))
+    return entries
 
 
 def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Path:
@@ -49,11 +49,11 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
     `titles` maps an analysis's name, which starts with its number, to its question. The page needs nothing but itself; links
     to data are relative. Returns the path of the page.
     """
-    shown = plates(folder)
+    entries_by_figure = figure_entries(folder)
     chapters = []
     for name, title in titles.items():
         number = name.split("_")[0]
-        chapter = [plate for plate in shown if plate.name.startswith(f"{number}_")]
+        chapter = [entry for entry in entries_by_figure if entry.name.startswith(f"{number}_")]
         if chapter:
             chapters.append({"name": name, "title": title, "plates": chapter})
     rows = settled.astype(object).where(settled.notna(), None)

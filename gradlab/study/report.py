@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: pictures, the data plotted, captions — written whole or not at all."""
+"""The output of an analysis: pictures, the data plotted, captions; each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def verdict_summary(settled: pd.DataFrame) -> str:
     """A settled ledger as a Markdown list, one item per claim: `* value-k2 HOLDS (Gaussian; bandit), FAILS (…)`."""
     items = []
     for name, rows in settled.groupby("id", sort=False):
-        found = [f"{verdict} ({'; '.join(part['scope'])})" for verdict, part in rows.groupby("verdict", sort=False)]
-        items.append(f"* `{name}` {', '.join(found)}")
+        in_scope = [f"{verdict} ({'; '.join(part['scope'])})" for verdict, part in rows.groupby("verdict", sort=False)]
+        items.append(f"* `{name}` {', '.join(in_scope)}")
     return "\n".join(items)
 
 
@@ -160,8 +160,10 @@ def show_verdicts(settled: pd.DataFrame) -> None:
     console = wide_console()
     console.print(table)
     counts = settled["verdict"].value_counts()
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if verdict in counts)
-    console.print(f"{len(settled)} verdicts: {said}. `gradlab claims ID` tells the scopes and the evidence.", highlight=False)
+    counts_text = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if verdict in counts)
+    console.print(
+        f"{len(settled)} verdicts: {counts_text}. `gradlab claims ID` tells the scopes and the evidence.", highlight=False
+    )
 
 
 def show_claims(settled: pd.DataFrame) -> None:

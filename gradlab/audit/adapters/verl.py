@@ -58,7 +58,9 @@ def subjects() -> list[Subject]:
     for penalty, aggregation in WHOLE:
         options = {"kl_loss_type": penalty, "loss_agg_mode": aggregation}
         name = f"verl actor {penalty} {aggregation}"
-        found.append(Subject(name, partial(whole, **options), "verl", shipped, "verl.workers.utils.losses.ppo_loss", options))
+        found.append(
+            Subject(name, partial(whole_loss, **options), "verl", shipped, "verl.workers.utils.losses.ppo_loss", options)
+        )
     function = "verl.trainer.ppo.ray_trainer.apply_kl_penalty, compute_advantage; core_algos.compute_policy_loss_vanilla"
     for penalty, estimator, divided, aggregation in REWARDS:
         mode, _, large = aggregation.partition(" ")
@@ -88,18 +90,18 @@ def as_loss(batch: Batch, *, kl_penalty: str, loss_agg_mode: str, large_batch: b
     return loss
 
 
-def whole(batch: Batch, *, kl_loss_type: str, loss_agg_mode: str) -> Tensor:
+def whole_loss(batch: Batch, *, kl_loss_type: str, loss_agg_mode: str) -> Tensor:
     """`ppo_loss`, the actor's whole loss, with `use_kl_loss` and `kl_loss_coef=1`: a scalar."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils
     from verl.workers.utils.losses import ppo_loss
 
-    size, prompt, live = len(batch.tokens), torch.zeros(len(batch.tokens), 1, dtype=torch.long), batch.mask.long()
+    size, prompt, row_mask = len(batch.tokens), torch.zeros(len(batch.tokens), 1, dtype=torch.long), batch.mask.long()
     columns = {
         "prompts": prompt,
         "responses": batch.tokens,
-        "attention_mask": torch.cat([prompt + 1, live], -1),
-        "response_mask": live,
+        "attention_mask": torch.cat([prompt + 1, row_mask], -1),
+        "response_mask": row_mask,
         "old_log_probs": batch.behaviour_log_prob,
         "ref_log_prob": batch.reference_log_prob,
         "advantages": batch.advantages,

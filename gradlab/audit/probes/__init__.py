@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from gradlab.audit.probes.coefficient import asymmetry, clamps, finite
-from gradlab.audit.probes.direction import action, dtype, gradient, reference, rest, sign
+from gradlab.audit.probes.direction import depends_on_sample, dtype, reaches_policy, reference, sign, stationary_at_reference
 from gradlab.audit.probes.setting import Probe, Setting
 from gradlab.audit.probes.shape import composition, length, mask, padding
 from gradlab.audit.probes.weight import weight
@@ -15,14 +15,14 @@ from gradlab.audit.synthetic import Tokens
 
 #: The gravest questions first.
 QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
-    "gradient": gradient,
+    "gradient": reaches_policy,
     "reference": reference,
     "sign": sign,
-    "rest": rest,
+    "rest": stationary_at_reference,
     "finite": finite,
     "mask": mask,
     "clamps": clamps,
-    "action": action,
+    "action": depends_on_sample,
     "weight": weight,
     "padding": padding,
     "batch": composition,

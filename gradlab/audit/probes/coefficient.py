@@ -48,7 +48,7 @@ def _saturation(s: Setting) -> str:
         side = s.curve[sign * s.curve["log_ratio"] > 0].sort_values("log_ratio", ascending=sign > 0)
         last = float(side["coefficient"].iloc[-1])
         off = (side["coefficient"] - last).abs() > 0.01 * abs(last)
-        if last and off.any() and not off[side["log_ratio"].abs() > curve.REACH / 2].any():
+        if last and off.any() and not off[side["log_ratio"].abs() > curve.LIMIT / 2].any():
             parts.append(f"it saturates at {last:.4g} for ℓ {where} {float(side['log_ratio'][off].iloc[-1]):.3g}")
     return "".join(f"; {part}" for part in parts)
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Batch, Subject
-from gradlab.audit.call import gradient as gradient_of
+from gradlab.audit.call import loss_gradient as gradient_of
 from gradlab.audit.probes.setting import Probe, Setting, near, value_slopes
 from gradlab.audit.synthetic import Tokens
 from gradlab.audit.worlds import PADDING, batch
 from gradlab.scenario import Scenario
 
 
-def gradient(s: Setting) -> Probe:
+def reaches_policy(s: Setting) -> Probe:
     """Does a gradient reach the policy, and is it the gradient of the value?"""
     row = Tokens.at(0.5, 0.3, -0.2)
     if all(f.size == 0 for f in [*s.on_policy, *s.off_policy]):
@@ -30,13 +30,13 @@ def gradient(s: Setting) -> Probe:
     c, _ = s.coefficients(row)
     slopes = value_slopes(s, row)
     if near(s, c[0, :3], slopes[0]):
-        found = "the gradient is that of the value: nothing is detached"
+        finding = "the gradient is that of the value: nothing is detached"
     elif near(s, c[0, :3], slopes[1]):
-        found = "the gradient is that of the value at a fixed importance ratio: only the ratio is detached"
+        finding = "the gradient is that of the value at a fixed importance ratio: only the ratio is detached"
     else:
-        found = "the gradient is not that of the value: something is detached, as for a KL in the reward"
+        finding = "the gradient is not that of the value: something is detached, as for a KL in the reward"
     example = f"ℓ = 0.5: gradient {float(c[0, 0]):.4g}, slope of the value {float(slopes[0][0]):.4g}"
-    return Probe("gradient", True, found, example)
+    return Probe("gradient", True, finding, example)
 
 
 def reference(s: Setting) -> Probe:
@@ -55,18 +55,18 @@ def sign(s: Setting) -> Probe:
     """Does a small step down the expected gradient lower the sequence reverse KL?"""
     parts, lower = [], []
     for f in s.on_policy:
-        policy, size = f.world.scenario.policy, float(f.mean.norm())
-        before = f.world.scenario.kl()
+        policy, size = f.case.scenario.policy, float(f.mean.norm())
+        before = f.case.scenario.kl()
         if not f.finite:
-            return Probe("sign", False, f"its expected gradient is not a number ({f.world.name})", f"KL {before:.4g}")
+            return Probe("sign", False, f"its expected gradient is not a number ({f.case.name})", f"KL {before:.4g}")
         if size <= s.precision.match * f.size or size == 0:
             return Probe(
                 "sign", False, "minimising it does not move the policy in expectation", f"KL {before:.4g}, gradient {size:.1g}"
             )
         # A hundredth of the KL, if the step went straight down.
         step = policy.with_parameters(policy.parameters - 1e-2 * min(before, 1.0) * f.mean / size)
-        after = Scenario(step, f.world.scenario.reference).kl()
-        parts.append(f"{f.world.name}: KL {before:.6g} → {after:.6g}")
+        after = Scenario(step, f.case.scenario.reference).kl()
+        parts.append(f"{f.case.name}: KL {before:.6g} → {after:.6g}")
         lower.append(after < before)
     if all(lower):
         return Probe("sign", True, "minimising it lowers the KL", "; ".join(parts))
@@ -75,21 +75,21 @@ def sign(s: Setting) -> Probe:
     )
 
 
-def action(s: Setting) -> Probe:
+def depends_on_sample(s: Setting) -> Probe:
     """Does the pull on a token depend on which token was drawn?"""
     spread = scale = 0.0
     for f in (f for f in s.on_policy if f.finite):
         if f.cotangents.shape[1] != 1:
             return Probe("action", None, "only asked of losses that do not couple responses", "")
-        rollout, p = f.world.rollout, f.world.rollout.table.softmax(-1)
+        rollout, p = f.case.rollout, f.case.rollout.table.softmax(-1)
         t = rollout.tokens.shape[1]
         # On log π the cotangent is c (onehot − p): at a drawn token c (1 − p).
-        drawn = f.cotangents[:, 0, :t].gather(-1, rollout.tokens[..., None])[..., 0]
-        c = torch.where(rollout.mask, drawn / (1 - p.flatten()[rollout.contexts * p.shape[1] + rollout.tokens]), 0.0)
+        at_sampled = f.cotangents[:, 0, :t].gather(-1, rollout.tokens[..., None])[..., 0]
+        c = torch.where(rollout.mask, at_sampled / (1 - p.flatten()[rollout.contexts * p.shape[1] + rollout.tokens]), 0.0)
         scale = max(scale, float(c.abs().max()))
         for row in set(rollout.contexts[rollout.mask].tolist()):
-            here = c[rollout.mask & (rollout.contexts == row)]
-            spread = max(spread, float(here.max() - here.min()))
+            coefficients_of_row = c[rollout.mask & (rollout.contexts == row)]
+            spread = max(spread, float(coefficients_of_row.max() - coefficients_of_row.min()))
     if scale == 0:
         return Probe("action", None, "there is no gradient to compare", "")
     if spread <= s.precision.slack * scale:
@@ -98,13 +98,13 @@ def action(s: Setting) -> Probe:
     return Probe("action", True, "the pull depends on the token drawn", f"coefficients of one prefix differ by {spread:.4g}")
 
 
-def rest(s: Setting) -> Probe:
+def stationary_at_reference(s: Setting) -> Probe:
     """Is a policy that equals the reference left where it is?"""
-    pull, scale = float(s.at_reference.mean.norm()), s.on_policy[1].size
+    gradient_norm, scale = float(s.at_reference.mean.norm()), s.on_policy[1].size
     if not scale:
         return Probe("rest", None, "there is no gradient at all", "")
-    example = f"π = ref: expected gradient of norm {pull:.2g}"
-    if pull <= s.precision.slack * scale:
+    example = f"π = ref: expected gradient of norm {gradient_norm:.2g}"
+    if gradient_norm <= s.precision.slack * scale:
         return Probe("rest", True, "a policy that equals the reference stays there", example)
     return Probe("rest", False, "even a policy that equals the reference is moved: no divergence from it does that", example)
 
@@ -113,8 +113,8 @@ def dtype(s: Setting, kind: torch.dtype) -> Probe:
     """Does the loss keep its gradient in lower precision?"""
     name = str(kind).removeprefix("torch.")
     bound = 32 * torch.finfo(kind).eps
-    world = s.on_policy[1].world
-    columns, n = world.columns(PADDING), len(world.rollout.weight)
+    case = s.on_policy[1].case
+    columns, n = case.columns(PADDING), len(case.rollout.weight)
     batches = [[(i + 7 * k) % n for k in range(s.group)] for i in range(n)]
     try:
         low = torch.stack([gradient_of(s.subject, *batch(columns, rows, kind))[0] for rows in batches])
@@ -128,7 +128,7 @@ def dtype(s: Setting, kind: torch.dtype) -> Probe:
     finding = f"relative error of the gradients {error:.1e}"
     good = math.isfinite(error) and error <= bound
     return Probe(
-        name, good, finding if good else f"{finding}, more than rounding explains ({bound:.1e})", f"KL {world.scenario.kl():g}"
+        name, good, finding if good else f"{finding}, more than rounding explains ({bound:.1e})", f"KL {case.scenario.kl():g}"
     )
 
 

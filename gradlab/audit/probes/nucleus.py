@@ -9,16 +9,16 @@ from functools import cached_property
 import torch
 
 from gradlab.audit.batch import Subject
-from gradlab.audit.engine import Field, field
+from gradlab.audit.engine import ExpectedGradient, expected_gradient
 from gradlab.audit.precision import Precision
 from gradlab.audit.probes.setting import Probe
-from gradlab.audit.worlds import World
+from gradlab.audit.worlds import AuditScenario
 from gradlab.policies import actions
 from gradlab.rollout import Rollout
 
 
 @dataclass(frozen=True, eq=False)
-class Nucleus(World):
+class NucleusScenario(AuditScenario):
     """A world whose data come from the policy's own nucleus `top_p`.
 
     honest: the loss is told the log-probabilities of the nucleus, renormalised, from which the tokens were drawn; otherwise
@@ -31,45 +31,48 @@ class Nucleus(World):
     @cached_property
     def rollout(self) -> Rollout:
         """Every response in the nucleus and its probability; what is outside is never drawn."""
-        whole = Rollout.enumerated(self.scenario.on_policy())
-        drawn = actions.nucleus(whole.table, self.top_p)
-        log_prob = drawn.log_softmax(-1)[whole.contexts, whole.tokens]
-        weight = torch.where(whole.mask, log_prob, 0.0).sum(-1).exp()
-        kept = weight > 0
+        uncut = Rollout.enumerated(self.scenario.on_policy())
+        cut_table = actions.cut_to_nucleus(uncut.table, self.top_p)
+        log_prob = cut_table.log_softmax(-1)[uncut.contexts, uncut.tokens]
+        weight = torch.where(uncut.mask, log_prob, 0.0).sum(-1).exp()
+        inside = weight > 0
         return Rollout(
-            whole.tokens[kept], whole.mask[kept], weight[kept], whole.contexts[kept], whole.table, whole.reference_table,
-            drawn if self.honest else whole.table, whole.length,
+            uncut.tokens[inside], uncut.mask[inside], weight[inside], uncut.contexts[inside], uncut.table, uncut.reference_table,
+            cut_table if self.honest else uncut.table, uncut.length,
         )  # fmt: skip
 
 
-def nucleus(
-    subject: Subject, known: Sequence[Field], top_p: float, group: int, exchangeable: bool, precision: Precision
+def nucleus_probe(
+    subject: Subject, known: Sequence[ExpectedGradient], top_p: float, group: int, exchangeable: bool, precision: Precision
 ) -> Probe:
     """Does the expected gradient change when log-probabilities are reported from before the nucleus was cut?
 
     known: the on-policy fields of the loss, without a nucleus.
     """
     parts, moved, missed, lost = [], 0.0, 0.0, 0.0
-    for whole in known:
-        given = (Nucleus(whole.world.name, whole.world.scenario, top_p, honest) for honest in (True, False))
-        honest, raw = (field(subject, world, group, False, exchangeable) for world in given)
-        rollout = honest.world.rollout
-        inside = actions.nucleus(rollout.table, top_p).softmax(-1) > 0
+    for uncut in known:
+        cases = (NucleusScenario(uncut.case.name, uncut.case.scenario, top_p, honest) for honest in (True, False))
+        honest, raw = (expected_gradient(subject, case, group, False, exchangeable) for case in cases)
+        rollout = honest.case.rollout
+        inside = actions.cut_to_nucleus(rollout.table, top_p).softmax(-1) > 0
         lost = max(lost, float(1 - (rollout.table.softmax(-1) * inside).sum(-1)[rollout.contexts[rollout.mask]].min()))
         size = max(float(honest.mean.norm()), precision.match * honest.size) or 1.0
         moved = max(moved, float((raw.mean - honest.mean).norm()) / size)
-        missed = max(missed, float((honest.mean - whole.mean).norm()) / (float(whole.mean.norm()) or 1.0))
-        parts.append(f"{whole.world.name}: norm {float(honest.mean.norm()):.4g} → {float(raw.mean.norm()):.4g}")
+        missed = max(missed, float((honest.mean - uncut.mean).norm()) / (float(uncut.mean.norm()) or 1.0))
+        parts.append(f"{uncut.case.name}: norm {float(honest.mean.norm()):.4g} → {float(raw.mean.norm()):.4g}")
     if lost <= precision.eps:
         return Probe("nucleus", None, f"a nucleus of {top_p:g} leaves nothing out of these policies", "")
-    alone = f"the nucleus of {top_p:g} itself changes it by up to {missed:.2g} of its size"
+    nucleus_effect = f"the nucleus of {top_p:g} itself changes it by up to {missed:.2g} of its size"
     if moved <= precision.slack:
         return Probe(
-            "nucleus", True, f"which log-probabilities the sampler reports makes no difference; {alone}", "; ".join(parts)
+            "nucleus",
+            True,
+            f"which log-probabilities the sampler reports makes no difference; {nucleus_effect}",
+            "; ".join(parts),
         )
     return Probe(
         "nucleus", False,
         f"log-probabilities of before the cut change the expected gradient by up to {moved:.2g} of its size, for the ratio does not "
-        f"know of the probability left out, up to {lost:.2g} at a token; {alone}",
+        f"know of the probability left out, up to {lost:.2g} at a token; {nucleus_effect}",
         "; ".join(parts),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Subject
-from gradlab.audit.engine import Field
+from gradlab.audit.engine import ExpectedGradient
 from gradlab.audit.precision import Precision
 from gradlab.audit.synthetic import Tokens, coefficients, responses
 
@@ -32,23 +32,23 @@ class Setting:
     subject: Subject
     group: int
     precision: Precision
-    on_policy: Sequence[Field]
-    off_policy: Sequence[Field]
-    at_reference: Field
+    on_policy: Sequence[ExpectedGradient]
+    off_policy: Sequence[ExpectedGradient]
+    at_reference: ExpectedGradient
     needs_weight: bool
     curve: pd.DataFrame
 
-    def at(self, *rows: Tokens, columns: int = 5, garbage: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    def at(self, *rows: Tokens, columns: int = 5, padding_seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """Coefficients `[B, T]` of a batch; a lone response gets the companions that the loss needs."""
-        return self.coefficients(*rows, columns=columns, garbage=garbage, dtype=dtype)[0]
+        return self.coefficients(*rows, columns=columns, padding_seed=padding_seed, dtype=dtype)[0]
 
     def coefficients(
-        self, *rows: Tokens, columns: int = 5, garbage: int = 0, dtype: torch.dtype = torch.float64
+        self, *rows: Tokens, columns: int = 5, padding_seed: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, float]:
         """Coefficients `[B, T]` of a batch, and the loss."""
-        needed = [Tokens.at(0.1, -0.2)] * (self.group - len(rows))
-        made, _ = responses(*rows, *needed, columns=columns, garbage=garbage, dtype=dtype)
-        return coefficients(self.subject, made)
+        companions = [Tokens.at(0.1, -0.2)] * (self.group - len(rows))
+        probe_batch, _ = responses(*rows, *companions, columns=columns, padding_seed=padding_seed, dtype=dtype)
+        return coefficients(self.subject, probe_batch)
 
     def same(self, x: Tensor, y: Tensor) -> bool:
         """Whether two tensors agree to rounding."""
@@ -58,21 +58,21 @@ class Setting:
 def value_slopes(s: Setting, row: Tokens) -> tuple[Tensor, Tensor]:
     """Slopes of the value in each `log π`, with the behaviour held, and with it moved along so that ρ stays put."""
     h = s.precision.step
-    found = []
-    for moves in (True, False):
+    slopes_by_case = []
+    for with_weight in (True, False):
         slopes = []
         for t in range(len(row.log_prob)):
 
-            def value(step: float, t: int = t, moves: bool = moves) -> float:
+            def value(step: float, t: int = t, with_weight: bool = with_weight) -> float:
                 def shifted(numbers: Sequence[float], by: float) -> list[float]:
                     return [x + by * (u == t) for u, x in enumerate(numbers)]
 
-                weight = shifted(row.log_weight, step) if moves else row.log_weight
+                weight = shifted(row.log_weight, step) if with_weight else row.log_weight
                 return s.coefficients(Tokens(shifted(row.log_prob, step), shifted(row.log_ratio, step), weight))[1]
 
             slopes.append((value(h) - value(-h)) / (2 * h))
-        found.append(torch.tensor(slopes, dtype=torch.float64))
-    return found[0], found[1]
+        slopes_by_case.append(torch.tensor(slopes, dtype=torch.float64))
+    return slopes_by_case[0], slopes_by_case[1]
 
 
 def near(s: Setting, x: Tensor, y: Tensor) -> bool:

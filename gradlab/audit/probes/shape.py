@@ -12,19 +12,19 @@ from gradlab.audit.synthetic import Tokens
 
 def mask(s: Setting) -> Probe:
     """Do padded positions get a gradient, or change that of live ones?"""
-    fields = [f for f in [*s.on_policy, *s.off_policy] if f.finite]
-    leak = max((f.leak / f.size if f.size else math.inf if f.leak else 0.0) for f in fields)
+    expected_gradients = [f for f in [*s.on_policy, *s.off_policy] if f.finite]
+    leak = max((f.leak / f.size if f.size else math.inf if f.leak else 0.0) for f in expected_gradients)
     row = Tokens.at(0.5, 0.3)
-    x, y = s.at(row, garbage=0), s.at(row, garbage=1)
+    x, y = s.at(row, padding_seed=0), s.at(row, padding_seed=1)
     moved = not s.same(x[0, :2], y[0, :2])
     example = f"padding {'changes' if moved else 'leaves'} the coefficient {float(x[0, 0]):.4g}" + (
         f" → {float(y[0, 0]):.4g}" if moved else ""
     )
     if leak > s.precision.slack:
-        pull = float(x[0, 2:].abs().max())
+        padded_coefficient = float(x[0, 2:].abs().max())
         return Probe(
             "mask", False, f"padded positions get a gradient, {leak:.3g} of what live ones get: the mask is not applied",
-            f"two live tokens, three padded: coefficient {pull:.4g} on a padded one",
+            f"two live tokens, three padded: coefficient {padded_coefficient:.4g} on a padded one",
         )  # fmt: skip
     if moved:
         return Probe("mask", False, "what stands in the padding changes the gradient of live tokens", example)
@@ -57,8 +57,8 @@ def composition(s: Setting) -> Probe:
             "batch", False, "the gradient depends on the log-probabilities of the other responses: a group baseline", example
         )
     if by_length:
-        rest = 2 * max(s.group - 2, 0)  # tokens of the companions that fill a larger group
-        inverse = s.same(c["plain"] * (4 + rest), c["longer"] * (6 + rest))
+        companion_tokens = 2 * max(s.group - 2, 0)  # tokens of the companions that fill a larger group
+        inverse = s.same(c["plain"] * (4 + companion_tokens), c["longer"] * (6 + companion_tokens))
         how = "one mean over all tokens of the batch" if inverse else "a normaliser over the batch"
         return Probe("batch", False, f"the gradient depends on how long the other responses are: {how}", example)
     return Probe("batch", True, "the other responses change nothing", example)

@@ -64,16 +64,16 @@ def _detached(s: Setting) -> str:
 
 def _bounds(s: Setting) -> list[str]:
     """Where the weight stops growing or its gradient dies, for pulls of either sign."""
-    found: dict[str, None] = {}
+    descriptions: dict[str, None] = {}
     for log_ratio in (0.5, -0.5):
         response = curve.of_weight(s.subject, log_ratio, s.group - 1)
-        frame = curve.sweep(response, reach=6.0, step=0.25)
+        frame = curve.sweep(response, limit=6.0, step=0.25)
         for event in curve.events(response, frame, s.precision):
-            what = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}.get(event.kind)
-            if what is None:
+            effect = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}.get(event.kind)
+            if effect is None:
                 continue
-            found[f"{what} {'below' if event.at < 0 else 'above'} ρ = {math.exp(event.at):.4g}"] = None
-    return list(found)
+            descriptions[f"{effect} {'below' if event.at < 0 else 'above'} ρ = {math.exp(event.at):.4g}"] = None
+    return list(descriptions)
 
 
 def _row(x: Tensor) -> str:
