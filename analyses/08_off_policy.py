@@ -440,13 +440,13 @@ def winners_text(winners: pd.DataFrame, regrets: pd.DataFrame) -> tuple[str, str
         )
     lost = int((winners["rmse"] >= 1).sum())
     return (
-        "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and batch. The least regret at "
-        f"worst, in times the best error, panel by panel: {'; '.join(safest)}. In {lost} of {len(winners)} cells "
+        "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and batch. "
+        f"The least regret at worst, in times the best error, panel by panel: {'; '.join(safest)}. In {lost} of {len(winners)} cells "
         f"the best error is above 1 (pale). {draws} trees, {chain_draws} chains, exact.",
         "\n".join(notes)
         + "\n\nAn error above 1 is more than dropping the regulariser would cost. Cell: weight (letter; differentiated in k3 as "
-        f"loss, otherwise detached), bound on it, error; geometric mean over draws. {FAMILY}. Chains: 4 tokens, T = {middle}, 1 nat from their reference, where truncated prefix and sequence "
-        "weights have no exact moments and are not candidates.",
+        f"loss, otherwise detached), bound on it, error; geometric mean over draws. {FAMILY}. Chains: 4 tokens, T = {middle}, "
+        "1 nat from their reference, where truncated prefix and sequence weights have no exact moments and are not candidates.",
     )
 
 

@@ -55,7 +55,7 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
         number = name.split("_")[0]
         chapter = [entry for entry in entries_by_figure if entry.name.startswith(f"{number}_")]
         if chapter:
-            chapters.append({"name": name, "title": title, "plates": chapter})
+            chapters.append({"name": name, "title": title, "figures": chapter})
     rows = settled.astype(object).where(settled.notna(), None)
     ledger = [part.to_dict("records") for _, part in rows.groupby("id", sort=False)]
     values = {

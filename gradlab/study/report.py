@@ -129,7 +129,7 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
 def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The estimators whose `bias` is 0 to rounding in every row of a target, for each target that has some."""
     worst = frame.groupby(["target", "estimator"], sort=False)["bias"].max()
-    zero = worst[worst < verify.ROUNDING].reset_index()
+    zero = worst[worst < verify.EQUALITY_TOLERANCE].reset_index()
     return {str(target): list(names) for target, names in zero.groupby("target", sort=False)["estimator"]}
 
 
