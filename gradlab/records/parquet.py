@@ -11,7 +11,7 @@ import pandas as pd
 
 from gradlab._common.files import written
 from gradlab.records.responses import Responses
-from gradlab.records.schema import COLUMNS, FORMAT, LAYOUT, POLICIES, VERSION
+from gradlab.records.schema import COLUMNS, FORMAT, LAYOUT, VERSION
 
 if TYPE_CHECKING:
     import pyarrow as pa
