@@ -286,7 +286,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     target.write_text("old", encoding="utf-8")
 
     def interrupted() -> None:
-        with files.written(target) as part:
+        with files.atomic_write(target) as part:
             part.write_text("half of the n", encoding="utf-8")
             raise KeyboardInterrupt
 

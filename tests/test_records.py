@@ -146,7 +146,7 @@ def test_places_sums_and_parts_against_loops():
 def test_a_rollout_of_our_own_is_a_table_of_records():
     policy = gl.policies.small("names", "some")
     scenario = gl.Scenario(policy, gl.policies.small("names"))
-    rollout = Rollout.drawn(scenario, 32, generator(0))
+    rollout = Rollout.from_sampler(scenario, 32, generator(0))
     tokens = Records.from_rollout(rollout, step=4).tokens()
     assert (tokens["logprob"] - tokens["ref_logprob"]).to_numpy() == pytest.approx(rollout.log_ratio[rollout.mask].numpy())
     assert set(tokens["step"]) == {4}

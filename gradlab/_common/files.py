@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` and rename it when the block ends well, so that no file is ever half-written.
 
     The name is unique: two processes that write one file leave what one of them wrote, whole.
@@ -29,7 +29,7 @@ def written(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def writable(folder: Path) -> Path:
+def ensure_writable(folder: Path) -> Path:
     """Create an output folder if need be. Raises `ValueError` when it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ def writable(folder: Path) -> Path:
         ) from None
 
 
-def writable_file(path: Path) -> Path:
+def ensure_writable_file(path: Path) -> Path:
     """A file to be written into a folder that is there. Raises `ValueError` when it cannot be; a folder misspelt is not made."""
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another with --output")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; give --output the name of a file")
-    writable(path.parent)
+    ensure_writable(path.parent)
     return path
 
 
@@ -57,7 +57,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises `ValueError` that names the holder while another process has it.
     """
-    inside = writable(folder / ".reproduced")
+    inside = ensure_writable(folder / ".reproduced")
     lock, holder = FileLock(inside / "lock"), inside / "holder"
     try:
         lock.acquire(timeout=0)
@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     try:
         command, since = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), time.strftime("%Y-%m-%d %H:%M:%S")
-        with written(holder) as part:
+        with atomic_write(holder) as part:
             part.write_text(f"process {os.getpid()} on {platform.node()} (`{command}`, since {since})\n", encoding="utf-8")
         yield
     finally:

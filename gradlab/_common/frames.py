@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradlab._common.files import written
+from gradlab._common.files import atomic_write
 
 DIGITS = 11
 
@@ -60,7 +60,7 @@ def _rounded(column: pd.Series[Any], size: float) -> np.ndarray[Any, Any]:
 def save(folder: Path, name: str, frame: pd.DataFrame, made: Mapping[str, object]) -> Path:
     """Write a frame and enter it in its analysis's sidecar, with the options it was `made` with."""
     path, beside = folder / f"{name}.csv", sidecar(folder, name)
-    with written(path) as part:
+    with atomic_write(path) as part:
         rounded(frame).to_csv(part, index=False, lineterminator="\n")
     try:
         known = _read(beside)
@@ -68,7 +68,7 @@ def save(folder: Path, name: str, frame: pd.DataFrame, made: Mapping[str, object
         known = {}
     frames = known["frames"] if known.get("made") == dict(made) else {}
     frames[name] = {"rows": len(frame), "sha256": _digest(path.read_bytes())}
-    with written(beside) as part:
+    with atomic_write(beside) as part:
         content = {"made": dict(made), "frames": dict(sorted(frames.items()))}
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

@@ -18,7 +18,7 @@ from gradlab._common.console import wide_console
 from gradlab._common.provenance import versions
 from gradlab.audit.run import Audit, frame
 from gradlab.study import pages
-from gradlab.study.report import writable, written
+from gradlab.study.report import atomic_write, ensure_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,11 +118,11 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
     """
     from gradlab.plots import audited_curves, matches  # what prints a table waits for no drawing
 
-    writable(folder)
+    ensure_writable(folder)
     table = frame(audits)
-    with written(folder / "audit.csv") as part:
+    with atomic_write(folder / "audit.csv") as part:
         table.to_csv(part, index=False, lineterminator="\n")
-    with written(folder / "audit.json") as part:
+    with atomic_write(folder / "audit.json") as part:
         part.write_text(to_json(audits) + "\n", encoding="utf-8")
     values = {
         "audits": [(audited, *audited.rows()) for audited in audits],

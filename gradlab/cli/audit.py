@@ -60,12 +60,12 @@ def audit_command(
     from gradlab._common.parallel import spread
     from gradlab.audit import candidates, report
     from gradlab.audit.run import Audit
-    from gradlab.study.report import writable
+    from gradlab.study.report import ensure_writable
 
     if expect is not None:
         candidates.check(expect)
     if output is not None:
-        writable(output)
+        ensure_writable(output)
     chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
     chosen = [subject for subject in chosen if only is None or only in subject.name]
     chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]

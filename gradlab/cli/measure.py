@@ -66,11 +66,11 @@ def measure_command(
     names = estimator or list(ESTIMATORS)
     sizes = _sizes(family, {"vocab": vocab, "length": length, "eos": eos})
     if output is not None:
-        report.writable_file(output)
+        report.ensure_writable_file(output)
     cases = [_scenario(family, sizes, kl, lag, seed * 1_000_003 + i) for i in range(scenarios)]
     frame = measure(names, cases, target=target or "reverse_kl", samples=samples, seed=seed, jobs=jobs)
     if output is not None:
-        with report.written(output) as part:
+        with report.atomic_write(output) as part:
             frame.to_csv(part, index=False, lineterminator="\n")
     show(frame)
 

@@ -90,7 +90,7 @@ def reproduce(
     if check:
         _check({name: scripts[name] for name in chosen}, output, options, jobs, {"quick": quick, "seed": seed}, started)
         return
-    report.writable(output)
+    report.ensure_writable(output)
     with locked(output):
         records = {
             name: Record(scripts[name], output, {"quick": quick, "seed": seed, **needs[name].versions}) for name in chosen
@@ -121,12 +121,12 @@ def reproduce(
 
 def _settle(output: Path, titles: dict[str, str]) -> pd.DataFrame:
     """Settle the ledger with what is in a folder; write it there, and the page that shows everything."""
-    from gradlab._common.files import written
+    from gradlab._common.files import atomic_write
     from gradlab.ledger import claims, verify
     from gradlab.study import gallery
 
     settled = verify.verify(verify.load(output, {claim.frame for claim in claims()}))
-    with written(output / "claims.csv") as part:
+    with atomic_write(output / "claims.csv") as part:
         settled.to_csv(part, index=False, lineterminator="\n")
     gallery.write(output, settled, titles)
     return settled

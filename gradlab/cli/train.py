@@ -70,12 +70,12 @@ def train_command(
     policy = small(task.value, precision=torch.float64)  # runs in single precision drift apart between processors
     names = estimator or ["k1-loss", "k2-loss", "k3-loss"]
     if output is not None:
-        report.writable_file(output)
+        report.ensure_writable_file(output)
     frame = train(
         policy, task_reward(task.value, policy), names, coefficient or [0.1], recipe=recipe, seeds=seeds, seed=seed, jobs=jobs
     )  # fmt: skip
     if output is not None:
-        with report.written(output) as part:
+        with report.atomic_write(output) as part:
             frame.to_csv(part, index=False, lineterminator="\n")
     show(frame)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from gradlab._common.files import written
+from gradlab._common.files import atomic_write
 from gradlab.records.responses import Responses
 from gradlab.records.schema import COLUMNS, FORMAT, LAYOUT, VERSION
 
@@ -70,7 +70,7 @@ def _column(pa: Any, block: Responses, field: Any) -> Any:
 def write(blocks: Iterable[Responses], columns: Sequence[str], path: Path, rows: int) -> Path:
     """Write blocks to one file, a row group for every `rows` responses at most; the file is whole or not there."""
     pa = arrow()
-    with written(path) as part, pa.parquet.ParquetWriter(part, schema(columns), compression="zstd") as writer:
+    with atomic_write(path) as part, pa.parquet.ParquetWriter(part, schema(columns), compression="zstd") as writer:
         for block in blocks:
             writer.write_table(table(block, columns), row_group_size=rows)
     return path

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradlab._common.files import written
+from gradlab._common.files import atomic_write
 
 
 def write(
@@ -24,6 +24,6 @@ def write(
     )
     environment.filters.update(filters or {})
     page = environment.get_template(template).render(**values)
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8")
     return path

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from gradlab._common import frames
 from gradlab._common.console import wide_console
-from gradlab._common.files import writable as writable
-from gradlab._common.files import writable_file as writable_file
-from gradlab._common.files import written as written
+from gradlab._common.files import atomic_write as atomic_write
+from gradlab._common.files import ensure_writable as ensure_writable
+from gradlab._common.files import ensure_writable_file as ensure_writable_file
 from gradlab._common.names import check_name
 from gradlab._common.provenance import versions
 from gradlab.ledger import verify
@@ -61,7 +61,7 @@ class Study:
 
     def save_frame(self, name: str, frame: pd.DataFrame) -> Path:
         """Write a frame as CSV, see `gradlab._common.frames`."""
-        return frames.save(writable(self.output), name, frame, {"quick": self.quick, "seed": self.seed})
+        return frames.save(ensure_writable(self.output), name, frame, {"quick": self.quick, "seed": self.seed})
 
     def save_figure(
         self,
@@ -79,9 +79,9 @@ class Study:
         """
         from gradlab.plots import stylesheet  # who saves a figure has drawn one; nobody else waits for the library
 
-        folder = writable(self.output)
+        folder = ensure_writable(self.output)
         for suffix, metadata in _METADATA.items():
-            with written(folder / f"{name}.{suffix}") as part, stylesheet():
+            with atomic_write(folder / f"{name}.{suffix}") as part, stylesheet():
                 figure.savefig(part, format=suffix, metadata=metadata)
             figure.set_layout_engine("none")  # laid out once: the same picture in every format
         self.save_frame(name, frame)
@@ -89,7 +89,7 @@ class Study:
         told = "" if verdicts is None else verdict_summary(verdicts[verdicts["figure"] == name])
         told = told and f"Verdicts:\n\n{told}"
         made = f"Made by `{self.command}`, seed {self.seed}, with {stamp}."
-        with written(folder / f"{name}.md") as part:
+        with atomic_write(folder / f"{name}.md") as part:
             part.write_text("\n\n".join(filter(None, (caption, notes, told, made))) + "\n", encoding="utf-8")
         return folder / f"{name}.png"
 

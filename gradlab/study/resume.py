@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gradlab._common.files import writable, written
+from gradlab._common.files import atomic_write, ensure_writable
 from gradlab._common.provenance import versions
 
 
@@ -96,7 +96,7 @@ class Record:
 
     def save(self) -> None:
         """Record a finished run."""
-        writable(self.path.parent)
-        with written(self.path) as part:
+        ensure_writable(self.path.parent)
+        with atomic_write(self.path) as part:
             content = {"fingerprint": self.fingerprint(), "results": self.results()}
             part.write_text(json.dumps(content, indent=1), encoding="utf-8")
