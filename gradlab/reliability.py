@@ -124,7 +124,7 @@ def assess(rates: Array, sizes: Array, parameters: int) -> Reliability:
         return Reliability(False, False, 1.0)
     # Batches estimate their own means, too: with few responses each, that is most of the error of a steady second moment.
     batch_mean_variance = 2 * montecarlo.BATCHES * (total / rates.sum()) ** 2 / parameters
-    unseen = float((rates * sizes) @ np.exp(-rates.cumsum())) / total if total else 0.0
+    unseen = float((rates * sizes) @ np.exp(-_at_least(rates, sizes))) / total if total else 0.0
     return Reliability(
         is_well_sampled(rates, np.sqrt(sizes)), is_well_sampled(rates, sizes, batch_mean_variance, centred=True), unseen
     )
@@ -132,11 +132,20 @@ def assess(rates: Array, sizes: Array, parameters: int) -> Reliability:
 
 def is_well_sampled(rates: Array, sizes: Array, variance: float = 0.0, centred: bool = False) -> bool:
     """Whether enough responses carry `Σ sizes`, of events sorted by falling size with expected numbers `rates`."""
-    rare = rates.cumsum() <= RARE
+    rare = _at_least(rates, sizes) <= RARE
     rare_sum, common_sizes, common_rates = float(rates[rare] @ sizes[rare]), sizes[~rare], rates[~rare]
     excess = common_sizes - (common_rates @ common_sizes) / common_rates.sum() if centred else common_sizes
     second, third = float(common_rates @ excess**2) + variance, float(common_rates @ np.maximum(excess, 0) ** 3)
     return bool(third**2 * NEEDED <= second**3 < np.inf and rare_sum <= SHIFT * second**0.5)
+
+
+def _at_least(rates: Array, sizes: Array) -> Array:
+    """Expected number of events at least as large as each one, sorted by falling size; those within rounding are equally large.
+
+    Otherwise rounding, which differs between processors, would order events of one size.
+    """
+    last = np.append(sizes[1:] < sizes[:-1] * (1 - 1e-9), True).nonzero()[0]
+    return rates.cumsum()[last[np.searchsorted(last, np.arange(len(sizes)))]]
 
 
 def _enumerated_norms(losses: Sequence[Loss], scenario: Scenario) -> tuple[Array, Array]:

@@ -32,7 +32,8 @@ def run(
         temperature=temperature,
         top_p=top_p,
     )
-    prompts, tokens, mask = engine.sample(n, generator(seed), group)
+    drawn = engine.sample(n, generator(seed), group)
+    prompts, tokens, mask = drawn.prompts, drawn.tokens, drawn.mask
 
     def scored(model: LanguageModel) -> Any:
         log_p = model.logits(prompts, tokens).detach().log_softmax(-1)

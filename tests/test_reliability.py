@@ -222,3 +222,18 @@ def test_a_target_that_is_estimated_must_be_known_as_well() -> None:
     sure, lost = reliability.Reliability(True, True, 0.1), reliability.Reliability(False, True, 0.4)
     both = sure.against(lost)
     assert (both.mean, both.noise, both.unseen) == (False, False, 0.4)
+
+
+def test_rounding_does_not_order_events_of_one_size():
+    """Events of equal size and different rates, each size a unit in the last place off one way or the other."""
+    rng = np.random.default_rng(0)
+    rates, sizes = rng.exponential(0.5, 60), np.repeat(rng.exponential(1.0, 12), 5)
+    plain = reliability.assess(rates, sizes, 10)
+    for seed in range(20):
+        nudged = np.nextafter(sizes, np.random.default_rng(seed).choice([0.0, 10.0], 60))
+        found = reliability.assess(rates, nudged, 10)
+        assert found.unseen == pytest.approx(plain.unseen, rel=1e-12)
+        assert (found.mean, found.noise) == (plain.mean, plain.noise)
+    # An event counts as unseen when nothing of its size or above was seen.
+    by_size = [(float(rates[sizes >= s].sum()), float((rates * sizes)[sizes == s].sum())) for s in np.unique(sizes)]
+    assert plain.unseen == pytest.approx(sum(part * math.exp(-above) for above, part in by_size) / (rates @ sizes), rel=1e-12)
