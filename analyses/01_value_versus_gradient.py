@@ -194,8 +194,8 @@ def crossover_text(frame: pd.DataFrame) -> tuple[str, str]:
 
     shift = cell(frame, "crossover", panel="equal variances")
     return (
-        "**Where k3 stops being quieter than k1.** Standard deviation of one value (a) and that of k3 over that of k1 (b–d) as the "
-        f"policy leaves a fixed reference. k3 overtakes k1 (a) at {shift:.5f} nats, (b) Gaussian policies: "
+        "**Where k3 stops being quieter than k1.** Standard deviation of one value (a) and that of k3 over that of k1 (b–d) "
+        f"as the policy leaves a fixed reference. k3 overtakes k1 (a) at {shift:.5f} nats, (b) Gaussian policies: "
         f"{where('Gaussian policies')}, (c) random bandits and trees: {where('random categoricals')}, (d) one token dropped: "
         f"{where('one token dropped')}. Exact.",
         "* (a) Policy N(m, 1) against reference N(0, 1).\n"
@@ -221,12 +221,12 @@ def gradients_text(frame: pd.DataFrame) -> tuple[str, str]:
     draws = f"{cell(frame, 'samples', via='sampled'):,}"
     return (
         "**Bias of the value and of the gradient.** Expected value and gradient (mean, std) of each estimator for the policy "
-        f"N(0, 1), reference N(1, 1) above and N(1, std 1.1) below. Below, k3 as loss has value bias "
-        f"{round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) relative to the truth. Exact "
-        f"and from {draws} draws (95 % intervals).",
-        f"KL {cell(frame, 'kl', scenario=equal):.3g} nats above, {cell(frame, 'kl', scenario=unequal):.3g} below, where the true "
-        f"gradient is ({truth}). The relative standard error of a mean of {draws} draws of k3 as loss is {error[0]} (mean) and "
-        f"{error[1]} (std).",
+        "N(0, 1), reference N(1, 1) above and N(1, std 1.1) below. Below, k3 as loss has value bias "
+        f"{round(k3('bias', 'value'), 9) + 0:g} and gradient bias {bias[0]} (mean), {bias[1]} (std) relative to the truth. "
+        f"Exact and from {draws} draws (95 % intervals).",
+        f"KL {cell(frame, 'kl', scenario=equal):.3g} nats above, {cell(frame, 'kl', scenario=unequal):.3g} below, where the "
+        f"true gradient is ({truth}). The relative standard error of a mean of {draws} draws of k3 as loss is {error[0]} "
+        f"(mean) and {error[1]} (std).",
     )
 
 

@@ -112,12 +112,13 @@ def text(frame: pd.DataFrame) -> tuple[str, str]:
     on_k2 = rows("k2-loss", plain)["error"].abs().max() < 1e-12
     return (
         "**The coefficient each loss puts on the score of a sampled token**, of reference probability "
-        f"{frame['reference'].max():g}: (a) plain, (b) with the clamps that verl puts on k3. k2 as loss is {'on' if on_k2 else 'off'} "
-        f"the principled log-ratio (dotted). Up to |ℓ| = {k3['log_ratio'].max():g}, k3 as loss reaches {k3['coefficient'].max():.4f} on "
-        f"the over-sampled and {k3['coefficient'].min():,.0f} on the under-sampled side (grey), an asymmetry (c) of up to "
-        f"{k3['asymmetry'].max():,.0f}. Exact.",
-        f"* Clamps: log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}. Clamped, k3 has a gradient only for "
-        f"ℓ ≥ {reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ {k2_reach[1]:.2f} (on a grid of {x[0]:.2g}).\n"
+        f"{frame['reference'].max():g}: (a) plain, (b) with the clamps that verl puts on k3. k2 as loss is "
+        f"{'on' if on_k2 else 'off'} the principled log-ratio (dotted). Up to |ℓ| = {k3['log_ratio'].max():g}, k3 as loss "
+        f"reaches {k3['coefficient'].max():.4f} on the over-sampled and {k3['coefficient'].min():,.0f} on the under-sampled "
+        f"side (grey), an asymmetry (c) of up to {k3['asymmetry'].max():,.0f}. Exact.",
+        f"* Clamps: log-ratio ±{SHIPPED['clamp_log_ratio']:g}, kernel ±{SHIPPED['clamp_value']:g}. Clamped, k3 has a gradient "
+        f"only for ℓ ≥ {reach('k3-loss')[0]:.2f} and k2 only for {k2_reach[0]:.2f} ≤ ℓ ≤ {k2_reach[1]:.2f} (on a grid of "
+        f"{x[0]:.2g}).\n"
         f"* (c) |c(−x)|/|c(x)| of the plain coefficients, reference probability {frame['reference'].min():g}.",
     )
 

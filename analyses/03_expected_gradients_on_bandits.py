@@ -112,9 +112,9 @@ def tokens_text(frame: pd.DataFrame, objectives: pd.DataFrame) -> tuple[str, str
     flipped = ", ".join(k3["parameter"][k3["ratio"] < 0]) or "none"
     vectors = {"truth": vector("k1-reward", "truth")} | {name: vector(name, "expected") for name in NAMES}
     return (
-        f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. k3 as loss: cosine with the truth "
-        f"{cosine:.3f}; sign flipped: {flipped}. Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, "
-        "95 % intervals); black: the true gradient of the reverse KL.",
+        f"**Expected gradient token by token.** {scenario}, KL {frame['kl'].iloc[0]:.5f} nats. k3 as loss: cosine with the "
+        f"truth {cosine:.3f}; sign flipped: {flipped}. Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} "
+        "draws (open, 95 % intervals); black: the true gradient of the reverse KL.",
         "\n".join(f"* {name}: {numbers}" for name, numbers in vectors.items()),
     )
 
@@ -131,8 +131,7 @@ def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
         "**Which objective each loss descends on one step.** Largest relative bias ‖E g − ∇‖/‖∇‖ over "
         f"{part['scenario'].nunique()} bandits ({part['vocab'].min()}–{part['vocab'].max()} tokens, KL "
         f"{part['kl'].min():.2g}–{part['kl'].max():.2g} nats), exact. Filled: 0, the loss descends that objective: "
-        f"{told or 'none'}. The expected gradient of k1 as loss "
-        f"has norm {round(float(nothing), 12):g}.",
+        f"{told or 'none'}. The expected gradient of k1 as loss has norm {round(float(nothing), 12):g}.",
         "½χ² is of π against ref, mse ½Σ(π−ref)².",
     )
 
@@ -149,16 +148,17 @@ def field_text(frame: pd.DataFrame) -> tuple[str, str]:
     area = ", ".join(f"{share:.2%} (ref {reference})" for reference, share in shares.items())
     others = frame["rise"][frame["estimator"] != "k3-loss"].max()
     points = "\n".join(
-        f"* ({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}): from {row.kl:.4f} to {row.kl + row.rise:.4f} nats, at a cosine "
-        f"of {row.cosine:.3f} with the true gradient"
+        f"* ({row.policy_0:g}, {row.policy_1:g}, {row.policy_2:g}): from {row.kl:.4f} to {row.kl + row.rise:.4f} nats, at a "
+        f"cosine of {row.cosine:.3f} with the true gradient"
         for row in at.itertuples()
     )
     return (
-        "**Descent over all policies on three tokens A, B, C**, for two references (star). Arrows: direction in which an exact "
-        f"step on the logits moves the policy. Shaded, over the logits: a step of {frame['step'].iloc[0]:g} with k3 as loss raises "
-        f"KL(π‖ref), for a share of {area}. k1 in reward and k2 as loss {'never raise it' if others < 0 else 'raise it somewhere too'}. "
-        "Exact.",
-        f"Logits: |log π(·)/π(C)| ≤ {widest:.0f}. The step with k3 as loss takes the KL of the policies in circles:\n\n{points}",
+        "**Descent over all policies on three tokens A, B, C**, for two references (star). Arrows: direction in which an "
+        f"exact step on the logits moves the policy. Shaded, over the logits: a step of {frame['step'].iloc[0]:g} with k3 as "
+        f"loss raises KL(π‖ref), for a share of {area}. k1 in reward and k2 as loss "
+        f"{'never raise it' if others < 0 else 'raise it somewhere too'}. Exact.",
+        f"Logits: |log π(·)/π(C)| ≤ {widest:.0f}. The step with k3 as loss takes the KL of the policies in "
+        f"circles:\n\n{points}",
     )
 
 

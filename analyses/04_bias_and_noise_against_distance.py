@@ -182,9 +182,9 @@ NOISE = ["k1-loss", "k2-loss", "k3-loss", "k3-loss-sequence", "k1-reward-to-go",
 
 def bands_text(frame: pd.DataFrame) -> tuple[str, str]:
     return (
-        "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the reverse KL, "
-        f"for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range (band). At KL near "
-        "0.01, 0.1 and 1 nats the bias of k3 as loss is "
+        "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the "
+        f"reverse KL, for KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats: median (line) and 10–90 % range "
+        "(band). At KL near 0.01, 0.1 and 1 nats the bias of k3 as loss is "
         f"{near(frame, 'bias', '.2g', estimator='k3-loss', target=REVERSE)}. {SIZES}, exact.",
         f"{POLICIES} Estimators of bias 0 are left out of the first row.",
     )
@@ -199,11 +199,11 @@ study.save_figure("04_bands", figure, bands, *bands_text(bands), verdicts)
 def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
     zero = frame.groupby("estimator", sort=False)["bias"].max() < BIAS_FLOOR
     return (
-        "**The whole catalogue.** Median relative bias as a gradient of the reverse KL (a–c) and median noise of a single response "
-        f"(d–f), for every estimator (rows) and KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats (columns). "
-        f"{zero.sum()} of {len(zero)} estimators have no bias in any family. {SIZES}, exact.",
-        f"Without bias: {', '.join(zero[zero].index)}.\n\n{POLICIES} Weights are 1 on-policy; where they are differentiated they "
-        "change the gradient all the same. Dots: not solved on chains in this run.",
+        "**The whole catalogue.** Median relative bias as a gradient of the reverse KL (a–c) and median noise of a single "
+        f"response (d–f), for every estimator (rows) and KL from {frame['kl'].min():.2g} to {frame['kl'].max():.2g} nats "
+        f"(columns). {zero.sum()} of {len(zero)} estimators have no bias in any family. {SIZES}, exact.",
+        f"Without bias: {', '.join(zero[zero].index)}.\n\n{POLICIES} Weights are 1 on-policy; where they are differentiated "
+        "they change the gradient all the same. Dots: not solved on chains in this run.",
     )
 
 
@@ -232,12 +232,12 @@ def slopes_text(frame: pd.DataFrame, remainders: pd.DataFrame) -> tuple[str, str
         "k2 as loss, per token": ("k2-loss",),
     }
     return (
-        "**Exponents as KL → 0.** Relative bias ≈ factor · KL^exponent, fitted to each scenario's "
-        f"{frame['points'].iloc[0]} smallest distances (bars: standard error). The exponent of k3 as loss is {exponent('k3-loss')} per "
-        f"token and {exponent('k3-loss-sequence')} with the response as one action. Without E[½(δ−1)² score], at most "
+        f"**Exponents as KL → 0.** Relative bias ≈ factor · KL^exponent, fitted to each scenario's {frame['points'].iloc[0]} "
+        f"smallest distances (bars: standard error). The exponent of k3 as loss is {exponent('k3-loss')} per token and "
+        f"{exponent('k3-loss-sequence')} with the response as one action. Without E[½(δ−1)² score], at most "
         f"{max(smallest.values()):.1%} of its error is left at the smallest distance. {SIZES}, exact.",
-        f"{POLICIES} Distances {frame['kl_min'].min():.2g}–{frame['kl_max'].max():.2g} nats. k2 as loss per token ignores what a token "
-        "does to later prefixes. Exponent, and factor with its range:\n\n"
+        f"{POLICIES} Distances {frame['kl_min'].min():.2g}–{frame['kl_max'].max():.2g} nats. k2 as loss per token ignores what "
+        "a token does to later prefixes. Exponent, and factor with its range:\n\n"
         + "\n".join(f"* {kind}: {exponent(*of)}, {factor(*of)}" for kind, of in kinds.items())
         + f"\n\nLeft without E[½(δ−1)² score]: {smallest['token']:.1%} per token, {smallest['sequence']:.1%} per response.",
     )
@@ -260,11 +260,11 @@ def batches_text(frame: pd.DataFrame) -> tuple[str, str]:
 
     return (
         "**Error against batch size.** Relative root mean squared error of a batch's gradient at KL of "
-        f"{', '.join(f'{kl:.2g}' for kl in chosen_kls)} nats: exact median (line) and 10–90 % range (band) over {COUNTS['bandit']} "
-        f"bandits and {COUNTS['tree']} trees, and the median of {samples} drawn batches of each size (dots). At the largest KL these "
-        f"have reached their bias and stopped falling: {level('bandit')}; {level('tree')}.",
-        f"{POLICIES} Dots with 95 % bootstrap intervals, in each scenario. k2 as loss, per token, misses what a token does to later "
-        "prefixes. Summing over the vocabulary has no noise in bandits, so no curve there.",
+        f"{', '.join(f'{kl:.2g}' for kl in chosen_kls)} nats: exact median (line) and 10–90 % range (band) over "
+        f"{COUNTS['bandit']} bandits and {COUNTS['tree']} trees, and the median of {samples} drawn batches of each size "
+        f"(dots). At the largest KL these have reached their bias and stopped falling: {level('bandit')}; {level('tree')}.",
+        f"{POLICIES} Dots with 95 % bootstrap intervals, in each scenario. k2 as loss, per token, misses what a token does to "
+        "later prefixes. Summing over the vocabulary has no noise in bandits, so no curve there.",
     )
 
 
@@ -278,13 +278,13 @@ def crossover_text(frame: pd.DataFrame, versus: pd.DataFrame) -> tuple[str, str]
     near_kl = k3[k3["kl"] <= 2e-3].groupby("family")[["kl", "crossover"]]
     power = [np.polyfit(np.log(part["kl"]), np.log(part["crossover"]), 1)[0] for _, part in near_kl]
     return (
-        "**From which batch size on the bias matters.** Batch size noise/bias², at which the squared bias equals the variance, for "
-        "gradients of the reverse KL; above the line more responses do not help. k3 as loss at KL near 0.01, 0.1 and 1 nats: "
-        f"{near(frame, 'crossover', ',.0f', estimator='k3-loss', target=REVERSE)} responses. Median and 10–90 % range over {SIZES}, "
-        "exact.",
-        f"{POLICIES}\n\nk1 in reward (to go), which has no bias but more noise on sequences, has the smaller error than k3 as loss from "
-        f"{near(other, 'overtaken', ',.0f')} responses on. Up to 0.002 nats the crossover falls as KL^{min(power):.2f} to "
-        f"KL^{max(power):.2f}; constant noise and a squared bias ∝ KL would make it KL^-1.",
+        "**From which batch size on the bias matters.** Batch size noise/bias², at which the squared bias equals the "
+        "variance, for gradients of the reverse KL; above the line more responses do not help. k3 as loss at KL near 0.01, "
+        f"0.1 and 1 nats: {near(frame, 'crossover', ',.0f', estimator='k3-loss', target=REVERSE)} responses. Median and 10–90 "
+        f"% range over {SIZES}, exact.",
+        f"{POLICIES}\n\nk1 in reward (to go), which has no bias but more noise on sequences, has the smaller error than k3 as "
+        f"loss from {near(other, 'overtaken', ',.0f')} responses on. Up to 0.002 nats the crossover falls as "
+        f"KL^{min(power):.2f} to KL^{max(power):.2f}; constant noise and a squared bias ∝ KL would make it KL^-1.",
     )
 
 
@@ -300,9 +300,9 @@ def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
         for family in COUNTS
     ]
     return (
-        "**Strength of k3 as loss against k2 as loss.** Norm of the expected gradient of k3 over that of k2 in the same scenario, per "
-        "token and with the response as one action: median, 10–90 % band and extremes (dotted). At KL near 1 nat, per token: "
-        f"{'; '.join(told)}. {SIZES}, exact.",
+        "**Strength of k3 as loss against k2 as loss.** Norm of the expected gradient of k3 over that of k2 in the same "
+        "scenario, per token and with the response as one action: median, 10–90 % band and extremes (dotted). At KL near 1 "
+        f"nat, per token: {'; '.join(told)}. {SIZES}, exact.",
         POLICIES,
     )
 
@@ -318,11 +318,11 @@ def blackwell_text(frame: pd.DataFrame) -> tuple[str, str]:
     worst = {row["scenario"]: row for row in frame[frame["scenarios"] == 1].to_dict("records")}
     told = [f"{row['noise_ratio']:.2f} times on the {name} (KL {row['kl']:.3g} nats)" for name, row in worst.items()]
     return (
-        "**Summing over the vocabulary.** Noise of the full-vocabulary KL over that of k2 as loss, and of complete Rao–Blackwell over "
-        "that of k1 in reward to go: median, 10–90 % band and extremes (dotted). In scenarios made for it (crosses) it is "
-        f"{'; '.join(told)}. {SIZES}, exact.",
-        f"{POLICIES} Each pair has the same expectation: the first per token with frozen prefixes, the second for the reverse KL. In a "
-        "bandit no noise is left, so nothing is drawn.",
+        "**Summing over the vocabulary.** Noise of the full-vocabulary KL over that of k2 as loss, and of complete "
+        "Rao–Blackwell over that of k1 in reward to go: median, 10–90 % band and extremes (dotted). In scenarios made for it "
+        f"(crosses) it is {'; '.join(told)}. {SIZES}, exact.",
+        f"{POLICIES} Each pair has the same expectation: the first per token with frozen prefixes, the second for the reverse "
+        "KL. In a bandit no noise is left, so nothing is drawn.",
     )
 
 

@@ -141,18 +141,18 @@ def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
 
     probability = float(mode.policy.table.softmax(-1)[0, J])
     return (
-        f"**One token of ten dropped**, from reference probability {ref[J]:g} to {probability:.3e} (KL {mode.kl():.4f} nats). Minus the "
-        f"expected gradient on its logit: {at('pull', 'k3-loss'):.5f} with k3 as loss, {at('pull', 'k2-loss'):.5f} with k2 as loss, the "
-        f"true one. A mean of 64 tokens has noise over that signal of {at('noise_at_64', 'k3-loss'):.2f} (k3) and "
-        f"{at('noise_at_64', 'k2-loss'):.2f} (k2). Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} draws (open, 95 % "
-        "intervals).",
+        f"**One token of ten dropped**, from reference probability {ref[J]:g} to {probability:.3e} (KL {mode.kl():.4f} nats). "
+        f"Minus the expected gradient on its logit: {at('pull', 'k3-loss'):.5f} with k3 as loss, {at('pull', 'k2-loss'):.5f} "
+        f"with k2 as loss, the true one. A mean of 64 tokens has noise over that signal of {at('noise_at_64', 'k3-loss'):.2f} "
+        f"(k3) and {at('noise_at_64', 'k2-loss'):.2f} (k2). Exact (filled) and from {cell(frame, 'samples', via='sampled'):,} "
+        "draws (open, 95 % intervals).",
         f"* {(1 - probability) ** 64:.1%} of all batches of 64 do not hold the token.\n"
         f"* Its share of the expected gradient along the true one: {at('expected_share', 'k3-loss'):.2%} (k3), "
         f"{at('expected_share', 'k2-loss'):.2%} (k2); of the second moment: {at('second_share', 'k3-loss'):.2%} (k3), "
         f"{at('second_share', 'k2-loss'):.2%} (k2).\n"
         f"* With the bounded form the signal is {at('pull', 'mse-sampled-loss'):.2e}.\n"
-        "* The other tokens have equal shares of the reference. Intervals in (b) are of the noise alone, without the error of the "
-        "signal it is divided by.",
+        "* The other tokens have equal shares of the reference. Intervals in (b) are of the noise alone, without the error "
+        "of the signal it is divided by.",
     )
 
 
@@ -166,18 +166,19 @@ def sides_text(frame: pd.DataFrame, raw: pd.DataFrame) -> tuple[str, str]:
 
     far = kls[-1]
     shares = "; ".join(
-        f"{world} {median(world, 'k2-loss', 'under_second', far):.2f} (k2) and {median(world, 'k3-loss', 'under_second', far):.2f} (k3)"
+        f"{world} {median(world, 'k2-loss', 'under_second', far):.2f} (k2) and "
+        f"{median(world, 'k3-loss', 'under_second', far):.2f} (k3)"
         for world in WORLDS
     )
     apart = raw.loc[raw["estimator"] == "k3-loss", "under_mass"].sub(0.5).abs().max()
     return (
-        "**What under-sampled tokens carry.** Share of tokens with π < ref in the mean |coefficient|, in the expected gradient along the "
-        f"true one and in the second moment E‖g‖². At {far:.2g} nats the median share of the second moment is {shares}. Median and "
-        f"10–90 % band over {draws} random policies a row, exact.",
-        f"* Bandits of 10 and 1,000 tokens, logits of standard deviation 1 and 2.5; trees of 3 tokens and 4 steps; KL {kls[0]:.2g}–"
-        f"{far:.2g} nats.\n"
-        "* E[1 − δ] = 0: over- and under-sampled tokens have equal shares of the mean |coefficient| of k3 as loss. The measured share "
-        f"is off one half by at most {round(float(apart), 12):g}.",
+        "**What under-sampled tokens carry.** Share of tokens with π < ref in the mean |coefficient|, in the expected "
+        f"gradient along the true one and in the second moment E‖g‖². At {far:.2g} nats the median share of the second moment "
+        f"is {shares}. Median and 10–90 % band over {draws} random policies a row, exact.",
+        "* Bandits of 10 and 1,000 tokens, logits of standard deviation 1 and 2.5; trees of 3 tokens and 4 steps; KL "
+        f"{kls[0]:.2g}–{far:.2g} nats.\n"
+        "* E[1 − δ] = 0: over- and under-sampled tokens have equal shares of the mean |coefficient| of k3 as loss. The "
+        f"measured share is off one half by at most {round(float(apart), 12):g}.",
     )
 
 
@@ -195,14 +196,15 @@ def tails_text(frame: pd.DataFrame, hill: pd.DataFrame) -> tuple[str, str]:
         for _, part in hill.groupby("ratio", sort=False)
     )
     return (
-        "**How heavy the tails are.** (a) Skewness of one response's gradient along the true one and (b) largest share of the second "
-        f"moment on one token: at {kls[-1]:.2g} nats {median('k2-loss', 'skewness'):.1f} and "
+        "**How heavy the tails are.** (a) Skewness of one response's gradient along the true one and (b) largest share of "
+        f"the second moment on one token: at {kls[-1]:.2g} nats {median('k2-loss', 'skewness'):.1f} and "
         f"{median('k2-loss', 'largest_second'):.1%} (k2), {median('k3-loss', 'skewness'):.1f} and "
-        f"{median('k3-loss', 'largest_second'):.1%} (k3); median and 10–90 % band over {draws} bandits of 1,000 tokens, exact. (c) Tail "
-        "index of δ for Gaussian policies: exact (black) and Hill's estimate; below 2 (grey) the variance of k3 is infinite.",
-        f"(c) Policies narrower than their reference; Hill's estimate from {cell(hill, 'samples'):,} draws over the number k of largest "
-        "values used (band: ± 1.96/√k). The tail is a power times a power of log δ, which Hill's estimate forgets only slowly. Exact "
-        f"against estimated:\n\n{ends}",
+        f"{median('k3-loss', 'largest_second'):.1%} (k3); median and 10–90 % band over {draws} bandits of 1,000 tokens, "
+        "exact. (c) Tail index of δ for Gaussian policies: exact (black) and Hill's estimate; below 2 (grey) the variance of "
+        "k3 is infinite.",
+        f"(c) Policies narrower than their reference; Hill's estimate from {cell(hill, 'samples'):,} draws over the number k "
+        "of largest values used (band: ± 1.96/√k). The tail is a power times a power of log δ, which Hill's estimate forgets "
+        f"only slowly. Exact against estimated:\n\n{ends}",
     )
 
 
@@ -221,13 +223,14 @@ def restoring_text(frame: pd.DataFrame) -> tuple[str, str]:
         return f"{took('k2-loss', q, d)} with k2, {took('k3-loss', q, d)} with k3"
 
     return (
-        "**Bringing a token back by the regulariser alone.** Exact gradient descent on the logits with the expected gradient: (a) the "
-        "dropped token of the bandit of ten; (b, c) time until a token's odds are within a factor of two of the reference's, over how "
-        f"far they were off. Reference probability .2, dropped by 7 nats: {pair(0.2, -7)}; inflated: {pair(0.2, 7)}.",
+        "**Bringing a token back by the regulariser alone.** Exact gradient descent on the logits with the expected "
+        "gradient: (a) the dropped token of the bandit of ten; (b, c) time until a token's odds are within a factor of two "
+        f"of the reference's, over how far they were off. Reference probability .2, dropped by 7 nats: {pair(0.2, -7)}; "
+        f"inflated: {pair(0.2, 7)}.",
         f"Reference probability .01, dropped by 7 nats: {pair(0.01, -7)}; inflated: {pair(0.01, 7)}.\n\n"
-        f"Time is steps × step size, step {STEP:g}; hollow: not within {limit:,} steps. No sampling. The expected gradient of k3 is "
-        "π − ref: it restores a dropped token at the rate ref and an inflated one at the rate π − ref, whereas the true gradient "
-        "vanishes with π.",
+        f"Time is steps × step size, step {STEP:g}; hollow: not within {limit:,} steps. No sampling. The expected gradient of "
+        "k3 is π − ref: it restores a dropped token at the rate ref and an inflated one at the rate π − ref, whereas the "
+        "true gradient vanishes with π.",
     )
 
 

@@ -171,14 +171,14 @@ def running_text(frame: pd.DataFrame) -> tuple[str, str]:
     index = tails.tail_index(PAIR)
     k1 = gl.exact.value_moments("k1", PAIR).variance ** 0.5
     return (
-        f"**What a sample sees of k3**, whose variance is {'in' * (index <= 2)}finite here (KL {PAIR.kl():.4f} nats). (a) Sample mean "
-        f"over the KL, (b) sample standard deviation over {runs} samples that grow to {last:,} draws: median and 10–90 % of samples. At "
-        f"{first:,} draws they are {told('mean_ratio', first)} and {told('std', first)} nats, at {last:,} {told('mean_ratio', last)} "
-        f"and {told('std', last)}. (c) Share of E[k3] on events rarer than 1/n.",
+        f"**What a sample sees of k3**, whose variance is {'in' * (index <= 2)}finite here (KL {PAIR.kl():.4f} nats). (a) "
+        f"Sample mean over the KL, (b) sample standard deviation over {runs} samples that grow to {last:,} draws: median and "
+        f"10–90 % of samples. At {first:,} draws they are {told('mean_ratio', first)} and {told('std', first)} nats, at "
+        f"{last:,} {told('mean_ratio', last)} and {told('std', last)}. (c) Share of E[k3] on events rarer than 1/n.",
         f"* {PAIR.label}: policy and reference of arXiv 2510.01555, App. I; tail index of δ {index:.3f}.\n"
-        "* Bars: 95 % intervals of the median. Solid: exact expectation of k3 without events rarer than 1/n. Dotted: the reported "
-        f"standard deviations, {REPORTED['k3']} (k3) and {REPORTED['k1']} (k1; exact {k1:.4f}). {REPORTED['k3']} is within the usual "
-        f"range at {usual} draws.\n"
+        "* Bars: 95 % intervals of the median. Solid: exact expectation of k3 without events rarer than 1/n. Dotted: the "
+        f"reported standard deviations, {REPORTED['k3']} (k3) and {REPORTED['k1']} (k1; exact {k1:.4f}). {REPORTED['k3']} is "
+        f"within the usual range at {usual} draws.\n"
         f"* (c) Exact, policies N(0.1, σ²): {share['share'].iloc[0]:.0%} at n = {share['samples'].iloc[0]:.2g} for σ = 0.2.",
     )
 
@@ -196,12 +196,12 @@ def variance_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
     largest = drawn[drawn["ratio"] < BORDER]["std"].max()
     return (
-        "**Where the variance of k3 is infinite.** Standard deviation of one k3 for a policy N(mean, σ²) and the reference N(0, 1), in "
-        f"closed form (lines, up to the border σ = {BORDER:.4g}), by quadrature (dots) and from {int(drawn['samples'].iloc[0]):,} draws "
-        f"(open: median of {int(drawn['runs'].iloc[0])} samples, bars 10–90 %). Beyond the border samples give up to "
-        f"{largest:.2g} nats.",
-        "The second moment ∫ref²/π stops existing at σ = √½: beyond it samples give finite numbers of nothing. Quadrature and closed "
-        f"form differ by at most {gap:.0e}, relative.",
+        "**Where the variance of k3 is infinite.** Standard deviation of one k3 for a policy N(mean, σ²) and the reference "
+        f"N(0, 1), in closed form (lines, up to the border σ = {BORDER:.4g}), by quadrature (dots) and from "
+        f"{int(drawn['samples'].iloc[0]):,} draws (open: median of {int(drawn['runs'].iloc[0])} samples, bars 10–90 %). "
+        f"Beyond the border samples give up to {largest:.2g} nats.",
+        "The second moment ∫ref²/π stops existing at σ = √½: beyond it samples give finite numbers of nothing. Quadrature "
+        f"and closed form differ by at most {gap:.0e}, relative.",
     )
 
 
@@ -219,8 +219,8 @@ def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
         told.append(f"{row['mean_ratio']:.2f} for π = {chance:.2g}")
         notes.append(f"* π = {chance:.2g}: KL {row['kl']:.3f} nats, a tenth of 1/π is {row['samples']:,} draws")
     return (
-        "**Sample mean of k3 over the KL with a dropped token**, of reference probability 0.2 and policy probability π, in a bandit of "
-        "ten: exact median (line) and 10–90 % range (band) of a sample of n draws, and the median of "
+        "**Sample mean of k3 over the KL with a dropped token**, of reference probability 0.2 and policy probability π, in a "
+        "bandit of ten: exact median (line) and 10–90 % range (band) of a sample of n draws, and the median of "
         f"{int(frame['runs'].dropna().iloc[0])} counted samples (open, 95 % intervals). At a tenth of 1/π draws the median is "
         f"{', '.join(told)}.",
         "\n".join(notes)
@@ -240,13 +240,13 @@ def chi2_text(random: pd.DataFrame) -> tuple[str, str]:
     flat, steep = counterexample.to_dict("records")
     ratio = random["gradient_ratio"]
     return (
-        "**χ² against the variance of the gradient of k3 as loss.** (a, b) Covariance trace against χ²(ref‖π), summed over steps, for "
-        f"{count} bandits and {count} trees at KL of {', '.join(f'{kl:g}' for kl in KLS)} nats, exact: the ratio is "
-        f"{ratio.min():.2f} to {ratio.max():.2f}. (c) The ratio for two tokens. A counterexample: {flat['scenario']} has χ² "
-        f"{flat['chi2']:.2f} and gradient variance {round(flat['trace_cov'], 12):.2g}, {steep['scenario']} {steep['chi2']:.2f} and "
-        f"{steep['trace_cov']:.2f}.",
-        "χ² is the variance of the coefficient 1 − δ. Bandits of 3–20 tokens, trees of 2–4 tokens and 2–4 steps, on-policy. (c) "
-        f"2(1 − 2p)² (line), and by enumeration with reference (.3 .7) (dots). Rank correlation at equal KL:\n\n{told}",
+        "**χ² against the variance of the gradient of k3 as loss.** (a, b) Covariance trace against χ²(ref‖π), summed over "
+        f"steps, for {count} bandits and {count} trees at KL of {', '.join(f'{kl:g}' for kl in KLS)} nats, exact: the ratio "
+        f"is {ratio.min():.2f} to {ratio.max():.2f}. (c) The ratio for two tokens. A counterexample: {flat['scenario']} has "
+        f"χ² {flat['chi2']:.2f} and gradient variance {round(flat['trace_cov'], 12):.2g}, {steep['scenario']} "
+        f"{steep['chi2']:.2f} and {steep['trace_cov']:.2f}.",
+        "χ² is the variance of the coefficient 1 − δ. Bandits of 3–20 tokens, trees of 2–4 tokens and 2–4 steps, on-policy. "
+        f"(c) 2(1 − 2p)² (line), and by enumeration with reference (.3 .7) (dots). Rank correlation at equal KL:\n\n{told}",
     )
 
 

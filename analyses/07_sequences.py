@@ -282,13 +282,13 @@ def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
     token = part[part["estimator"] == "k2-loss"]
     descended = gl.report.unbiased(frame)
     return (
-        "**Which objective each credit descends.** Largest relative bias ‖E g − ∇‖/‖∇‖; filled: 0. The reverse KL of whole responses "
-        f"is descended by {', '.join(descended.get(TARGETS[0], ['none']))}; per token, k2 as loss misses its gradient by "
-        f"{token['bias'].min():.1%} to {token['bias'].max():.1%}. {frame['scenario'].nunique()} random chains and trees "
-        f"({frame['vocab'].min()}–{frame['vocab'].max()} tokens, length {frame['length'].min()}–{frame['length'].max()}, "
-        f"KL {range_of(part, 'kl')} nats), exact.",
-        "From left to right: KL(π‖ref) of whole responses, its frozen-prefix form, KL(ref‖π) of whole responses, its frozen-prefix "
-        "form. Half of the policies have an end token.\n\n"
+        "**Which objective each credit descends.** Largest relative bias ‖E g − ∇‖/‖∇‖; filled: 0. The reverse KL of whole "
+        f"responses is descended by {', '.join(descended.get(TARGETS[0], ['none']))}; per token, k2 as loss misses its "
+        f"gradient by {token['bias'].min():.1%} to {token['bias'].max():.1%}. {frame['scenario'].nunique()} random chains and "
+        f"trees ({frame['vocab'].min()}–{frame['vocab'].max()} tokens, length "
+        f"{frame['length'].min()}–{frame['length'].max()}, KL {range_of(part, 'kl')} nats), exact.",
+        "From left to right: KL(π‖ref) of whole responses, its frozen-prefix form, KL(ref‖π) of whole responses, its "
+        "frozen-prefix form. Half of the policies have an end token.\n\n"
         + "\n".join(f"* {target} by {', '.join(names)}" for target, names in descended.items()),
     )
 
@@ -310,13 +310,13 @@ def credit_text(frame: pd.DataFrame) -> tuple[str, str]:
         f"**Credit on one chain**, KL {chain.kl():.3g} nats: bias as a gradient of the reverse KL of responses (a) and of its "
         f"frozen-prefix form (b), and noise (c). k1 in reward has bias {of('k1-reward', 'bias'):.3f} and noise "
         f"{of('k1-reward', 'noise'):.3g} with credit token, {round(of('k1-reward-to-go', 'bias'), 9):g} and "
-        f"{of('k1-reward-to-go', 'noise'):.3g} with to_go; complete Rao–Blackwell (full-both) has noise {of('full-both', 'noise'):.3g}. "
-        f"Exact (filled) and from {samples:,} responses (open, 95 % intervals).",
+        f"{of('k1-reward-to-go', 'noise'):.3g} with to_go; complete Rao–Blackwell (full-both) has noise "
+        f"{of('full-both', 'noise'):.3g}. Exact (filled) and from {samples:,} responses (open, 95 % intervals).",
         f"* {chain.label}\n"
-        f"* Credit return has noise {of('k1-reward-return', 'noise'):.3g}. Token beats to_go in root mean squared error up to batches "
-        f"of {even:.0f} responses.\n"
-        f"* The exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of those of the noise; all "
-        "estimators share the draws.",
+        f"* Credit return has noise {of('k1-reward-return', 'noise'):.3g}. Token beats to_go in root mean squared error up to "
+        f"batches of {even:.0f} responses.\n"
+        f"* The exact value lies in {hits['bias']:.0%} of the intervals of the bias and {hits['noise']:.0%} of those of the "
+        "noise; all estimators share the draws.",
     )
 
 
@@ -335,16 +335,17 @@ def gap_text(frame: pd.DataFrame, step: pd.DataFrame) -> tuple[str, str]:
     slope = gl.sequences.exponents(middle, ["sweep"], "x", "bias").set_index("sweep")["exponent"]
     at = step.set_index("estimator")
     return (
-        "**What the gradient of a token's own KL misses.** Relative bias (above) and cosine (below) against the gradient of the "
-        f"reverse KL of responses. The median bias of k2 as loss goes {ends('length')} over the length, {ends('kl')} over the KL, "
-        f"{ends('vocab')} over the vocabulary and {ends('memory')} over the memory. Median and range of {draws} chains, exact.",
-        f"* Lazy chains of 8 tokens, memory 10, length 64, {PER_TOKEN:g} nats per token unless swept. k2 as loss per token equals k1 in "
-        "reward with credit token, and full; k3 as loss per token and on the response.\n"
-        f"* Exponent of the median bias of k2: {slope['kl']:.2f} in the KL, {slope['memory']:.2f} in the memory, over which its cosine "
-        f"goes {ends('memory', 'cosine')} (lowest of all draws {k2['cosine'].min():.2f}).\n"
-        f"* On a tree of 2 tokens and 2 steps, KL {at['kl']['k2-loss']:.3f} nats, its cosine is {at['cosine']['k2-loss']:.3f}: an exact "
-        f"step of {STEP:g} changes the KL by {at['rise']['k2-loss']:+.4f} with k2 as loss, {at['rise']['k1-reward-to-go']:+.4f} with k1 "
-        "in reward to_go.",
+        "**What the gradient of a token's own KL misses.** Relative bias (above) and cosine (below) against the gradient of "
+        f"the reverse KL of responses. The median bias of k2 as loss goes {ends('length')} over the length, {ends('kl')} over "
+        f"the KL, {ends('vocab')} over the vocabulary and {ends('memory')} over the memory. Median and range of {draws} "
+        "chains, exact.",
+        f"* Lazy chains of 8 tokens, memory 10, length 64, {PER_TOKEN:g} nats per token unless swept. k2 as loss per token "
+        "equals k1 in reward with credit token, and full; k3 as loss per token and on the response.\n"
+        f"* Exponent of the median bias of k2: {slope['kl']:.2f} in the KL, {slope['memory']:.2f} in the memory, over which "
+        f"its cosine goes {ends('memory', 'cosine')} (lowest of all draws {k2['cosine'].min():.2f}).\n"
+        f"* On a tree of 2 tokens and 2 steps, KL {at['kl']['k2-loss']:.3f} nats, its cosine is "
+        f"{at['cosine']['k2-loss']:.3f}: an exact step of {STEP:g} changes the KL by {at['rise']['k2-loss']:+.4f} with k2 as "
+        f"loss, {at['rise']['k1-reward-to-go']:+.4f} with k1 in reward to_go.",
     )
 
 
@@ -366,13 +367,15 @@ def growth_text(frame: pd.DataFrame, fits: pd.DataFrame) -> tuple[str, str]:
     others = ("full-loss", "k1-reward-return", "k1-reward-loo")
     top = frame[(frame["sweep"] == first) & (frame["estimator"] == "k3-loss-sequence")].groupby("x")["noise"].median()
     return (
-        "**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² over the length at a fixed KL per token (a) and per response "
-        f"(b), over the KL (c) and the vocabulary (d). Exponents in the length: (a) {of(first, *told)}; (b) {of(second, *told)}. Median "
-        f"of {study.pick(3, 1)} random chains, exact.",
-        f"* (a) {RATE:g} nats per token and (b) 1 nat per response, 4 tokens; (c) length {study.pick(64, 8)}; (d) 1 nat, length "
-        f"{study.pick(32, 8)}. The chain's parameters are shared by all steps, so in (a) the squared signal grows as length².\n"
+        "**How the noise of one response grows.** Noise tr Cov/‖∇KL‖² over the length at a fixed KL per token (a) and per "
+        f"response (b), over the KL (c) and the vocabulary (d). Exponents in the length: (a) {of(first, *told)}; (b) "
+        f"{of(second, *told)}. Median of {study.pick(3, 1)} random chains, exact.",
+        f"* (a) {RATE:g} nats per token and (b) 1 nat per response, 4 tokens; (c) length {study.pick(64, 8)}; (d) 1 nat, "
+        f"length {study.pick(32, 8)}. The chain's parameters are shared by all steps, so in (a) the squared signal grows as "
+        "length².\n"
         f"* Exponents by least squares ± standard error, length ≥ {LARGE[first]:g}; others: (a) {of(first, *others)}; (b) "
-        f"{of(second, *others)}. Between the two longest, to_go in (a) has {table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}.\n"
+        f"{of(second, *others)}. Between the two longest, to_go in (a) has "
+        f"{table.loc[(first, 'k1-reward-to-go'), 'last']:+.2f}.\n"
         f"* k3 as loss on the response has a noise of {top.iloc[-1]:.1e} at {top.index[-1]:g} tokens, beyond the frame.",
     )
 
@@ -389,13 +392,13 @@ def baselines_text(frame: pd.DataFrame) -> tuple[str, str]:
         for kl, rows in exact[exact["baseline"] == "leave_one_out"].groupby("kl")
     )
     return (
-        f"**Baselines for the KL in the reward**, k1 in reward with credit return, chains of length {tokens}. (a) Relative bias of the "
-        f"group mean and of leave-one-out: exact (filled) and from {drawn:,} responses (open, 95 % intervals). (b) Noise of "
-        f"leave-one-out over that without baseline: {ratios}.",
+        f"**Baselines for the KL in the reward**, k1 in reward with credit return, chains of length {tokens}. (a) Relative "
+        f"bias of the group mean and of leave-one-out: exact (filled) and from {drawn:,} responses (open, 95 % intervals). "
+        f"(b) Noise of leave-one-out over that without baseline: {ratios}.",
         f"* (a) The group mean shrinks the gradient by 1 − 1/n, a bias of 1/n; KL {middle.kl():.3g} nats, 4 tokens.\n"
         "* (b) Equal to the group mean's at equal signal.\n"
-        f"* Subtracting the step's KL from to_go leaves {step_kl['noise_ratio'].min():.3f}–{step_kl['noise_ratio'].max():.3f} of its "
-        "noise.",
+        f"* Subtracting the step's KL from to_go leaves {step_kl['noise_ratio'].min():.3f}–{step_kl['noise_ratio'].max():.3f} "
+        "of its noise.",
     )
 
 
@@ -413,10 +416,10 @@ def normalisers_text(frame: pd.DataFrame) -> tuple[str, str]:
     kept = frame.loc[frame["normaliser"].isin(["fixed", "token_mean"]), "misdirection"].max()
     return (
         "**Dividing by the length.** (a) Sine of the angle between the expected gradient with and without 1/L: "
-        f"{k2['misdirection'].min():.2f}–{k2['misdirection'].max():.2f} for k2 as loss. (b) Cosine between the descent direction and "
-        f"longer responses, without (small) and with 1/L (large): k1 as loss lengthens responses in {longer} of {len(k1)} policies. (c) "
-        f"One mean over all tokens of a batch of n: the angle falls as n^{slope:.2f}. {variable['scenario'].nunique()} policies with an "
-        "end token, exact.",
+        f"{k2['misdirection'].min():.2f}–{k2['misdirection'].max():.2f} for k2 as loss. (b) Cosine between the descent "
+        f"direction and longer responses, without (small) and with 1/L (large): k1 as loss lengthens responses in {longer} of "
+        f"{len(k1)} policies. (c) One mean over all tokens of a batch of n: the angle falls as n^{slope:.2f}. "
+        f"{variable['scenario'].nunique()} policies with an end token, exact.",
         f"* Mean length {range_of(variable, 'mean_length')}, KL {variable['kl'].median():.2g} nats.\n"
         "* k1 as loss, which has no expected gradient otherwise, becomes ∇E[1/L] (relative error "
         f"{k1['inverse_length'].max():.0e}).\n"
@@ -435,9 +438,10 @@ def noise_text(frame: pd.DataFrame) -> tuple[str, str]:
         return f"{at['noise_ratio']:.3f} (at β = {at['coefficient']:.2g})"
 
     return (
-        f"**k1 as loss beside a reward.** Noise of −r ∇log π + β ∇k1 over that without k1, KL {world.kl():.2g} nats, {draws_of_reward} "
-        f"random rewards per response (solid) and the same less their mean (dotted). It falls to {least('in [0, 1]')} with raw rewards "
-        f"and to {least('centred')} with centred ones; the mean gradient changes by at most {frame['shift'].max():.0e}. Exact.",
+        f"**k1 as loss beside a reward.** Noise of −r ∇log π + β ∇k1 over that without k1, KL {world.kl():.2g} nats, "
+        f"{draws_of_reward} random rewards per response (solid) and the same less their mean (dotted). It falls to "
+        f"{least('in [0, 1]')} with raw rewards and to {least('centred')} with centred ones; the mean gradient changes by at "
+        f"most {frame['shift'].max():.0e}. Exact.",
         f"* {world.label}; rewards uniform in [0, 1].\n* The mean gradient stays because β is a constant baseline.",
     )
 

@@ -275,13 +275,13 @@ def lag_text() -> tuple[str, str]:
         return f"{median(name, 'bias', lag):.3g}"
 
     return (
-        "**Bias and noise against the lag.** Relative bias as a gradient of the reverse KL of responses (above) and noise of one "
-        f"response (below). From a lag of {near:g} to {far:g} nats the bias goes {change('k2-loss')} for k2 as loss, {change('k3-loss')} "
-        f"for k3 as loss and {change('k1-reward-to-go')} for k1 in reward to go, without a weight. Median and range over {draws} random "
-        "trees, exact.",
+        "**Bias and noise against the lag.** Relative bias as a gradient of the reverse KL of responses (above) and noise of "
+        f"one response (below). From a lag of {near:g} to {far:g} nats the bias goes {change('k2-loss')} for k2 as loss, "
+        f"{change('k3-loss')} for k3 as loss and {change('k1-reward-to-go')} for k1 in reward to go, without a weight. Median "
+        f"and range over {draws} random trees, exact.",
         f"{FAMILY}.\n\n"
-        f"* Without a weight the bias of full as loss goes {change('full-loss')}. What is unbiased on-policy (full-both) is biased as the "
-        f"lag to the power {slope:.2f}.\n"
+        f"* Without a weight the bias of full as loss goes {change('full-loss')}. What is unbiased on-policy (full-both) is "
+        f"biased as the lag to the power {slope:.2f}.\n"
         f"* With token weights the bias at a lag of {far:g} is {bias('k2-loss, token weight')} for k2 (detached) and "
         f"{bias('k3-loss, differentiated token weight')} for k3 (differentiated).\n"
         "* A PPO clip of 0.2 turns the bias of k1 in reward at a lag of 0.1 from "
@@ -313,14 +313,14 @@ def truncation_text() -> tuple[str, str]:
     worth_at = truncated_worth[truncated_worth["nominal"] == far].groupby("truncate", dropna=False)["sequence"].median()
     return (
         "**What truncating a weight costs.** Relative bias (above) and noise (below) with weights min(W, C). At a lag of "
-        f"{far:g} nats C = 2 gives complete Rao–Blackwell with prefix weights a bias of {at(BASES[0], 2)} of the noise, k3 as loss with "
-        f"a differentiated prefix weight {at(BASES[1], 2)}, and k1 in reward with the sequence weight {at(BASES[2], 2)}. Median and range "
-        f"over {draws} random trees, exact.",
-        f"{FAMILY}. A differentiated weight has no gradient where its bound binds. Median bias at a lag of {far:g} nats with C = 2, 5, "
-        f"10:\n\n{rows}\n* k2 with a token weight: {median(BASES[3], 'bias', far):.2g} without a bound and "
+        f"{far:g} nats C = 2 gives complete Rao–Blackwell with prefix weights a bias of {at(BASES[0], 2)} of the noise, k3 as "
+        f"loss with a differentiated prefix weight {at(BASES[1], 2)}, and k1 in reward with the sequence weight "
+        f"{at(BASES[2], 2)}. Median and range over {draws} random trees, exact.",
+        f"{FAMILY}. A differentiated weight has no gradient where its bound binds. Median bias at a lag of {far:g} nats with C "
+        f"= 2, 5, 10:\n\n{rows}\n* k2 with a token weight: {median(BASES[3], 'bias', far):.2g} without a bound and "
         f"{median(BASES[3] + ' ≤ 2', 'bias', far):.2g} with C = 2\n\n"
-        f"Median effective sample size of the sequence weight there: {worth_at[np.nan]:.1%} of a batch; truncated {worth_at[2.0]:.0%}, "
-        f"{worth_at[5.0]:.0%} and {worth_at[10.0]:.0%}.",
+        f"Median effective sample size of the sequence weight there: {worth_at[np.nan]:.1%} of a batch; truncated "
+        f"{worth_at[2.0]:.0%}, {worth_at[5.0]:.0%} and {worth_at[10.0]:.0%}.",
     )
 
 
@@ -334,11 +334,12 @@ def published_text(frame: pd.DataFrame) -> tuple[str, str]:
     on_trees = frame[frame["family"] == "tree"]
     descended = gl.report.unbiased(on_trees)
     return (
-        "**The weight decides the objective.** Largest relative bias as a gradient of the reverse and the forward KL, of whole responses "
-        "or per token with prefixes frozen at the behaviour's (prefix μ) or at the policy's (prefix π); filled: 0. On trees "
-        f"{len(descended.get(GOAL, []))} of {on_trees['estimator'].nunique()} have no bias for the reverse KL of responses. "
-        f"{len(bandits)} bandits (a) and {len(many)} random trees (b), lag {LAG:g} nats, exact.",
-        f"Bandits of 5 tokens, trees of {on_trees['length'].min()}–{on_trees['length'].max()} steps, KL 0.5 nats. Without bias on trees:"
+        "**The weight decides the objective.** Largest relative bias as a gradient of the reverse and the forward KL, of "
+        "whole responses or per token with prefixes frozen at the behaviour's (prefix μ) or at the policy's (prefix π); "
+        f"filled: 0. On trees {len(descended.get(GOAL, []))} of {on_trees['estimator'].nunique()} have no bias for the "
+        f"reverse KL of responses. {len(bandits)} bandits (a) and {len(many)} random trees (b), lag {LAG:g} nats, exact.",
+        f"Bandits of 5 tokens, trees of {on_trees['length'].min()}–{on_trees['length'].max()} steps, KL 0.5 nats. Without bias "
+        "on trees:"
         "\n\n" + "\n".join(f"* {target}: {'; '.join(names)}" for target, names in descended.items()),
     )
 
@@ -355,16 +356,16 @@ def compositions_text(frame: pd.DataFrame, in_use: pd.DataFrame) -> tuple[str, s
     goal = in_use[in_use["target"] == GOAL]
     shipped = goal.pivot_table(index="estimator", columns="family", values="bias", aggfunc="max")
     return (
-        f"**Every composition, tried off-policy**: {len(frame)} of kernel, placement, credit, weight and baseline, at lag {LAG:g} nats on "
-        f"{len(trees)} random trees. (a) How many descend which objective on all of them. (b) The {len(kept)} that are unbiased for the "
-        f"reverse KL of responses are {kept['same_as'].nunique()} different estimators; the least noisy is {' and '.join(least)}, of "
-        f"those that need the sampled tokens only {sampled_only}. Exact.",
+        f"**Every composition, tried off-policy**: {len(frame)} of kernel, placement, credit, weight and baseline, at lag "
+        f"{LAG:g} nats on {len(trees)} random trees. (a) How many descend which objective on all of them. (b) The {len(kept)} "
+        f"that are unbiased for the reverse KL of responses are {kept['same_as'].nunique()} different estimators; the least "
+        f"noisy is {' and '.join(least)}, of those that need the sampled tokens only {sampled_only}. Exact.",
         f"* {'; '.join(s.name or '' for s in trees)}; KL 0.5 nats. Unbiased: to a relative {gl.search.UNBIASED:g}. × how many "
         "compositions are the same, response by response.\n"
         "* Complete Rao–Blackwell with prefix weights is the same as "
         f"{gl.report.cell(frame, 'same_as', estimator=rao_blackwell)}.\n"
-        f"* Unbiased are {int((kept['weight'] == 'none').sum())} without a weight, {int((kept['weight'] == 'token').sum())} with token "
-        "weights.\n"
+        f"* Unbiased are {int((kept['weight'] == 'none').sum())} without a weight, {int((kept['weight'] == 'token').sum())} "
+        "with token weights.\n"
         f"* Of {in_use['estimator'].nunique()} compositions that frameworks ship (sums of tokens, no clamp), "
         f"{int((shipped['tree'] < 1e-9).sum())} are unbiased on trees (the least bias on any is "
         f"{goal.loc[goal['family'] == 'tree', 'bias'].min():.2g}) and {int((shipped['bandit'] < 1e-9).sum())} on bandits.",
@@ -382,10 +383,10 @@ def one_text(frame: pd.DataFrame) -> tuple[str, str]:
     covered = ((drawn["bias_low"] <= inside["bias"] + 1e-9) & (inside["bias"] <= drawn["bias_high"])).mean()
     descended = gl.report.unbiased(frame[frame["via"] == "exact"])
     return (
-        f"**One tree, exact and sampled**, KL {one.kl():.3g} nats, data of another policy: bias as a gradient of the reverse KL of "
-        "responses (a) and of its form with frozen prefixes of the behaviour (b), and noise (c); exact (filled) and from "
-        f"{samples:,} responses (open, 95 % intervals). The intervals hold {covered:.0%} of the exact biases and {hit:.0%} of the exact "
-        "noises.",
+        f"**One tree, exact and sampled**, KL {one.kl():.3g} nats, data of another policy: bias as a gradient of the reverse "
+        "KL of responses (a) and of its form with frozen prefixes of the behaviour (b), and noise (c); exact (filled) and "
+        f"from {samples:,} responses (open, 95 % intervals). The intervals hold {covered:.0%} of the exact biases and "
+        f"{hit:.0%} of the exact noises.",
         f"{one.name}. All rows share one draw of responses, so they hit or miss together. Without bias:\n\n"
         + "\n".join(f"* {target}: {', '.join(names)}" for target, names in descended.items()),
     )
@@ -410,17 +411,19 @@ def growth_text(frame: pd.DataFrame) -> tuple[str, str]:
     fit = share["sequence"] * np.exp(2 * share["lag"])
     by_length = ends(fixed, lengths[1], lengths[-1])
     return (
-        f"**Noise of the unbiased estimators** on chains, median of {frame['draw'].nunique()} draws, exact. (a) At a lag of {LAG:g} nats "
-        f"per response it goes, from {lengths[1]} to {lengths[-1]} tokens, from {by_length[0]} for complete Rao–Blackwell with prefix "
-        f"weights, {by_length[1]} for k3 as loss with a differentiated prefix weight, {by_length[2]} for k1 in reward with the sequence "
-        f"weight. (b) At {RATE:g} nats per token. (c) Over the lag. (d) Effective sample size.",
+        f"**Noise of the unbiased estimators** on chains, median of {frame['draw'].nunique()} draws, exact. (a) At a lag of "
+        f"{LAG:g} nats per response it goes, from {lengths[1]} to {lengths[-1]} tokens, from {by_length[0]} for complete "
+        f"Rao–Blackwell with prefix weights, {by_length[1]} for k3 as loss with a differentiated prefix weight, "
+        f"{by_length[2]} for k1 in reward with the sequence weight. (b) At {RATE:g} nats per token. (c) Over the lag. (d) "
+        "Effective sample size.",
         "Chains of 4 tokens, 1 nat from their reference, by dynamic programming. Noise of the same three estimators:\n\n"
         f"* (b) {', '.join(ends(token, lengths[1], lengths[-1]))}\n"
-        f"* (c) {middle} tokens, lags {CHAIN_LAGS[0]:g} to {CHAIN_LAGS[-1]:g}: {', '.join(ends(lag, CHAIN_LAGS[0], CHAIN_LAGS[-1]))}\n\n"
-        f"k3 with a differentiated prefix weight, which reads only the sampled tokens, has {ratio.min():.2f} to {ratio.max():.2g} times "
-        "the noise of complete Rao–Blackwell.\n\n"
-        f"(d) (E w)²/E w²: the sequence weight's is {fit.min():.2f} to {fit.max():.2f} times exp(−2 lag); the prefix weight's is averaged "
-        "over positions.",
+        f"* (c) {middle} tokens, lags {CHAIN_LAGS[0]:g} to {CHAIN_LAGS[-1]:g}: "
+        f"{', '.join(ends(lag, CHAIN_LAGS[0], CHAIN_LAGS[-1]))}\n\n"
+        f"k3 with a differentiated prefix weight, which reads only the sampled tokens, has {ratio.min():.2f} to "
+        f"{ratio.max():.2g} times the noise of complete Rao–Blackwell.\n\n"
+        f"(d) (E w)²/E w²: the sequence weight's is {fit.min():.2f} to {fit.max():.2f} times exp(−2 lag); the prefix weight's "
+        "is averaged over positions.",
     )
 
 
@@ -440,9 +443,9 @@ def winners_text(winners: pd.DataFrame, regrets: pd.DataFrame) -> tuple[str, str
         )
     lost = int((winners["rmse"] >= 1).sum())
     return (
-        "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and batch. "
-        f"The least regret at worst, in times the best error, panel by panel: {'; '.join(safest)}. In {lost} of {len(winners)} cells "
-        f"the best error is above 1 (pale). {draws} trees, {chain_draws} chains, exact.",
+        "**Which estimator to take.** The least root mean squared error √(bias² + noise/N) relative to ‖∇KL‖, by lag and "
+        f"batch. The least regret at worst, in times the best error, panel by panel: {'; '.join(safest)}. In {lost} of "
+        f"{len(winners)} cells the best error is above 1 (pale). {draws} trees, {chain_draws} chains, exact.",
         "\n".join(notes)
         + "\n\nAn error above 1 is more than dropping the regulariser would cost. Cell: weight (letter; differentiated in k3 as "
         f"loss, otherwise detached), bound on it, error; geometric mean over draws. {FAMILY}. Chains: 4 tokens, T = {middle}, "

@@ -203,14 +203,14 @@ def paths_text(frame: pd.DataFrame) -> tuple[str, str]:
     error = frame[(frame["estimator"] == "k2-loss") & (frame["family"] == "bandit")]["to_reverse"].max()
     other = frame[(frame["estimator"] == "k3-loss") & (frame["family"] == "bandit")]["to_forward"].max()
     return (
-        "**Exact ascent over three responses** of E[r] − β·penalty, from "
-        f"{len(starts)} start(s). k2 as loss ends at π* ∝ ref·exp(r/β) (star) to {error:.0e}, k3 as loss at the forward-KL optimum "
-        f"β·ref/(Λ − r) (square) to {other:.0e}: at β = {beta:g} {at('kl', 'k2-loss', beta):.3f} and {at('kl', 'k3-loss', beta):.3f} "
-        f"nats from the reference. k1 as loss and k3 in reward end {round(at('regret', 'k1-loss', beta), 12):.0g} and "
+        f"**Exact ascent over three responses** of E[r] − β·penalty, from {len(starts)} start(s). k2 as loss ends at π* ∝ "
+        f"ref·exp(r/β) (star) to {error:.0e}, k3 as loss at the forward-KL optimum β·ref/(Λ − r) (square) to {other:.0e}: at "
+        f"β = {beta:g} {at('kl', 'k2-loss', beta):.3f} and {at('kl', 'k3-loss', beta):.3f} nats from the reference. k1 as "
+        f"loss and k3 in reward end {round(at('regret', 'k1-loss', beta), 12):.0g} and "
         f"{round(at('regret', 'k3-reward-to-go', beta), 12):.0g} in reward from the best response.",
-        "Lines: the flow under the exact expected gradient of each regulariser; rewards at the corners, reference (.5, .3, .2); dotted: "
-        "both optima over all β. Errors are the largest difference of a probability. No sampling; integrated to time "
-        f"{gl.ascent.T_MAX:.0e}.",
+        "Lines: the flow under the exact expected gradient of each regulariser; rewards at the corners, reference (.5, .3, "
+        ".2); dotted: both optima over all β. Errors are the largest difference of a probability. No sampling; integrated to "
+        f"time {gl.ascent.T_MAX:.0e}.",
     )
 
 
@@ -228,14 +228,16 @@ def trees_text(frame: pd.DataFrame) -> tuple[str, str]:
     sizes = " and ".join(f"{len(w.reward)}" for w in (tree, ended) if w.name in set(frame["world"]))
     at_optimum = [name for name in ("k1-reward-to-go", "k2-loss-sequence", "full-both") if worst(name, "to_reverse") < 1e-6]
     return (
-        "**Where a regulariser leaves a tree.** KL of the end point from π* over the coefficient; dots: exact ascent, dotted: closed "
-        f"form, grey: rounding. At π* end {', '.join(at_optimum) or 'none'}. Per-token k2 ends, at β = {beta:g}, {gaps} from it. Trees of "
-        f"3 tokens and 3 steps ({sizes} responses), exact.",
+        "**Where a regulariser leaves a tree.** KL of the end point from π* over the coefficient; dots: exact ascent, "
+        f"dotted: closed form, grey: rounding. At π* end {', '.join(at_optimum) or 'none'}. Per-token k2 ends, at β = "
+        f"{beta:g}, {gaps} from it. Trees of 3 tokens and 3 steps ({sizes} responses), exact.",
         "* Rewards uniform in [0, 1].\n"
-        f"* k2 as loss of the whole response is off π* by at most {worst('k2-loss-sequence', 'to_reverse'):.0e} of a probability.\n"
-        "* Per-token k2 ends where every context solves its own problem with the reward it goes on to collect but not the KL it goes on "
-        f"to pay (to {worst('k2-loss', 'to_token_reverse'):.0e}). Its expected gradient there is the gradient of no function if its "
-        f"Jacobian is not symmetric: the antisymmetric part is up to {worst('k2-loss', 'curl'):.2f} of the symmetric part.",
+        f"* k2 as loss of the whole response is off π* by at most {worst('k2-loss-sequence', 'to_reverse'):.0e} of a "
+        "probability.\n"
+        "* Per-token k2 ends where every context solves its own problem with the reward it goes on to collect but not the KL "
+        f"it goes on to pay (to {worst('k2-loss', 'to_token_reverse'):.0e}). Its expected gradient there is the gradient of "
+        f"no function if its Jacobian is not symmetric: the antisymmetric part is up to {worst('k2-loss', 'curl'):.2f} of the "
+        "symmetric part.",
     )
 
 
@@ -257,9 +259,10 @@ def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
     high = ", ".join(f"{median(kind, betas[-1]):.2f}" for kind in kinds)
     counts = frame.drop_duplicates("kind").set_index("kind")["count"]
     return (
-        "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 as loss; "
-        f"above 1 k3 is the weaker regulariser. At β = {betas[0]:g}: {ratios}. Median and 10–90 % band over "
-        f"{counts['uniform rewards']} bandits (a) and {counts['trees, per token']} trees (d, e); single cases (b, c). Closed form.",
+        "**At equal coefficient, which holds harder?** KL to the reference at the fixed point of k3 as loss over that of k2 "
+        f"as loss; above 1 k3 is the weaker regulariser. At β = {betas[0]:g}: {ratios}. Median and 10–90 % band over "
+        f"{counts['uniform rewards']} bandits (a) and {counts['trees, per token']} trees (d, e); single cases (b, c). Closed "
+        "form.",
         f"* At β = {betas[-1]:g}, in the same order: {high}.\n"
         f"* (a) {TOKENS} tokens, rewards uniform in [0, 1].\n"
         f"* (b, c) Reward 1 for one token of reference probability {RARE:g} and 0 for the others, or the other way round; that "

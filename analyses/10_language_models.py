@@ -256,119 +256,134 @@ verdicts = study.verdicts(
 cell = gl.report.cell
 
 
-def catalogue_caption(frame: pd.DataFrame) -> str:
+def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
     def at(column: str, estimator: str, via: str = "exact", target: str = TARGETS[0]) -> float:
         return float(cell(frame, column, scenario=last.label, estimator=estimator, via=via, target=target))
 
-    spans = "; ".join(
-        f"{name}: KL {part['kl'].iloc[0]:.3g} nats ({part['via'].iloc[0]})"
+    rows = "\n".join(
+        f"* {name}: KL {part['kl'].iloc[0]:.3g} nats ({part['via'].iloc[0]})"
         for name, part in frame.groupby("scenario", sort=False)
     )
     bounds = f"{at('bias_low', 'k3-loss', 'sampled'):.2f}–{at('bias_high', 'k3-loss', 'sampled'):.2f}"
     return (
-        "**The catalogue on language models**, against the gradient of KL(π‖ref) of whole responses in all of the network's "
-        f"parameters. From top to bottom within a line: {spans}; after that {last.label} once more from {draws:,} draws. "
-        f"Addition ({len(prompts)} prompts) is exact; with its last policy k2 as loss has bias {at('bias', 'k2-loss'):.3f} "
-        f"(against the frozen-prefix form {at('bias', 'k2-loss', target=TARGETS[1]):.1e}), k3 as loss {at('bias', 'k3-loss'):.2f} "
-        f"(sampled: {bounds}) and {at('noise', 'k3-loss') / at('noise', 'k2-loss'):.0f} times the noise of k2; complete "
-        f"Rao–Blackwell has {at('noise_ratio', 'full-both'):.3f} of the noise of k1 in the reward. In single precision biases differ "
-        f"by at most {precision['bias_error'].max():.1e}. Names are sampled ({draws:,} draws, 95 % intervals, seed {seed}), with the "
-        "target's gradient estimated from the same draws by complete Rao–Blackwell, which therefore has no bias of its own to show. "
-        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_catalogue')}"
+        "**The catalogue on language models**, against the gradient of KL(π‖ref) of whole responses in all parameters. With "
+        f"the last policy of addition k2 as loss has bias {at('bias', 'k2-loss'):.3f}, k3 as loss {at('bias', 'k3-loss'):.2f} "
+        f"and {at('noise', 'k3-loss') / at('noise', 'k2-loss'):.0f} times the noise of k2; complete Rao–Blackwell has "
+        f"{at('noise_ratio', 'full-both'):.3f} of the noise of k1 in the reward. Addition ({len(prompts)} prompts) is exact, "
+        f"names from {draws:,} draws (95 % intervals).",
+        f"From top to bottom within a line, then {last.label} once more from {draws:,} draws:\n\n{rows}\n\n"
+        f"Against the frozen-prefix form k2 as loss has bias {round(at('bias', 'k2-loss', target=TARGETS[1]), 12):g}. "
+        f"Sampled, the bias of k3 as loss is in {bounds}. In single precision biases differ by at most "
+        f"{precision['bias_error'].max():.1e}. The target's gradient on names is estimated from the same draws by complete "
+        "Rao–Blackwell, which therefore has no bias of its own to show.",
     )
 
 
 shown = catalogue[catalogue["target"] == TARGETS[0]]
-study.save_figure("10_catalogue", gl.plots.language_models(shown, NAMES), catalogue, catalogue_caption(catalogue))
+figure = gl.plots.language_models(shown, NAMES)
+study.save_figure("10_catalogue", figure, catalogue, *catalogue_text(catalogue), verdicts)
 
 
 # %%
-def ratios_caption(frame: pd.DataFrame) -> str:
-    told = []
+def ratios_text(extremes: pd.DataFrame) -> tuple[str, str]:
+    told, notes = {}, []
     for name, part in extremes.groupby("scenario", sort=False):
         over, under = part.iloc[0], part.iloc[1]
-        told.append(
-            f"{name} (KL {over['kl']:.3g} nats): δ < 1/10 in {over['responses']:.1%} of responses, δ > 10 in {under['responses']:.1%}, "
-            f"furthest log δ {over['furthest']:.1f} ('{over['token']}' after '{over['after']}') and {under['furthest']:.1f} "
-            f"('{under['token']}' after '{under['after']}')"
+        told[name.split(",")[0]] = f"{over['responses']:.1%} and {under['responses']:.1%}"  # the last of each task
+        notes.append(
+            f"* {name} (KL {over['kl']:.3g} nats): δ < 1/10 in {over['responses']:.1%} of responses, δ > 10 in "
+            f"{under['responses']:.1%}; furthest log δ {over['furthest']:.1f} ('{over['token']}' after '{over['after']}') and "
+            f"{under['furthest']:.1f} ('{under['token']}' after '{under['after']}')"
         )
     return (
-        "**Do δ → 0 and δ → ∞ occur?** Share of tokens in each range of the log-ratio, a quarter of a decade wide, at the prefixes "
-        "that the policy reaches: counted by the policy's probability, the reference's, and one each. Addition exact, names from "
-        f"{many:,} responses with 95 % bands, seed {seed}. {'; '.join(told)}. "
-        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_extremes')}"
+        "**How far single tokens move.** Share of tokens in each range of the log-ratio, at the prefixes that the policy "
+        "reaches: counted by the policy's probability, the reference's, and one each. Responses that hold a token with δ < "
+        f"1/10, and one with δ > 10: {'; '.join(f'{task} {shares}' for task, shares in told.items())} after the most steps. "
+        f"Addition exact, names from {many:,} responses (95 % bands).",
+        "Ranges are a quarter of a decade wide.\n\n" + "\n".join(notes),
     )
 
 
-study.save_figure("10_ratios", gl.plots.token_ratios(spread), spread, ratios_caption(spread))
+study.save_figure("10_ratios", gl.plots.token_ratios(spread), spread, *ratios_text(extremes), verdicts)
 
 
 # %%
-def sides_caption(frame: pd.DataFrame) -> str:
-    told = "; ".join(
-        f"{name} (KL {part['kl'].iloc[0]:.3g} nats, {part['via'].iloc[0]}): mean |coefficient| "
-        + " and ".join(f"{row['under_mass']:.2f} ({row['estimator']})" for row in part.to_dict("records"))
-        + ", second moment "
-        + " and ".join(f"{row['under_second']:.2f}" for row in part.to_dict("records"))
-        for name, part in frame.groupby("scenario", sort=False)
-    )
+def sides_text(frame: pd.DataFrame) -> tuple[str, str]:
+    def shares(part: pd.DataFrame, column: str) -> str:
+        return " and ".join(f"{row[column]:.2f} ({row['estimator']})" for row in part.to_dict("records"))
+
+    stages = dict(iter(frame.groupby("scenario", sort=False)))
+    final = {name.split(",")[0]: shares(part, "under_second") for name, part in stages.items()}  # the last of each task
     return (
-        "**What under-sampled tokens carry in language models.** Share, of tokens with π < ref, of the mean |coefficient|, of the "
-        "expected gradient along the true one (parts counted positive) and of the second moment Σ E a²‖∇log π‖², in the network's "
-        f"parameters. {told}. Exact; of names the first {LETTERS} letters. "
-        f"Verdicts: {gl.report.verdict_summary(verdicts, '10_sides')}"
+        "**What under-sampled tokens carry in language models.** Share of tokens with π < ref in the mean |coefficient|, in "
+        "the expected gradient along the true one (parts counted positive) and in the second moment. After the most steps "
+        f"their share of the second moment is {'; '.join(f'{told} on {task}' for task, told in final.items())}. Exact; of "
+        f"names the first {LETTERS} letters.",
+        "Second moment Σ E a²‖∇log π‖² in the network's parameters. Shares of the mean |coefficient|, and of the second "
+        "moment:\n\n"
+        + "\n".join(
+            f"* {name} (KL {part['kl'].iloc[0]:.3g} nats, {part['via'].iloc[0]}): {shares(part, 'under_mass')}; "
+            f"{shares(part, 'under_second')}"
+            for name, part in stages.items()
+        ),
     )
 
 
-study.save_figure("10_sides", gl.plots.side_shares(sides), sides, sides_caption(sides))
+study.save_figure("10_sides", gl.plots.side_shares(sides), sides, *sides_text(sides), verdicts)
 
 
 # %%
-def named_caption(frame: pd.DataFrame) -> str:
+def named_text(frame: pd.DataFrame) -> tuple[str, str]:
     def best(estimator: str) -> str:
         rows = frame[frame["estimator"] == estimator].head(3)
-        return ", ".join(
+        return "; ".join(
             f"'{row['token']}' after '{row['prefix']}' {row['second']:.0%} (ℓ = {row['log_ratio']:.2f}, "
             f"drawn with probability {row['probability']:.2g})"
             for row in rows.to_dict("records")
         )
 
+    top = frame[frame["estimator"] == "k3-loss"].iloc[0]
     return (
-        f"**The tokens that carry the gradient**, {last.label} (KL {last.kl():.3g} nats), exact; {len(prompts)} prompts. Shares of "
-        "the expected gradient along the true one (signed) and of the second moment, for the tokens with the largest. Second moment "
-        f"of k3 as loss: {best('k3-loss')}; of k2 as loss: {best('k2-loss')}. "
-        "Right: the share of all under-sampled tokens, sums and names by stage."
+        f"**The tokens that carry the gradient**, {last.label} (KL {last.kl():.3g} nats): shares of the expected gradient "
+        "along the true one (a) and of the second moment (b), for the tokens with the largest; (c) share of all "
+        f"under-sampled tokens by stage. '{top['token']}' after '{top['prefix']}', drawn with probability "
+        f"{top['probability']:.2g}, has {top['second']:.0%} of the second moment of k3 as loss. Exact; {len(prompts)} prompts.",
+        f"Largest shares of the second moment:\n\n* k3 as loss: {best('k3-loss')}\n* k2 as loss: {best('k2-loss')}\n\n"
+        "Shares of the expected gradient are signed.",
     )
 
 
 by_stage = sides.assign(second=sides["under_second"])
-study.save_figure("10_tokens", gl.plots.named_tokens(largest, by_stage), largest, named_caption(largest))
+study.save_figure("10_tokens", gl.plots.named_tokens(largest, by_stage), largest, *named_text(largest), verdicts)
 
 
 # %%
-def engines_caption(frame: pd.DataFrame) -> str:
+def engines_text(frame: pd.DataFrame) -> tuple[str, str]:
     rows = frame[frame["target"] == TARGETS[0]]
-    told = "; ".join(
-        f"{kind} (lag {part['lag'].iloc[0]:.2e} nats"
+
+    def bias(part: pd.DataFrame, name: str) -> str:
+        return f"{name} {float(part.loc[part['estimator'] == name, 'bias'].iloc[0]):.2g}"
+
+    kinds = dict(iter(rows.groupby("behaviour", sort=False)))
+    weighted = "; ".join(f"{bias(part, 'full-both-prefix').split()[1]} ({kind})" for kind, part in kinds.items())
+    told = "\n".join(
+        f"* {kind} (lag {part['lag'].iloc[0]:.2g} nats"
         + (f", leaves out {part['lost_mass'].iloc[0]:.1%} of the responses' mass" if part["lost_mass"].iloc[0] > 1e-12 else "")
-        + "): "
-        + ", ".join(
-            f"{name} {float(part.loc[part['estimator'] == name, 'bias'].iloc[0]):.2g}"
-            for name in ("k2-loss", "full-both", "full-both-prefix")
-        )
-        for kind, part in rows.groupby("behaviour", sort=False)
+        + f"): {', '.join(bias(part, name) for name in ('k2-loss', 'full-both', 'full-both-prefix'))}"
+        for kind, part in kinds.items()
     )
     return (
-        "**Data from an engine that is not quite the policy.** Relative bias against the gradient of the reverse KL, exact, on the "
-        f"addition {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). {told}. Right: |log ρ| of the "
-        f"tokens of {many:,} responses, seed {seed}. Verdicts: {gl.report.verdict_summary(verdicts[verdicts['figure'] == '10_engines'])}"
+        "**Data from an engine that is not quite the policy.** (a) Relative bias against the gradient of the reverse KL, "
+        f"exact, on {prompts[0]} after {STEPS[stage]} steps (KL {rows['kl'].iloc[0]:.3g} nats). Complete Rao–Blackwell with "
+        f"prefix weights has {weighted}. (b) |log ρ| of the tokens of {many:,} responses.",
+        f"Biases:\n\n{told}",
     )
 
 
 per_token = pd.concat(steps_of_engine, ignore_index=True)
 study.save_frame("10_log_weights", per_token)
 shown = engines[engines["estimator"].isin(OFF)]
-study.save_figure("10_engines", gl.plots.engines(shown, per_token), engines, engines_caption(engines))
+study.save_figure("10_engines", gl.plots.engines(shown, per_token), engines, *engines_text(engines), verdicts)
 
 # %%
 rivals = engines[
@@ -380,7 +395,7 @@ rivals = engines[
 ]
 
 
-def growth_caption(frame: pd.DataFrame) -> str:
+def growth_text(frame: pd.DataFrame, rivals: pd.DataFrame) -> tuple[str, str]:
     def path(part: pd.DataFrame, name: str) -> str:
         rows = part[part["estimator"] == name].sort_values("length")
         spans = [
@@ -393,29 +408,30 @@ def growth_caption(frame: pd.DataFrame) -> str:
     least = rivals.loc[rivals["noise_ratio"].idxmin()]
     sampled = rivals[rivals["sampled"]]
     closest = sampled.loc[sampled["noise_ratio"].idxmin()]
-    told = "; ".join(
-        f"{kind} (lag {part['lag'].min():.2g} to {part['lag'].max():.2g} nats, KL {part['kl'].min():.2g} to {part['kl'].max():.2g}): "
-        + ", ".join(path(part, name) for name in (BEST, "k3-loss-prefix", "k1-reward-sequence-weight"))
+    told = "\n".join(
+        f"* {kind} (lag {part['lag'].min():.2g} to {part['lag'].max():.2g} nats, KL {part['kl'].min():.2g} to "
+        f"{part['kl'].max():.2g}): "
+        + "; ".join(path(part, name) for name in (BEST, "k3-loss-prefix", "k1-reward-sequence-weight"))
         for kind, part in frame.groupby("behaviour", sort=False)
     )
     listed = frame[frame["via"] == "exact"].dropna(subset=["growth"])
     slowest = listed.loc[listed["growth"].idxmin()]
     letters, panels = sorted(set(frame["length"])), frame["behaviour"].nunique()
     return (
-        f"**Noise of the unbiased compositions on data from another engine.** (a) Of {len(tried)} compositions "
-        f"{len(known)} are unbiased off-policy, {len(unbiased)} of them different; their noise over that of complete Rao–Blackwell "
-        f"with prefix weights, exact, on the addition {prompts[0]} after {STEPS[stage]} steps (KL {rivals['kl'].iloc[0]:.3g} nats), with "
-        "data of engines that leave nothing out. "
-        f"The least is {least['noise_ratio']:.6g} ({least['estimator']}, {least['behaviour']}), "
-        f"among those that read sampled tokens only {closest['noise_ratio']:.3g} ({closest['estimator']}, {closest['behaviour']}). "
-        f"({'b' if panels == 1 else 'b–' + 'abcde'[panels]}) "
-        f"Noise of names cut off after {', '.join(map(str, letters))} letters, exact up to {max(LISTED)} and from {spelled:,} responses "
-        f"beyond (95 % intervals, seed {seed}; less than 0.1 at the lower edge), "
-        f"relative to the gradient of KL(π‖ref) of names that long: {told}. "
-        f"Among the listed lengths it grows least from {slowest['since']} to {slowest['length']}, to {slowest['growth']:.3g} times "
-        f"({slowest['estimator']}, {slowest['behaviour']}). "
-        f"Verdicts: {gl.report.verdict_summary(verdicts[verdicts['figure'] == '10_growth'])}"
+        f"**Noise of the {len(unbiased)} unbiased compositions on data from another engine.** (a) Over that of complete "
+        f"Rao–Blackwell with prefix weights, exact, on {prompts[0]}: at least {least['noise_ratio']:.6g}, and "
+        f"{closest['noise_ratio']:.3g} for those that read sampled tokens only. "
+        f"({'b' if panels == 1 else 'b–' + 'abcde'[panels]}) Relative to the gradient, for names cut off after "
+        f"{', '.join(map(str, letters))} letters, exact up to {max(LISTED)} and from {spelled:,} responses beyond (95 % "
+        "intervals).",
+        f"(a) {len(known)} of {len(tried)} compositions are unbiased off-policy; different ones are shown, after "
+        f"{STEPS[stage]} steps (KL {rivals['kl'].iloc[0]:.3g} nats), with data of engines that leave nothing out. The least is "
+        f"{least['estimator']} ({least['behaviour']}), of sampled tokens {closest['estimator']} ({closest['behaviour']}).\n\n"
+        "Noise of names over the letters (less than 0.1 at the lower edge), relative to the gradient of KL(π‖ref) of names "
+        f"that long:\n\n{told}\n\n"
+        f"Among the listed lengths it grows least from {slowest['since']} to {slowest['length']}, to {slowest['growth']:.3g} "
+        f"times ({slowest['estimator']}, {slowest['behaviour']}).",
     )
 
 
-study.save_figure("10_growth", gl.plots.engine_noise(rivals, growth), growth, growth_caption(growth))
+study.save_figure("10_growth", gl.plots.engine_noise(rivals, growth), growth, *growth_text(growth, rivals), verdicts)

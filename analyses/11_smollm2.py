@@ -218,7 +218,6 @@ verdicts = study.verdicts({
 # ## Figures
 
 # %%
-verdict_summary = gl.report.verdict_summary
 MODEL = "SmolLM2-135M-Instruct"
 size = f"{len(reference.parameters):,} parameters"
 
@@ -233,101 +232,109 @@ def median(frame: pd.DataFrame, column: str, **where: object) -> float:
     return float(frame[column].median())
 
 
-def catalogue_caption() -> str:
-    inside, drawn = (part.set_index(["estimator", "target"]) for _, part in both.groupby("via"))
+def exact_text(frame: pd.DataFrame) -> tuple[str, str]:
+    inside, drawn = (part.set_index(["estimator", "target"]) for _, part in frame.groupby("via"))
     covered = ((drawn["bias_low"] <= inside["bias"] + 1e-9) & (inside["bias"] <= drawn["bias_high"])).mean()
     hit = ((drawn["noise_low"] <= inside["noise"]) & (inside["noise"] <= drawn["noise_high"])).mean()
-    zero = [name for name in chosen if inside.loc[(name, "reverse_kl"), "bias"] < 1e-9]
-    token = [name for name in chosen if inside.loc[(name, "reverse_kl_frozen_prefix"), "bias"] < 1e-9]
+    descended = gl.report.unbiased(frame[frame["via"] == "exact"])
     return (
-        f"**One prompt of a real model, exact and sampled.** {MODEL}, “{one.label}” of REINFORCE, KL {one.kl():.3g} nats, all 121 "
-        f"responses of two tokens from the ten digits and the newline; gradients in the {size} of one matrix. Bias as a gradient of "
-        "the reverse KL of responses (a) and of its form with frozen prefixes (b), and noise (c): exact (filled) and from "
-        f"{samples:,} responses (open, 95 % intervals, seed {study.seed}). Unbiased for the first: {', '.join(zero)}; for the second: "
-        f"{', '.join(token)}. The intervals hold {covered:.0%} of the exact biases and {hit:.0%} of the exact noises; all rows share "
-        "one draw of responses."
+        f"**One prompt of a real model, exact and sampled.** {MODEL}, “{one.label}”, KL {one.kl():.3g} nats, gradients in "
+        f"{size}. Bias as a gradient of the reverse KL of responses (a) and of its form with frozen prefixes (b), and noise "
+        f"(c): exact (filled) and from {samples:,} responses (open, 95 % intervals). The intervals hold {covered:.0%} of the "
+        f"exact biases and {hit:.0%} of the exact noises.",
+        "All 121 responses of two tokens from the ten digits and the newline, after steps of REINFORCE; parameters of one "
+        "matrix; all rows share one draw of responses. Without bias:\n\n"
+        + "\n".join(f"* {target}: {', '.join(names)}" for target, names in descended.items()),
     )
 
 
-study.save_figure("11_exact", gl.plots.credit(both), both, catalogue_caption())
+study.save_figure("11_exact", gl.plots.credit(both), both, *exact_text(both), verdicts)
 
 # %%
 LINES = ["k2-loss", "k3-loss", "k3-loss-sequence", "k1-reward-to-go", "k3-reward-to-go", "full-loss", "full-both"]
 SHOWN = [name for name in LINES if name in names]
 
 
-def stages_caption() -> str:
-    rows = catalogue[catalogue["target"] == "reverse_kl"]
-    first, last = stages[0], stages[-1]
+def stages_text(frame: pd.DataFrame, progress: pd.DataFrame) -> tuple[str, str]:
+    rows = frame[frame["target"] == "reverse_kl"]
+    first, last = rows["steps"].min(), rows["steps"].max()
     accuracy = progress.groupby("steps")["accuracy"].mean()
 
     def ends(name: str, column: str) -> str:
-        return (
-            f"{median(rows, column, estimator=name, steps=first):.2g} to {median(rows, column, estimator=name, steps=last):.2g}"
-        )
+        start, end = (median(rows, column, estimator=name, steps=steps) for steps in (first, last))
+        return f"{start:.2g} to {end:.2g}"
 
     return (
-        f"**Bias and noise as training moves the policy.** {MODEL}, {len(asked)} prompts ({', '.join(smollm2.TASKS)}; one dot each), "
-        f"after {', '.join(map(str, stages))} steps of REINFORCE on {len(trained)} prompts (seed {study.seed}), which raise the "
-        f"probability of the right answer from {accuracy[0]:.2f} to {accuracy[last]:.2f}; exact, {size}. (a) Bias as a gradient of the "
-        f"reverse KL of responses; from {first} to {last} steps its median goes from {ends('k2-loss', 'bias')} for k2 and full as loss, "
-        f"whose objective freezes the prefixes, and from {ends('k3-loss', 'bias')} for k3 as loss. (b) Cosine with that gradient: "
-        f"{ends('k3-loss', 'cosine')} for k3 as loss, {ends('k3-reward-to-go', 'cosine')} for k3 in reward. (c) Noise: "
-        f"{ends('k1-reward-to-go', 'noise')} for k1 in reward to go, {ends('k3-loss', 'noise')} for k3 as loss, "
-        f"{ends('full-both', 'noise')} for complete Rao–Blackwell. The action set leaves out {lost.min():.2%} to {lost.max():.2%} of the "
-        f"first step's probability. Verdicts: {verdict_summary(verdicts, '11_catalogue')}"
+        f"**Bias and noise as training moves the policy.** {MODEL} after {', '.join(map(str, stages))} steps of REINFORCE, "
+        f"{len(asked)} prompts (dots), exact. From {first} to {last} steps the median (a) bias as a gradient of the reverse "
+        f"KL goes from {ends('k2-loss', 'bias')} for k2 and {ends('k3-loss', 'bias')} for k3 as loss, (b) cosine from "
+        f"{ends('k3-loss', 'cosine')} for k3, (c) noise from {ends('k1-reward-to-go', 'noise')} for k1 in reward and "
+        f"{ends('k3-loss', 'noise')} for k3.",
+        f"* Gradients in {size}.\n"
+        f"* {', '.join(smollm2.TASKS)}; trained on {len(trained)} prompts, which raises the probability of the right answer "
+        f"from {accuracy[0]:.2f} to {accuracy[last]:.2f}. The action set leaves out {lost.min():.2%} to {lost.max():.2%} of "
+        "the first step's probability.\n"
+        f"* Bias of full as loss, whose objective freezes the prefixes as that of k2 does: {ends('full-loss', 'bias')}.\n"
+        f"* Cosine of k3 in reward: {ends('k3-reward-to-go', 'cosine')}.\n"
+        f"* Noise of complete Rao–Blackwell: {ends('full-both', 'noise')}.",
     )
 
 
-study.save_figure("11_catalogue", gl.plots.stages(catalogue, SHOWN), catalogue, stages_caption())
+study.save_figure("11_catalogue", gl.plots.stages(catalogue, SHOWN), catalogue, *stages_text(catalogue, progress), verdicts)
 
 
 # %%
-def ratios_caption() -> str:
-    def share(world: str, kind: str, column: str = "policy", steps: int = stages[-1]) -> str:
-        return f"{value(spread, column, world=world, steps=steps, kind=kind):.2g}"
+def ratios_text(frame: pd.DataFrame, progress: pd.DataFrame) -> tuple[str, str]:
+    first, last = stages[0], stages[-1]
 
-    lengths = value(spread[spread["world"] == "all tokens"], "prefixes", steps=stages[-1])
-    last = progress[progress["steps"] == stages[-1]]["kl"]
-    outer = spread[(spread["kind"] == "bin") & (np.isinf(spread["low"]) | np.isinf(spread["high"]))]
+    def share(world: str, kind: str, column: str = "policy", steps: int = last) -> str:
+        return f"{value(frame, column, world=world, steps=steps, kind=kind):.2g}"
+
+    prefixes = value(frame[frame["world"] == "all tokens"], "prefixes", steps=last)
+    kl = progress[progress["steps"] == last]["kl"]
+    outer = frame[(frame["kind"] == "bin") & (np.isinf(frame["low"]) | np.isinf(frame["high"]))]
     beyond = outer.groupby(["world", "steps"])[["policy", "reference", "vocabulary"]].sum().to_numpy().max()
+    early = max(float(share(w, k, steps=first)) for w in ("digits", "all tokens") for k in ("δ < 1/10", "δ > 10"))
     return (
-        f"**How far single tokens move.** {MODEL} after {', '.join(map(str, stages))} steps of REINFORCE: share of tokens by their "
-        "log-ratio, ℓ = log π − log ref, counted by the policy (drawn), by the reference, and one each. (a–c) Digits and newline, every "
-        f"prefix of {len(trained)} prompts, exact. (d–f) All 49,152 tokens at the prefixes of {study.pick(full=64, quick=8)} sampled "
-        f"responses ({lengths:.0f} prefixes after {stages[-1]} steps; bands: 95 % intervals). After {stages[-1]} steps (KL "
-        f"{last.mean():.2f} nats, mean over prompts) δ = ref/π is below 1/10 for a share of {share('digits', 'δ < 1/10')} of the digits "
-        f"drawn and above 10 for {share('digits', 'δ > 10')}; of all tokens, for {share('all tokens', 'δ < 1/10')} and "
-        f"{share('all tokens', 'δ > 10')}. The reference would have drawn a token with δ > 10 with a share of "
-        f"{share('digits', 'δ > 10', 'reference')} (digits) and {share('all tokens', 'δ > 10', 'reference')} (all tokens); the "
-        f"policy draws what it has dropped much less often than the reference would. Beyond the axis are up to {beyond:.0%} of a panel's "
-        f"tokens. After {stages[0]} steps no share of drawn tokens beyond a factor of ten is "
-        f"above {max(float(share(w, k, steps=stages[0])) for w in ('digits', 'all tokens') for k in ('δ < 1/10', 'δ > 10')):.2g}. "
-        f"Verdicts: {verdict_summary(verdicts, '11_ratios')}"
+        f"**How far single tokens move.** {MODEL} after {', '.join(map(str, stages))} steps of REINFORCE: share of tokens by "
+        f"log-ratio, counted by the policy (drawn), by the reference, and one each. (a–c) Digits and newline, {len(trained)} "
+        f"prompts, exact; (d–f) all 49,152 tokens, {study.pick(full=64, quick=8)} sampled responses (95 % bands). After "
+        f"{last} steps δ = ref/π is below 1/10 for {share('digits', 'δ < 1/10')} of the digits drawn and above 10 for "
+        f"{share('digits', 'δ > 10')}.",
+        f"* KL after {last} steps {kl.mean():.2f} nats, mean over prompts; {prefixes:.0f} prefixes of sampled responses.\n"
+        f"* Of all tokens drawn, δ is below 1/10 for {share('all tokens', 'δ < 1/10')} and above 10 for "
+        f"{share('all tokens', 'δ > 10')}.\n"
+        "* The reference would have drawn a token with δ > 10 with a share of "
+        f"{share('digits', 'δ > 10', 'reference')} (digits) and {share('all tokens', 'δ > 10', 'reference')} (all tokens).\n"
+        f"* Beyond the axis are up to {beyond:.0%} of a panel's tokens.\n"
+        f"* After {first} steps no share of drawn tokens beyond a factor of ten is above {early:.2g}.",
     )
 
 
-study.save_figure("11_ratios", gl.plots.token_ratios(spread[spread["kind"] == "bin"]), spread, ratios_caption())
+figure = gl.plots.token_ratios(spread[spread["kind"] == "bin"])
+study.save_figure("11_ratios", figure, spread, *ratios_text(spread, progress), verdicts)
 
 # %%
 shown = one
 
 
-def tokens_caption() -> str:
-    part = carried[carried["scenario"] == shown.label]
-    top = part[part["estimator"] == "k3-loss"].nlargest(3, "second_share")
-    said = "; ".join(
+def tokens_text(frame: pd.DataFrame, sides: pd.DataFrame) -> tuple[str, str]:
+    part = frame[frame["scenario"] == shown.label]
+    top = part[part["estimator"] == "k3-loss"].nlargest(2, "second_share")
+    said = [
         f"“{row.token}”".replace("\n", "↵") + (f" after “{row.prefix}”".replace("\n", "↵") if row.prefix else " first")
-        + f" (drawn in {row.probability:.2%} of responses, ℓ {row.log_ratio:.2f}: {row.second_share:.0%})"
+        + f" ({row.second_share:.0%})"
         for row in top.itertuples()
-    )  # fmt: skip
+    ]  # fmt: skip
+    drawn = [f"{row.probability:.2%} (ℓ {row.log_ratio:.2f})" for row in top.itertuples()]
     return (
-        f"**Which tokens carry the gradient, by name.** {MODEL}, “{shown.label}”, KL {shown.kl():.3g} nats: share of the expected "
-        "gradient along the true one (a) and of the second moment Σ E a²‖∇log π‖² (b) of each token (prefix · token) over its "
-        f"log-ratio; exact, {size}. k3 as loss draws most of its second moment from {said}. (c) Share of the second moment from "
-        f"under-sampled tokens on {len(asked)} prompts after {', '.join(map(str, stages))} steps: median "
-        f"{median(sides, 'under_second', estimator='k2-loss'):.2f} with k2 and "
-        f"{median(sides, 'under_second', estimator='k3-loss'):.2f} with k3 as loss. Verdicts: {verdict_summary(verdicts, '11_sides')}"
+        f"**Which tokens carry the gradient.** {MODEL}, “{shown.label}”, KL {shown.kl():.3g} nats: share of the expected "
+        "gradient along the true one (a) and of the second moment (b) of each token (prefix · token) over its log-ratio, "
+        f"exact. k3 as loss draws most of its second moment from {', '.join(said)}. (c) Under-sampled tokens on {len(asked)} "
+        f"prompts have, in the median, {median(sides, 'under_second', estimator='k2-loss'):.2f} of it with k2 and "
+        f"{median(sides, 'under_second', estimator='k3-loss'):.2f} with k3 as loss.",
+        f"Second moment Σ E a²‖∇log π‖², gradients in {size}; (c) after {', '.join(map(str, stages))} steps. The tokens named "
+        f"are drawn in {', '.join(drawn)} of responses.",
     )
 
 
@@ -336,37 +343,33 @@ figure = gl.plots.named_tokens(
     carried[carried["scenario"] == shown.label].drop(columns=["expected", "second"]).rename(columns=shares),
     sides.rename(columns=shares),
 )
-study.save_figure("11_tokens", figure, carried, tokens_caption())
+study.save_figure("11_tokens", figure, carried, *tokens_text(carried, sides), verdicts)
 
 
 # %%
-def mismatch_caption() -> str:
-    rows = mismatch[mismatch["target"] == "reverse_kl"]
+def mismatch_text(frame: pd.DataFrame, engine_tokens: pd.DataFrame) -> tuple[str, str]:
+    rows = frame[frame["target"] == "reverse_kl"]
+    kinds = {"bfloat16": "bfloat16", "stale": "stale", "temperature 0.9": "temperature 0.9", "top-p 0.95": "nucleus 0.95"}
 
-    def at(estimator: str, kind: str, column: str = "bias") -> str:
-        found = median(rows, column, estimator=estimator, behaviour=kind)
-        return f"{found if found > 1e-9 else 0:.2g}"  # what is left of 0 is rounding
+    def at(estimator: str, column: str = "bias") -> str:
+        found = {name: median(rows, column, estimator=estimator, behaviour=kind) for kind, name in kinds.items()}
+        return ", ".join(f"{x if x > 1e-9 else 0:.2g} ({name})" for name, x in found.items())  # what is left of 0 is rounding
 
-    def lag(kind: str) -> str:
-        return f"{median(rows, 'lag', behaviour=kind):.2g}"
-
-    off = engine_tokens[engine_tokens["engine"] == "bfloat16"]["log_ratio"].abs()
-    on = engine_tokens[engine_tokens["engine"] == "float32"]["log_ratio"].abs()
+    off, on = (engine_tokens[engine_tokens["engine"] == name]["log_ratio"].abs() for name in ("bfloat16", "float32"))
     return (
-        f"**Data from an engine that is not quite the policy.** {MODEL} after {late} steps; data from the policy itself, in bfloat16 "
-        f"(lag {lag('bfloat16')} nats), from the weights after {earlier} steps ({lag('stale')}), at temperature 0.9 "
-        f"({lag('temperature 0.9')}) and cut to a nucleus of 0.95 ({lag('top-p 0.95')}), {mismatch['prompt'].nunique()} prompts, exact. "
-        f"(a) Bias as a gradient of the reverse KL of responses (median and range). Without a weight, k1 in reward to go goes from "
-        f"{at('k1-reward-to-go', 'the policy')} to {at('k1-reward-to-go', 'bfloat16')} (bfloat16), {at('k1-reward-to-go', 'stale')} "
-        f"(stale), {at('k1-reward-to-go', 'temperature 0.9')} and {at('k1-reward-to-go', 'top-p 0.95')}; with the sequence weight it is "
-        f"{at('k1-reward-to-go, sequence weight', 'bfloat16')}, {at('k1-reward-to-go, sequence weight', 'stale')}, "
-        f"{at('k1-reward-to-go, sequence weight', 'temperature 0.9')} and {at('k1-reward-to-go, sequence weight', 'top-p 0.95')}: a "
-        f"nucleus leaves out responses of probability {at('k2-loss', 'top-p 0.95', 'lost_mass')}, which no weight brings back. (b) "
-        f"|log ρ| of the tokens that an engine with a key-value cache drew, its own report against the trainer's float32 without a "
-        f"cache: median {off.median():.2g} and at most {off.max():.2g} in bfloat16, {on.median():.1g} and {on.max():.1g} in float32 "
-        f"({len(off)} and {len(on)} tokens of all 49,152). Verdicts: {verdict_summary(verdicts, '11_mismatch')}"
+        f"**Data from an engine that is not quite the policy.** {MODEL} after {late} steps, {frame['prompt'].nunique()} "
+        "prompts, exact. (a) Bias as a gradient of the reverse KL of responses (median and range). k1 in reward to go "
+        f"without a weight: {at('k1-reward-to-go')}; with the sequence weight: {at('k1-reward-to-go, sequence weight')}. (b) "
+        f"|log ρ| of drawn tokens: median {off.median():.2g} in bfloat16, {on.median():.1g} in float32.",
+        f"* Data from the policy itself, in bfloat16, from the weights after {earlier} steps (stale), at temperature 0.9 and "
+        f"cut to a nucleus of 0.95. Lag in nats: {at('k2-loss', 'lag')}.\n"
+        "* Probability of responses that the data leave out, which no weight brings back: "
+        f"{at('k2-loss', 'lost_mass')}.\n"
+        "* (b) An engine with a key-value cache, its own report against the trainer's float32 without a cache: at most "
+        f"{off.max():.2g} in bfloat16, {on.max():.1g} in float32 ({len(off)} and {len(on)} tokens of all 49,152).",
     )
 
 
 study.save_frame("11_engine", engine_tokens)
-study.save_figure("11_mismatch", gl.plots.engines(mismatch, engine_tokens), mismatch, mismatch_caption())
+figure = gl.plots.engines(mismatch, engine_tokens)
+study.save_figure("11_mismatch", figure, mismatch, *mismatch_text(mismatch, engine_tokens), verdicts)

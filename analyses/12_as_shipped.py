@@ -61,67 +61,78 @@ def counted(rows: pd.DataFrame, verdict: str) -> int:
 WORLDS = "Exact: all responses, or all pairs of them (a group is a pair), of small trees at three distances from the reference"
 
 
-def kinds_caption(frame: pd.DataFrame, kinds: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+def kinds_text(frame: pd.DataFrame, kinds: pd.DataFrame) -> tuple[str, str]:
     on, off = (frame[frame["policy"] == policy] for policy in ("on", "off"))
     lost = on[on["failures"].str.contains("reference") & (on["verdict"] != "none")]
     leaks = ", ".join(on.loc[on["failures"].str.contains("mask"), "subject"]) or "none"
     return (
-        f"**What {len(on)} shipped configurations descend.** One row for each of {kinds['kind'].nunique()} kinds with the same "
-        f"verdicts, under the name of the first; (a) how many configurations each framework has of it ({packages(frame)}); (b, c) "
-        "cosine of the expected gradient with that of each objective, framed where it is a multiple of it in every world, dashed "
-        "where only near the reference or for responses of one length, blank where no gradient is left. On-policy "
-        f"{counted(on, 'reverse_kl')} descend the reverse KL of whole responses, {counted(on, 'reverse_kl_frozen_prefix')} that "
-        f"with frozen prefixes, {counted(on, 'forward_kl_frozen_prefix')} the forward KL with frozen prefixes; in {len(lost)} the "
-        f"reference does not enter. Off-policy {counted(off, 'reverse_kl')} descend the reverse KL of whole responses and "
-        f"{counted(off, 'reverse_kl_frozen_prefix')} that with frozen prefixes. Gradients leak into padding in: {leaks}. {WORLDS}. "
-        f"All configurations are in 12_configurations.csv. Verdicts: {gl.report.verdict_summary(verdicts)}"
+        f"**What {len(on)} shipped configurations descend**, in {kinds['kind'].nunique()} kinds. (a) How many each framework "
+        "has of it. (b, c) Cosine of the expected gradient with that of each objective; framed: a multiple of it. On-policy "
+        f"{counted(on, 'reverse_kl')} descend the reverse KL of whole responses, {counted(on, 'reverse_kl_frozen_prefix')} "
+        f"that with frozen prefixes, {counted(on, 'forward_kl_frozen_prefix')} the forward KL with frozen prefixes; "
+        f"off-policy {counted(off, 'reverse_kl')} and {counted(off, 'reverse_kl_frozen_prefix')} descend the first two. Exact.",
+        "* A kind has the same verdicts and stands under the name of its first configuration. Framed in every world; dashed "
+        "only near the reference or for responses of one length; blank where no gradient is left.\n"
+        f"* In {len(lost)} the reference does not enter. Gradients leak into padding in: {leaks}.\n"
+        f"* {WORLDS}. All configurations are in 12_configurations.csv.\n"
+        f"* {packages(frame)}",
     )
 
 
-study.save_figure("12_kinds", gl.plots.shipped_kinds(kinds), kinds, kinds_caption(frame, kinds, verdicts))
+study.save_figure("12_kinds", gl.plots.shipped_kinds(kinds), kinds, *kinds_text(frame, kinds), verdicts)
 
 
 # %%
-def settings_caption(settings: pd.DataFrame, frame: pd.DataFrame) -> str:
+def settings_text(settings: pd.DataFrame, frame: pd.DataFrame) -> tuple[str, str]:
+    def rows(policy: str, target: str) -> pd.DataFrame:
+        return settings[(settings["policy"] == policy) & (settings["target"] == target)]
+
     def found(policy: str, target: str) -> str:
-        rows = settings[(settings["policy"] == policy) & (settings["target"] == target) & (settings["subject"] != "")]
-        parts = [f"`{row['subject']}` ({row['configuration']})" for _, row in rows.iterrows()]
-        return "; ".join(parts) or "no configuration of any framework"
+        listed = rows(policy, target)[rows(policy, target)["subject"] != ""]
+        parts = [f"* `{row['subject']}` ({row['configuration']})" for _, row in listed.iterrows()]
+        return "\n".join(parts) or "* no configuration of any framework"
 
-    missing = settings[(settings["policy"] == "on") & (settings["target"] == "reverse_kl") & (settings["subject"] == "")]
+    def having(policy: str, target: str) -> str:
+        return ", ".join(rows(policy, target).query("subject != ''")["framework"]) or "none"
+
+    whole, frozen = "reverse_kl", "reverse_kl_frozen_prefix"
     return (
-        "**What to set to get the reverse KL.** For each framework the configuration that descends it with the fewest failed probes: "
-        "dark, everywhere; pale, within a limit; grey, none of those audited. The reverse KL of whole responses, on-policy: "
-        f"{found('on', 'reverse_kl')}; nothing audited of {', '.join(missing['framework']) or 'none'} descends it. Off-policy: "
-        f"{found('off', 'reverse_kl')}. With frozen prefixes, which is what a loss per token can have, off-policy: "
-        f"{found('off', 'reverse_kl_frozen_prefix')}. A large batch (large_batch=True) is not a setting but the limit in which a "
-        f"mean over all its tokens is a sum. {WORLDS}; {packages(frame)}."
+        "**What to set to get the reverse KL.** For each framework the configuration that descends it with the fewest failed "
+        "probes: dark, everywhere; pale, within a limit; grey, none of those audited. The reverse KL of whole responses can "
+        f"be had on-policy in {having('on', whole)}, off-policy in {having('off', whole)}; with frozen prefixes on-policy in "
+        f"{having('on', frozen)}, off-policy in {having('off', frozen)}. Exact.",
+        f"The reverse KL of whole responses, on-policy:\n\n{found('on', whole)}\n\nOff-policy:\n\n{found('off', whole)}\n\n"
+        f"With frozen prefixes, which is what a loss per token can have, off-policy:\n\n{found('off', frozen)}\n\n"
+        "A large batch (large_batch=True) is not a setting but the limit in which a mean over all its tokens is a sum. "
+        f"{WORLDS}. {packages(frame)}.",
     )
 
 
-study.save_figure("12_settings", gl.plots.shipped_settings(settings), settings, settings_caption(settings, frame))
+study.save_figure("12_settings", gl.plots.shipped_settings(settings), settings, *settings_text(settings, frame), verdicts)
 
 
 # %%
-def curves_caption(curves: pd.DataFrame, shown: pd.DataFrame, frame: pd.DataFrame) -> str:
+def curves_text(curves: pd.DataFrame, shown: pd.DataFrame, frame: pd.DataFrame) -> tuple[str, str]:
     dead = []
     for name, part in shown.groupby("subject", sort=False):
         zero = part[(part["coefficient"] == 0) & part["coefficient"].any()]["log_ratio"]
         below, above = zero[zero < 0], zero[zero > 0]
         sides = ([f"ℓ ≤ {below.max():g}"] if len(below) else []) + ([f"ℓ ≥ {above.min():g}"] if len(above) else [])
-        dead += [f"{name}, {' and '.join(sides)}"] if sides else []
+        dead += [f"* {name}: {' and '.join(sides)}"] if sides else []
     return (
-        "**What pulls one token, as shipped.** Coefficient on the score of the only token of a response against its log-ratio, "
-        f"on-policy, of the {curves['subject'].nunique()} configurations of single responses that divide neither by the length nor "
-        f"by the padded length: {shown['subject'].nunique()} different curves. Where a clamp leaves exactly 0 the token is let go, on "
-        f"the grid of the picture: {'; '.join(dead) or 'nowhere'}. Exact, no sampling; {packages(frame)}."
+        "**The coefficient of one token, as shipped.** Coefficient on the score of the only token of a response against its "
+        f"log-ratio, on-policy: {curves['subject'].nunique()} configurations, {shown['subject'].nunique()} different curves. "
+        f"In {len(dead)} of them a clamp sets it to exactly 0 far from the reference. Exact.",
+        "Configurations of single responses that divide neither by the length nor by the padded length. Where the coefficient "
+        "is exactly 0, "
+        "on the grid of the picture:\n\n" + ("\n".join(dead) or "* nowhere") + f"\n\n{packages(frame)}.",
     )
 
 
 on = frame[(frame["policy"] == "on") & ~frame["failures"].str.contains("length|padding|batch")]
 summed = curves[curves["subject"].isin(on["subject"])]
 shown = shipped.distinct(summed)
-study.save_figure("12_pulls", gl.plots.audited_curves(shown), shown, curves_caption(summed, shown, frame))
+study.save_figure("12_pulls", gl.plots.audited_curves(shown), shown, *curves_text(summed, shown, frame), verdicts)
 
 # %% [markdown]
 # ## The page

@@ -56,7 +56,7 @@ def ratio(frame: pd.DataFrame, column: str, **where: object) -> str:
     return "{:.2f} ({:.2f}–{:.2f})".format(*ends)
 
 
-def curves_caption(frame: pd.DataFrame) -> str:
+def runs_text(frame: pd.DataFrame) -> tuple[str, str]:
     last = runs.ends(frame).groupby(["estimator", "coefficient"], sort=False)[["kl", "reward"]].mean()
     said = "; ".join(
         f"{name} {row['kl']:.2f} nats, reward {row['reward']:.2f}"
@@ -64,37 +64,40 @@ def curves_caption(frame: pd.DataFrame) -> str:
         if name == "none" or beta == MIDDLE
     )
     return (
-        f"**Training runs under each regulariser**, β = {MIDDLE:g}: the small language model of names, rewarded for names in “a”; "
-        f"{steps} batches of 64 responses in groups of 8, Adam. (a) KL to the reference and (b) reward of {watch} fresh responses; "
-        f"lines are means, bands the range of {seeds} seeds, which the runs share. k1 in the reward and k2 as loss give the same "
-        f"gradient sample by sample, so their lines lie on one another. Second half of the runs: {said}."
+        f"**Training runs under each regulariser**, β = {MIDDLE:g}: (a) KL to the reference and (b) reward; means (lines) and "
+        f"ranges (bands) of {seeds} seeds. Second half of the runs: {said}.",
+        f"The small language model of names, rewarded for names in “a”; {steps} batches of 64 responses in groups of 8, Adam; "
+        f"reward of {watch} fresh responses. The runs share the seeds. k1 in the reward and k2 as loss have the same gradient "
+        "sample by sample.",
     )
 
 
 shown = one[one["coefficient"].isin([0.0, MIDDLE])]
-study.save_figure("13_runs", gl.plots.training_runs(shown), shown, curves_caption(shown))
+study.save_figure("13_runs", gl.plots.training_runs(shown), shown, *runs_text(shown), verdicts)
 
 
 # %%
-def compared_caption(frame: pd.DataFrame) -> str:
+def compared_text(frame: pd.DataFrame) -> tuple[str, str]:
     equal = frame[(frame["budget"] == runs.COEFFICIENT) & (frame["data"] == runs.ONE_EPOCH)]
-    listed = "; ".join(
-        f"{name} at β = {beta:g}: {ratio(equal, 'kl_over_k2', estimator=name, coefficient=beta)}"
+    listed = {
+        (name, beta): ratio(equal, "kl_over_k2", estimator=name, coefficient=beta)
         for name, beta in zip(equal["estimator"], equal["coefficient"], strict=True)
         if name in ("k1-loss", "k3-loss")
-    )
+    }
+    middle = ", ".join(f"{name} {told}" for (name, beta), told in listed.items() if beta == MIDDLE)
     later = frame[frame["data"] == runs.EPOCHS]
     return (
-        f"**Training runs compared, seed by seed.** {seeds} seeds, 95 % intervals, small language model of names. (a) Reward and KL in the "
-        f"second half of each run, one dot per seed, β from {min(COEFFICIENTS):g} to {max(COEFFICIENTS):g}. "
-        f"(b) KL at the end over that of k2 as loss with the same β (line at 1); open: {EPOCHS} optimiser steps on every batch. "
-        "(c) Noise of the gradient along the run over what it is without the regulariser. KL at the end over that of k2 as loss: "
-        f"{listed}. With {EPOCHS} "
-        f"steps per batch k1 in the reward ends at {ratio(later, 'kl_over_k2', estimator='k1-reward')} times the KL of k2 as loss. "
-        f"Verdicts: {gl.report.verdict_summary(verdicts)}"
+        f"**Training runs compared, seed by seed.** {seeds} seeds, 95 % intervals. (a) Reward and KL in the second half of "
+        f"each run, one dot per seed. (b) KL at the end over that of k2 as loss with the same β; open: {EPOCHS} optimiser "
+        f"steps on every batch. (c) Noise of the gradient over what it is without the regulariser. At β = {MIDDLE:g} the KL "
+        f"over that of k2 as loss is {middle}.",
+        f"The small language model of names, β from {min(COEFFICIENTS):g} to {max(COEFFICIENTS):g}. KL at the end over that of "
+        "k2 as loss:\n\n"
+        + "\n".join(f"* {name} at β = {beta:g}: {told}" for (name, beta), told in listed.items())
+        + f"\n* k1-reward with {EPOCHS} steps per batch: {ratio(later, 'kl_over_k2', estimator='k1-reward')}",
     )
 
 
 ends = runs.ends(one)
 study.save_frame("13_ends", ends)
-study.save_figure("13_training", gl.plots.training_compared(compared, ends), compared, compared_caption(compared))
+study.save_figure("13_training", gl.plots.training_compared(compared, ends), compared, *compared_text(compared), verdicts)

@@ -26,10 +26,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_files_and_captions(ran: Run) -> None:
     expected = {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf", "csv", "md")}
     assert {path.name for path in ran.folder.iterdir()} == expected | {"10_frames.json"} | {f"{name}.csv" for name in DATA}
+    ran.check_captions()
     for name in FIGURES:
-        text = ran.caption(name)
+        text = ran.text(name)
         assert "KL" in text
-        assert re.search(r"[Ee]xact|seed 0", text)
+        assert re.search(r"[Ee]xact|draws", text)
         assert "Made by `gradlab reproduce --only 10_language_models --quick`, seed 0, with gradlab" in text
         assert str(ran.folder) not in text
         assert not re.search(r"\bnan\b", text)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import test_adapters
 import torch
+from analysis_runs import Run
 
 import gradlab as gl
 from gradlab.audit import adapters, candidates, shipped
@@ -196,6 +197,7 @@ def test_captions_carry_versions_and_settings(results):
         version = pd.read_csv(folder / "12_configurations.csv").set_index("framework").loc[framework, "version"].iloc[0]
         assert f"{framework} {version}" in kinds
     assert "`trl rloo` (normalize_advantages=False)" in settings
-    assert "Off-policy: no configuration of any framework" in settings
+    assert "Off-policy:\n\n* no configuration of any framework" in settings
+    Run({}, folder).check_captions()
     for name in ("12_kinds", "12_settings", "12_pulls"):
         assert (folder / f"{name}.png").stat().st_size > 10_000

@@ -330,9 +330,10 @@ def test_files_and_captions(ran):
         "13_pairs.csv",
     }
     assert {path.name for path in ran.folder.iterdir()} == expected | {"13_frames.json"}
+    ran.check_captions()
     for name in ("13_runs", "13_training"):
-        assert "nan" not in ran.caption(name)
-        assert "Made by `gradlab reproduce --only 13_training --quick`, seed 0, with gradlab" in ran.caption(name)
+        assert "nan" not in ran.text(name)
+        assert "Made by `gradlab reproduce --only 13_training --quick`, seed 0, with gradlab" in ran.text(name)
 
 
 def test_the_numbers_of_the_analysis_once_more(ran):
@@ -344,7 +345,7 @@ def test_the_numbers_of_the_analysis_once_more(ran):
     frame = ran.frame("13_training")
     row = frame[(frame["estimator"] == "k3-loss") & (frame["budget"] == runs.COEFFICIENT) & (frame["data"] == runs.ONE_EPOCH)]
     assert row["kl_over_k2"].item() == pytest.approx(expected, rel=10.0 ** (1 - DIGITS))
-    assert f"k3-loss at β = 0.1: {expected:.2f} (" in ran.caption("13_training")
+    assert f"k3-loss at β = 0.1: {expected:.2f} (" in ran.text("13_training")
 
 
 @pytest.mark.parametrize(
