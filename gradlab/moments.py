@@ -168,7 +168,7 @@ def gradients(losses: Sequence[Loss], rollout: Rollout) -> Gradients:
     """Differentiate every loss at every response: estimators in closed form, other callables by one backward pass each."""
     estimators = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
     parts = {e: coefficients(estimator, rollout) for e, estimator in estimators.items()}
-    no_score = torch.zeros_like(rollout.log_prob)
+    no_score = torch.zeros(rollout.mask.shape, dtype=torch.float64)
     score = torch.stack([parts[e].score if e in parts else no_score for e in range(len(losses))])
     direct = []
     for kernel in VOCABULARY_KERNELS:
@@ -235,12 +235,23 @@ def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pullback: 
     Raises `ValueError` when a mean overflows float64.
     """
     by_loss = _moments(losses, [_whole(part) for part in rollout.by_prompt()], 0, method, pullback, _whole(rollout))
-    in_full = rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES
-    for e, loss in enumerate(losses):
-        lost = by_loss[e].trace_cov < CANCELLED * float(by_loss[e].mean.square().sum())
-        if pullback is in_logits and in_full and lost and not (isinstance(loss, Estimator) and loss.grouped):
-            by_loss[e] = replace(by_loss[e], trace_cov=float(centred_trace(gradients([loss], rollout), 0, by_loss[e].mean)))
+    if pullback is in_logits and rollout.weight.numel() * rollout.table.numel() <= CENTRED_DOUBLES:
+        by_loss = [
+            recentred(loss, each, rollout) if digits_lost(loss, each) else each
+            for loss, each in zip(losses, by_loss, strict=True)
+        ]
     return by_loss
+
+
+def digits_lost(loss: Loss, found: Moments) -> bool:
+    """Whether a covariance trace `E‖g‖² − ‖E g‖²` of single responses is a small difference of large numbers."""
+    grouped = isinstance(loss, Estimator) and loss.grouped
+    return not grouped and found.trace_cov < CANCELLED * float(found.mean.square().sum())
+
+
+def recentred(loss: Loss, found: Moments, rollout: Rollout) -> Moments:
+    """The moments with the trace summed over an enumerated rollout's squared distances from the mean."""
+    return replace(found, trace_cov=float(centred_trace(gradients([loss], rollout), 0, found.mean)))
 
 
 def _whole(rollout: Rollout) -> Parts:
@@ -259,12 +270,17 @@ def _moments(
         means, squares = total(parts or prompts[0], lambda part: gradients(chosen, part), pullback, rows)
         for e, mean, square in zip(plain, means, squares.tolist(), strict=True):
             found[e] = Moments(mean, max(square - float(mean.square().sum()), 0.0), method=method)
-    for e, loss in enumerate(losses):
-        # A sum is finite only if every term is.
-        if not math.isfinite(float(found[e].mean.sum())):
+    check_finite(losses, [found[e] for e in range(len(losses))])
+    return [found[e] for e in range(len(losses))]
+
+
+def check_finite(losses: Sequence[Loss], found: Sequence[Moments]) -> None:
+    """Raise `ValueError` for a mean that overflowed."""
+    for loss, each in zip(losses, found, strict=True):
+        # A trace is finite only if the mean is, and a sum only if every term is.
+        if not (math.isfinite(each.trace_cov) or math.isfinite(float(each.mean.sum()))):
             name = loss.name if isinstance(loss, Estimator) else getattr(loss, "__name__", "loss")
             raise ValueError(f"the expected gradient of {name} is not finite: the policies are so far apart that it overflows")
-    return [found[e] for e in range(len(losses))]
 
 
 def centred_trace(batch: Gradients, e: int, mean: Tensor) -> Tensor:
@@ -322,9 +338,18 @@ def _covariance_statistics(estimator: Estimator, parts: Parts, rows: int, pullba
     def stacked(rollout: Rollout) -> Gradients:
         c, s = group_parts(estimator, rollout)
         a = (c - average)[:, None]
-        return Gradients(rollout, torch.stack([s.expand_as(rollout.log_prob), a * s, a * a * s]))
+        return Gradients(rollout, torch.stack([s.expand_as(rollout.mask), a * s, a * a * s]))
 
-    (centre, covariance, second), (square_s, square_as, _) = total(parts, stacked, pullback, rows)
+    means, squares = total(parts, stacked, pullback, rows)
+    return group_statistics(means, squares[:2], variance)
+
+
+def group_statistics(means: Sequence[Tensor] | Tensor, squares: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂` of the coefficients `c` and the score sums `s` of responses.
+
+    With `a` the coefficient less its mean: means `[p]` of `s`, `a s` and `a² s`, mean squared norms `[2]` of `s` and `a s`, and `E[a²]`.
+    """
+    (centre, covariance, second), (square_s, square_as) = means, squares
     m22 = square_as - 2 * second @ centre + variance * (centre @ centre)
     zeta1 = (m22 - covariance @ covariance) / 4
     zeta2 = (m22 + variance * (square_s - centre @ centre)) / 2

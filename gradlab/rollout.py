@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,37 @@ from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
 from gradlab.policies.responses import Responses
 from gradlab.scenario import Scenario, is_of
+
+
+class Readings(Protocol):
+    """What an estimator reads of responses, as `Rollout` has it, `[n, t]`."""
+
+    @property
+    def log_prob(self) -> Tensor: ...
+    @property
+    def reference_log_prob(self) -> Tensor: ...
+    @property
+    def log_ratio(self) -> Tensor: ...
+    @property
+    def log_weight(self) -> Tensor: ...
+    @property
+    def earlier_log_weight(self) -> Tensor: ...
+    def divergence(self, kernel: str) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def mask_float(self) -> Tensor: ...
+    @property
+    def unpadded(self) -> bool: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def mean_length(self) -> float: ...
+    @property
+    def sampled(self) -> bool: ...
+    def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,24 +226,6 @@ class Rollout:
             yield found, rows, share
 
     @classmethod
-    def steps(cls, scenario: Scenario[Tabular], rows: slice, occupancy: Tensor) -> Rollout:
-        """Every token of some `rows` of a table as a response of one token, weighted by how often the sampler emits it there.
-
-        Sums over it are those over the steps of whole responses, for what a step says without the others of its response.
-        occupancy: the sampler's, `[rows]`.
-        """
-        policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        tables = policy.table[rows], reference.table[rows].detach(), sampler.table[rows].detach()
-        weight = (occupancy[rows, None] * tables[2].softmax(-1)).flatten()
-        contexts, tokens = (
-            index.reshape(-1, 1) for index in torch.meshgrid(*map(torch.arange, tables[0].shape), indexing="ij")
-        )
-        return cls(
-            tokens, torch.ones_like(tokens, dtype=torch.bool), weight, contexts, *tables, policy.length, policy.family,
-            revisits=policy.revisits, expected_length=float(occupancy.sum()),
-        )  # fmt: skip
-
-    @classmethod
     def _by_quadrature(cls, scenario: Scenario[Gaussian], log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
         kinks = [x for level in log_ratios for x in crossings(policy, reference, level)]
@@ -295,6 +308,11 @@ class Rollout:
     def log_weight(self) -> Tensor:
         """`log ρ_t = log π − log μ`, `[n, t]`."""
         return self._masked(self.family.log_ratio(self.table, self.behaviour_table, self.contexts, self.tokens))
+
+    @cached_property
+    def earlier_log_weight(self) -> Tensor:
+        """`log Π_{u<t} ρ_u`, `[n, t]`."""
+        return self.log_weight.cumsum(-1) - self.log_weight
 
     def divergence(self, kernel: str) -> Tensor:
         """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 in the padding."""

@@ -11,10 +11,10 @@ SERIES = 0.01
 
 def excess(x: Tensor) -> Tensor:
     """`e^x − 1 − x`, elementwise, accurate to a relative 1e-13 for every `x`; differentiable."""
-    near = x.clamp(-SERIES, SERIES)
-    series = 1 + near / 6 * (1 + near / 7)
-    for k in (5, 4, 3):
-        series = 1 + near / k * series
+    near, one = x.clamp(-SERIES, SERIES), torch.ones((), dtype=x.dtype)
+    series = torch.add(one, near, alpha=1 / 7)
+    for k in (6, 5, 4, 3):
+        series = torch.addcmul(one, near, series, value=1 / k)
     return torch.where(x.abs() < SERIES, 0.5 * near.square() * series, torch.expm1(x) - x)
 
 

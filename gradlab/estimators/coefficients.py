@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from gradlab.estimators import kernels
-from gradlab.estimators.estimator import Estimator, kernel_values, log_ratios, raw_weights, reward_coefficients, scale, weights
-from gradlab.rollout import Rollout
+from gradlab.estimators.estimator import (
+    Estimator,
+    kernel_arguments,
+    kernel_values,
+    raw_weights,
+    reward_coefficients,
+    scale,
+    to_go,
+    weights,
+)
+from gradlab.rollout import Readings
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Coefficients:
         return Coefficients(self.score + other.score, directs[0] if directs else None)
 
 
-def coefficients(estimator: Estimator, rollout: Rollout) -> Coefficients:
+def coefficients(estimator: Estimator, rollout: Readings) -> Coefficients:
     """Return the coefficients of the estimator's gradient on every token of the rollout; 0 after the end of a response.
 
     Raises `ValueError` for a group baseline on a rollout that is not sampled in groups.
@@ -48,7 +57,7 @@ def coefficients(estimator: Estimator, rollout: Rollout) -> Coefficients:
     return Coefficients(found.score * factor, None if found.direct is None else found.direct * factor)
 
 
-def group_parts(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def group_parts(estimator: Estimator, rollout: Readings) -> tuple[Tensor, Tensor]:
     """A grouped estimator before its baseline: the coefficient `[n]` of each response and the weight `[n, t]` on its scores.
 
     Its gradient is `(coefficient − baseline) Σ_t weight_t ∇log π_t`.
@@ -59,21 +68,39 @@ def group_parts(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]
     return values.sum(-1), w * rollout.mask_float * scale(estimator, rollout).reshape(-1, 1)
 
 
-def _of_loss(e: Estimator, rollout: Rollout) -> Coefficients:
+def ahead(e: Estimator, rollout: Readings) -> tuple[Tensor, Tensor] | None:
+    """`β` and `f` `[n, t]`, with which a step's coefficient is that of its response cut behind it, plus `β_t Σ_{u>t} f_u`.
+
+    `None` where later steps add nothing. For credits `token` and `to_go`, weights but `sequence`, without clip, and without a
+    differentiated weight of a reward.
+    """
+    if e.credit == "to_go":
+        values, w = kernel_values(e, rollout), weights(e, rollout)
+        return (
+            (torch.ones_like(values), w * values) if e.on_vocabulary and e.weight == "prefix" else (w.expand_as(values), values)
+        )
+    if e.differentiate_weight and e.weight == "prefix":
+        values = kernel_values(e, rollout)
+        return torch.ones_like(values), _weight_slope(e, rollout) * values
+    return None
+
+
+def _of_loss(e: Estimator, rollout: Readings) -> Coefficients:
     w = weights(e, rollout)
     if e.on_vocabulary:
-        score, direct = torch.zeros_like(rollout.log_prob), w.expand_as(rollout.log_prob)
+        score, direct = w.new_zeros(()).expand_as(rollout.mask), w.expand_as(rollout.mask)
     else:
         bounds = (None, None) if e.placement == "straight_through" else (e.clamp_log_ratio, e.clamp_value)
-        key = ("slope", e.effective_gradient_kernel, e.credit == "sequence", bounds)
-        slope = rollout.cached(key, lambda: kernels.derivative(e.effective_gradient_kernel, *log_ratios(e, rollout), *bounds))
-        score, direct = (w * slope).expand_as(rollout.log_prob), None
+        kernel = e.effective_gradient_kernel
+        key = ("slope", kernel, e.credit == "sequence", bounds)
+        slope = rollout.cached(key, lambda: kernels.derivative(kernel, *kernel_arguments(e, rollout, kernel), *bounds))
+        score, direct = (w * slope).expand_as(rollout.mask), None
     if e.differentiate_weight:
         score = score + _through_weight(e, _weight_slope(e, rollout) * kernel_values(e, rollout), rollout)
     return Coefficients(score, direct)
 
 
-def _of_reward(e: Estimator, rollout: Rollout) -> Coefficients:
+def _of_reward(e: Estimator, rollout: Readings) -> Coefficients:
     values, w = reward_coefficients(e, rollout), weights(e, rollout)
     if e.clip is not None:
         # The clipped branch is constant: it is taken where the ratio has moved far enough in the advantage's favour.
@@ -83,23 +110,23 @@ def _of_reward(e: Estimator, rollout: Rollout) -> Coefficients:
         return Coefficients(_through_weight(e, torch.where(clipped, 0.0, w * values), rollout))
     if e.on_vocabulary and e.weight == "prefix":
         return Coefficients(values)
-    score = (w * values).expand_as(rollout.log_prob)
+    score = (w * values).expand_as(rollout.mask)
     if e.differentiate_weight:
         score = score + _through_weight(e, _weight_slope(e, rollout) * values * rollout.log_prob, rollout)
     return Coefficients(score)
 
 
-def _weight_slope(e: Estimator, rollout: Rollout) -> Tensor:
+def _weight_slope(e: Estimator, rollout: Readings) -> Tensor:
     """`∂W_t / ∂ log π` of the tokens the weight runs over: the weight itself, 0 where truncation binds."""
     raw = raw_weights(e, rollout)
     return raw if e.truncate is None else torch.where(raw <= e.truncate, raw, 0.0)
 
 
-def _through_weight(e: Estimator, terms: Tensor, rollout: Rollout) -> Tensor:
+def _through_weight(e: Estimator, terms: Tensor, rollout: Readings) -> Tensor:
     """Carry each term's weight gradient to the tokens whose ratios are in that weight, `[n, t]`."""
     if e.weight == "token":
         return terms
     if e.weight == "sequence":
-        return terms.sum(-1, keepdim=True).expand_as(rollout.log_prob)
-    later = terms.flip(-1).cumsum(-1).flip(-1)
+        return terms.sum(-1, keepdim=True).expand_as(rollout.mask)
+    later = to_go(terms)
     return later - terms if e.on_vocabulary else later

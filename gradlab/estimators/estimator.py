@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from gradlab.estimators import kernels, rules
-from gradlab.estimators.kernels import VOCABULARY_KERNELS
-from gradlab.rollout import Rollout
+from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
+from gradlab.rollout import Readings, Rollout
+
+ZERO = torch.zeros((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -112,69 +114,76 @@ class Estimator:
         return loss * scale(self, rollout)
 
 
-def scale(estimator: Estimator, rollout: Rollout) -> Tensor:
+def scale(estimator: Estimator, rollout: Readings) -> Tensor:
     """The normaliser of every response, `[n]` or a scalar."""
     if estimator.normalise == "mean":
         return 1 / rollout.lengths
     if estimator.normalise == "token_mean":
-        return torch.tensor(1 / rollout.mean_length, dtype=rollout.weight.dtype)
-    return torch.tensor(1.0 if estimator.normalise == "sum" else 1 / rollout.length, dtype=rollout.weight.dtype)
+        return torch.tensor(1 / rollout.mean_length, dtype=torch.float64)
+    return torch.tensor(1.0 if estimator.normalise == "sum" else 1 / rollout.length, dtype=torch.float64)
 
 
-def kernel_values(estimator: Estimator, rollout: Rollout) -> Tensor:
+def kernel_values(estimator: Estimator, rollout: Readings) -> Tensor:
     """The kernel at every live token, `[n, t]`; a whole-response kernel of credit `sequence` is `[n, 1]`."""
     if estimator.on_vocabulary:
         return rollout.divergence(estimator.kernel)
-    return _kernel(estimator, rollout, estimator.kernel, estimator.clamp_log_ratio, estimator.clamp_value)
+    return _kernel(estimator, rollout, estimator.kernel, (estimator.clamp_log_ratio, estimator.clamp_value))
 
 
-def _kernel(estimator: Estimator, rollout: Rollout, kernel: str, log_ratio: float | None, value: float | None) -> Tensor:
+def _kernel(estimator: Estimator, rollout: Readings, kernel: str, bounds: tuple[float | None, float | None]) -> Tensor:
     # Behind the end of a response ℓ = 0, where every kernel vanishes.
-    key = ("kernel", kernel, estimator.credit == "sequence", log_ratio, value)
-    return rollout.cached(key, lambda: kernels.value(kernel, *log_ratios(estimator, rollout), log_ratio, value))
+    key = ("kernel", kernel, estimator.credit == "sequence", bounds)
+    return rollout.cached(key, lambda: kernels.value(kernel, *kernel_arguments(estimator, rollout, kernel), *bounds))
 
 
-def log_ratios(estimator: Estimator, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """`ℓ` and `log ref` as the kernel reads them: per token `[n, t]`, or of the whole response `[n, 1]`."""
-    if estimator.credit == "sequence":
-        return rollout.log_ratio.sum(-1, keepdim=True), rollout.reference_log_prob.sum(-1, keepdim=True)
-    return rollout.log_ratio, rollout.reference_log_prob
+def log_ratio(estimator: Estimator, rollout: Readings) -> Tensor:
+    """`ℓ` as the kernel reads it: per token `[n, t]`, or of the whole response `[n, 1]`."""
+    return rollout.log_ratio.sum(-1, keepdim=True) if estimator.credit == "sequence" else rollout.log_ratio
 
 
-def raw_weights(estimator: Estimator, rollout: Rollout) -> Tensor:
+def kernel_arguments(estimator: Estimator, rollout: Readings, kernel: str) -> tuple[Tensor, Tensor]:
+    """`ℓ` and `log ref` of a kernel, 0 where it reads no `ref`."""
+    x = log_ratio(estimator, rollout)
+    if not KERNELS[kernel].times_reference:
+        return x, ZERO.expand_as(x)
+    log_ref = rollout.reference_log_prob
+    return x, log_ref.sum(-1, keepdim=True) if estimator.credit == "sequence" else log_ref
+
+
+def raw_weights(estimator: Estimator, rollout: Readings) -> Tensor:
     """Importance weights before truncation, `[n, t]` (or `[n, 1]` for `none`, `sequence` and credit `sequence`)."""
 
     def compute() -> Tensor:
-        steps = rollout.log_weight
         if estimator.weight == "none":
-            return torch.ones_like(steps[:, :1])
+            return torch.ones(len(rollout.mask), 1, dtype=torch.float64)
+        steps = rollout.log_weight
         if estimator.weight == "sequence":
             return steps.sum(-1, keepdim=True).exp()
         if estimator.weight == "token":
             return steps.exp()
-        return ((steps.cumsum(-1) - steps) if estimator.on_vocabulary else steps.cumsum(-1)).exp()
+        return (rollout.earlier_log_weight if estimator.on_vocabulary else rollout.earlier_log_weight + steps).exp()
 
     return rollout.cached(("weight", estimator.weight, estimator.on_vocabulary), compute)
 
 
-def weights(estimator: Estimator, rollout: Rollout) -> Tensor:
+def weights(estimator: Estimator, rollout: Readings) -> Tensor:
     """Importance weights `W_t` as the surrogate uses them: truncated, and detached unless they are differentiated."""
     w = raw_weights(estimator, rollout)
     if estimator.truncate is not None:
         # clamp passes the gradient up to and including the bound, so on-policy (W = 1) a bound of 1 does not bind.
         w = w.clamp(max=estimator.truncate)
-    return w if estimator.differentiate_weight or estimator.clip is not None else w.detach()
+    return w.detach() if w.requires_grad and not estimator.differentiate_weight and estimator.clip is None else w
 
 
-def _loss(estimator: Estimator, rollout: Rollout) -> Tensor:
+def _loss(estimator: Estimator, rollout: Readings) -> Tensor:
     values = kernel_values(estimator, rollout)
     if estimator.placement == "straight_through":
-        gradient_values = _kernel(estimator, rollout, estimator.effective_gradient_kernel, None, None)
+        gradient_values = _kernel(estimator, rollout, estimator.effective_gradient_kernel, (None, None))
         values = gradient_values + (values - gradient_values).detach()
     return (weights(estimator, rollout) * values).sum(-1)
 
 
-def _reward(estimator: Estimator, rollout: Rollout) -> Tensor:
+def _reward(estimator: Estimator, rollout: Readings) -> Tensor:
     coefficients, w = reward_coefficients(estimator, rollout).detach(), weights(estimator, rollout)
     log_prob = rollout.log_prob.sum(-1, keepdim=True) if estimator.credit == "sequence" else rollout.log_prob
     if estimator.clip is not None:
@@ -186,7 +195,7 @@ def _reward(estimator: Estimator, rollout: Rollout) -> Tensor:
     return (w * coefficients * log_prob).sum(-1)
 
 
-def reward_coefficients(estimator: Estimator, rollout: Rollout) -> Tensor:
+def reward_coefficients(estimator: Estimator, rollout: Readings) -> Tensor:
     """What multiplies `W_t log π_t` in `reward`: kernel values with credit and baseline applied, `[n, t]` or `[n, 1]`.
 
     The weight of a vocabulary kernel with `prefix` is included. Raises `ValueError` for a group baseline on a rollout that
@@ -196,7 +205,7 @@ def reward_coefficients(estimator: Estimator, rollout: Rollout) -> Tensor:
     if estimator.on_vocabulary and estimator.weight == "prefix":
         values = weights(estimator, rollout) * values
     if estimator.credit == "to_go":
-        later = values.flip(-1).cumsum(-1).flip(-1)
+        later = to_go(values)
         values = later - values if estimator.on_vocabulary else later
     elif estimator.credit == "return":
         values = values.sum(-1, keepdim=True).expand_as(values)
@@ -207,7 +216,12 @@ def reward_coefficients(estimator: Estimator, rollout: Rollout) -> Tensor:
     return values
 
 
-def _group_baseline(estimator: Estimator, rollout: Rollout, values: Tensor) -> Tensor:
+def to_go(values: Tensor) -> Tensor:
+    """`Σ_{u≥t} values_u`, `[n, t]`."""
+    return values if values.shape[-1] == 1 else values.flip(-1).cumsum(-1).flip(-1)
+
+
+def _group_baseline(estimator: Estimator, rollout: Readings, values: Tensor) -> Tensor:
     size = estimator.group
     assert size is not None
     if not rollout.sampled or len(values) % size:

@@ -141,12 +141,16 @@ class Categorical:
         return self.along_scores(at_tokens.view(-1, *table.shape), table)
 
     def score_norm(self, table: Tensor, contexts: Tensor, tokens: Tensor) -> Tensor:
+        return self.score_norms(table).flatten()[_flat(table, contexts, tokens)]
+
+    def score_norms(self, table: Tensor) -> Tensor:
+        """`‖∇ log p‖²` of every token of every row, `[r, v]`."""
         # (1 − p(y))² and the squares of the other tokens, of which only the likeliest can be left out of a sum beforehand.
         _, p, top = rows(table)
         square = p.square()
         others = square.scatter(-1, top, 0.0).sum(-1, keepdim=True)
         rest = (others + square.gather(-1, top) - square).scatter(-1, top, others)
-        return (self.missing(table).square() + rest).flatten()[_flat(table, contexts, tokens)]
+        return self.missing(table).square() + rest
 
     def missing(self, table: Tensor) -> Tensor:
         """`1 − p` of every token of every row, `[r, v]`, to its own digits."""
@@ -162,10 +166,13 @@ class Categorical:
         return at_tokens, torch.stack([at_tokens, ~at_tokens]).to(table.dtype), torch.stack([-p, likeliest])
 
     def score_dot(self, table: Tensor, contexts: Tensor, tokens: Tensor, directions: Tensor) -> Tensor:
+        return self.score_dots(table, directions).flatten()[_flat(table, contexts, tokens)]
+
+    def score_dots(self, table: Tensor, directions: Tensor) -> Tensor:
+        """`⟨∇ log p, direction⟩` of every token of every row, `[r, v]`, for row directions `[r, v]`."""
         _, p, top = rows(table)
         centred = directions - directions.gather(-1, top)
-        centred = centred - (p * centred).sum(-1, keepdim=True)
-        return centred.flatten()[_flat(table, contexts, tokens)]
+        return centred - (p * centred).sum(-1, keepdim=True)
 
 
 class Normal:

@@ -24,7 +24,7 @@ from torch import Tensor
 from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
-from gradlab.estimators.estimator import Estimator, log_ratios
+from gradlab.estimators.estimator import Estimator, log_ratio
 from gradlab.measure import ZERO_TOLERANCE, by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Tree
@@ -164,7 +164,7 @@ def _parts(estimator: Estimator, rollout: Rollout, direction: Tensor) -> dict[st
     a = coefficients(estimator, rollout).score
     scores = rollout.table, rollout.contexts, rollout.tokens
     along = rollout.family.score_dot(*scores, direction.view_as(rollout.table))
-    side = log_ratios(estimator, rollout)[0].sign().expand_as(a) * rollout.mask_float
+    side = log_ratio(estimator, rollout).sign().expand_as(a) * rollout.mask_float
     norm = rollout.family.score_norm(*scores)
     expected = a * along
     return {"mass": a.abs(), "expected": expected, "pull": expected.abs(), "second": a.square() * norm, "side": side}

@@ -15,7 +15,7 @@ from torch.func import jvp
 from gradlab._common.names import check_probability
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
-from gradlab.estimators.estimator import Estimator, log_ratios
+from gradlab.estimators.estimator import Estimator, log_ratio
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients
 from gradlab.per_sample import backprop
@@ -133,7 +133,7 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
         for name, estimator in by_name(list(names)).items():
             assert isinstance(estimator, Estimator)
             a = coefficients(estimator, rollout).score
-            ratio = log_ratios(estimator, rollout)[0].expand_as(a)
+            ratio = log_ratio(estimator, rollout).expand_as(a)
             share = {"mass": a.abs(), "expected": a * projection, "pull": (a * projection).abs(), "second": a.square() * norm}
             columns = {key: (value * rollout.weight[:, None])[i, t].numpy() for key, value in share.items()}
             frames.append(pd.DataFrame({"estimator": name, **common, "log_ratio": ratio[i, t].numpy(), **columns}))

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log, log1p
 from typing import overload
 
@@ -20,13 +21,22 @@ from gradlab import targets
 from gradlab._common.names import is_several
 from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.estimators.kernels import KERNELS
-from gradlab.moments import Loss, Moments, as_losses, gradients, moments_in_parts, moments_of
+from gradlab.moments import (
+    CENTRED_DOUBLES,
+    Loss,
+    Moments,
+    as_losses,
+    gradients,
+    moments_in_parts,
+    moments_of,
+    recentred,
+)
 from gradlab.per_sample import backprop
-from gradlab.policies import Gaussian, LanguageModel, Markov, Tabular
+from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Tabular, Tree
 from gradlab.policies.gaussian import ORDER, REACH
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, check_scenario, is_of
-from gradlab.solvers import markov
+from gradlab.solvers import markov, prefixes
 
 #: A Gaussian integrand `exp(a z²)`, `z` in standard deviations of the sampler, is called divergent from this `a` on.
 BORDER = 5e-4
@@ -72,8 +82,8 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
 
     `E_μ[g]` and `E_μ‖g‖² − ‖E_μ g‖²`, with `g` the gradient of the per-sample surrogate and `μ` the sampler. An estimator is
     an `Estimator` or any callable from a rollout to per-sample losses `[n]` (callables need a policy that can be enumerated).
-    On a `Gaussian` a covariance trace that diverges is `inf`. A table's responses are visited some at a time, up to 8 million of
-    them: memory is that of the mean gradients, `8 p` bytes for each estimator and 8 more.
+    On a `Gaussian` a covariance trace that diverges is `inf`. On a tree estimators are summed over prefixes, in `8 p` bytes for each
+    and 24 more; of callables the responses are visited some at a time, up to 8 million of them.
     Raises `ValueError` when there are too many responses to enumerate or, on `Markov`, when the estimator does not decompose
     over time.
     """
@@ -86,49 +96,38 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
             results = _by_quadrature(losses, scenario)
         elif is_of(scenario, LanguageModel):
             results = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.pullback_of(scenario.policy))
-        elif is_of(scenario, Tabular) and scenario.policy.vocab**scenario.policy.length > WHOLE_RESPONSES:
-            results = _in_parts(losses, scenario)
         else:
-            results = moments_of(losses, Rollout.enumerated(scenario), "enumeration")
+            assert is_of(scenario, Tabular)
+            results = _on_table(losses, scenario)
     return results if is_several(estimator) else results[0]
 
 
-def _in_parts(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Moments]:
-    """Moments on a table with many responses, some of them at a time."""
+def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Moments]:
+    """Moments on a table: of estimators on a tree from its prefixes, otherwise from responses, some of them at a time."""
     policy = scenario.policy
-    needed = 8 * (len(losses) + 8) * policy.table.numel()
+    needed = 8 * (len(losses) + 24) * policy.table.numel()
     if needed > MOMENT_BYTES:
         raise ValueError(
-            f"the mean gradients of {len(losses)} estimators in {policy.table.numel():,} parameters take {needed / 2**30:.2g} GiB, "
+            f"the moments of {len(losses)} estimators in {policy.table.numel():,} parameters take {needed / 2**30:.2g} GiB, "
             f"more than the {MOMENT_BYTES / 2**30:.2g} GiB allowed; give fewer estimators at a time, or samples=…"
         )
-    r, v = policy.table.shape
-    size, occupancy = max(1, WHOLE_RESPONSES * policy.length // v), scenario.sampler.occupancy().detach()
-    found: dict[int, Moments] = {}
-
-    def steps() -> Iterator[tuple[Rollout, Tensor, float]]:
-        for start in range(0, r, size):
-            rows = slice(start, min(start + size, r))
-            yield Rollout.steps(scenario, rows, occupancy), torch.arange(r)[rows], 1.0
-
-    alone = [e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and _stands_alone(loss, scenario)]
-    whole = [e for e in range(len(losses)) if e not in alone]
-    for chosen, parts in ((alone, steps), (whole, lambda: Rollout.parts(scenario, WHOLE_RESPONSES))):
-        if chosen:
-            found |= dict(zip(chosen, moments_in_parts([losses[e] for e in chosen], parts, r, "enumeration"), strict=True))
+    n, found = policy.vocab**policy.length, dict[int, Moments]()
+    if isinstance(policy, Bandit | Tree):
+        summed = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
+        made, lost = prefixes.moments(list(summed.values()), scenario, "enumeration")
+        found |= zip(summed, made, strict=True)
+        if lost and n * policy.table.numel() <= CENTRED_DOUBLES:
+            rollout, chosen = Rollout.enumerated(scenario), [list(summed)[e] for e in lost]
+            found |= {e: recentred(losses[e], found[e], rollout) for e in chosen}
+    others = [loss for e, loss in enumerate(losses) if e not in found]
+    if others:
+        if n <= WHOLE_RESPONSES:
+            rest = moments_of(others, Rollout.enumerated(scenario), "enumeration")
+        else:
+            parts = partial(Rollout.parts, scenario, WHOLE_RESPONSES)
+            rest = moments_in_parts(others, parts, len(policy.table), "enumeration")
+        found |= zip([e for e in range(len(losses)) if e not in found], rest, strict=True)
     return [found[e] for e in range(len(losses))]
-
-
-def _stands_alone(e: Estimator, scenario: Scenario) -> bool:
-    """Whether a step's gradient is the same whatever the rest of its response, so that one sum over prefixes gives both moments."""
-    policy = scenario.policy
-    return (
-        e.credit == "token"
-        and e.weight in ("none", "token")
-        and not e.grouped
-        and not policy.revisits
-        and (e.normalise != "mean" or policy.length == 1)
-    )
 
 
 def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
