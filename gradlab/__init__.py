@@ -1,6 +1,7 @@
 """gradlab: which objective does a KL regulariser's expected gradient descend, how far off, how noisily, and on which tokens?
 
 The way of the data: policy → scenario → rollout → estimator → moments → frame → verdict → figure.
+Examples in docstrings know `import gradlab as gl`; some read the frames that `gradlab reproduce` writes to `figures`.
 
 >>> import gradlab as gl
 >>> policy = gl.Tree.random(vocab=4, length=3, seed=0)

@@ -57,6 +57,11 @@ def components(
     Student intervals over batches; estimators share their draws. Returns one row per scenario × estimator × parameter with the
     columns of `COLUMNS`, and `_low`, `_high` of those in `SAMPLED`. Raises `ValueError` as `measure` does, and for policies
     too large for a covariance matrix.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))
+    >>> frame = gl.components("k3-loss", scenario)
+    >>> frame["parameter"].tolist(), frame["truth"].round(6).tolist(), frame["expected"].round(6).tolist()
+    (['mean', 'std'], [-1.0, 0.0], [-1.0, -1.0])
     """
     losses, rows = by_name(estimators), []
     check_seed(seed)
@@ -92,6 +97,10 @@ def values(
 
     `Σ_t k(ℓ_t)` with credit `token`, `k(S)` with `sequence`; exact, or from `samples` responses that all kernels share.
     Returns one row per scenario × kernel, columns as in `components`. Source: Schulman, "Approximating KL divergence" (2020).
+
+    >>> frame = gl.values(["k1", "k2", "k3"], gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1)))
+    >>> frame.set_index("kernel")[["bias", "std"]].round(3).to_dict("list")
+    {'bias': [0.0, 0.25, 0.0], 'std': [2.0, 1.732, 1.695]}
     """
     kernels = several(kernels)
     check_seed(seed)

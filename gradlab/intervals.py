@@ -29,7 +29,12 @@ HALVINGS = 32
 
 @dataclass(frozen=True)
 class Interval:
-    """A point estimate and the two ends of its confidence interval: numpy floats, or arrays of one shape."""
+    """A point estimate and the two ends of its confidence interval: numpy floats, or arrays of one shape.
+
+    >>> found = gl.intervals.anytime_mean([1.0, 2.0, 3.0], start=2)
+    >>> found.estimate.tolist(), found.low.shape
+    ([1.0, 1.5, 2.0], (3,))
+    """
 
     estimate: Array
     low: Array
@@ -41,6 +46,12 @@ class Batches:
     """Batch means `[..., B, p]`, split into mean and deviations: what all intervals of a run share is computed once.
 
     Every function here takes means or these. Raises ValueError as `squared_distance` does.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal([1.0, 0.0], 0.1, size=(32, 2))
+    >>> batches = gl.intervals.Batches.of(means)
+    >>> batches.mean.shape, batches.deviations.shape
+    ((2,), (32, 2))
     """
 
     mean: Array  # [..., p]
@@ -84,13 +95,26 @@ def squared_distance(means: npt.ArrayLike | Batches, target: npt.ArrayLike, leve
     means `[..., B, p]`, B ≥ 8, iid and close to Gaussian; target `[..., p]`.
     Raises ValueError on other shapes, on NaN or infinite values, and on a level outside (0, 1).
     Source: the U-statistic is that of Chen & Qin (Annals of Statistics 38, 2010); interval derived here.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal([1.0, 0.0], 0.1, size=(32, 2))  # 32 batch means of a gradient [1, 0]
+    >>> found = gl.intervals.squared_distance(means, [0.0, 0.0])
+    >>> bool(found.low < 1 < found.high)
+    True
     """
     run, target = _validated(means, target, level)
     return _squared_norm(_statistics(run, run.mean - target), level)
 
 
 def bias(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
-    """Relative bias `∥m − t∥ / ∥t∥`: root of `squared_distance`, its estimate floored at 0; NaN for a zero target."""
+    """Relative bias `∥m − t∥ / ∥t∥`: root of `squared_distance`, its estimate floored at 0; NaN for a zero target.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal([1.2, 0.0], 0.1, size=(32, 2))
+    >>> found = gl.intervals.bias(means, [1.0, 0.0])
+    >>> bool(0 < found.low < 0.2 < found.high)
+    True
+    """
     run, target = _validated(means, target, level)
     squared, size = squared_distance(run, target, level), _length(target)
     return Interval(*(np.sqrt(np.maximum(end, 0)) / size for end in (squared.estimate, squared.low, squared.high)))
@@ -106,6 +130,12 @@ def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float =
 
     NaN in [−1, 1] where `m` is not distinguishable from 0 at this level; all NaN for a zero target.
     Arguments and errors as in `squared_distance`. Source: derived here.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal([1.0, 1.0], 0.1, size=(32, 2))
+    >>> found = gl.intervals.cosine(means, [1.0, 0.0])
+    >>> bool(found.low < 0.5**0.5 < found.high)
+    True
     """
     run, target = _validated(means, target, level)
     half, batches, size = (1 + level) / 2, run.count, _length(target)
@@ -128,6 +158,13 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
     `⟨m, t⟩ / √(∥m∥² ∥t∥²)` with every product an average over pairs of different batches, which takes the noise out of it;
     interval by the delete-one-batch jackknife with a Student quantile, cut at ±1. NaN in [−1, 1] where either squared norm is
     not significantly different from zero. Raises ValueError as `squared_distance` does. Source: derived here.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> one, two = (rng.normal(mean, 0.1, size=(32, 2)) for mean in ([1.0, 0.0], [1.0, 1.0]))
+    >>> found = gl.intervals.cosine_of_means(one, two)
+    >>> bool(found.low < 0.5**0.5 < found.high)
+    True
     """
     check_probability("level", level)
     x, y = Batches.of(means), Batches.of(others)
@@ -160,6 +197,12 @@ def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: 
     traces `[..., B]`: per batch the unbiased estimate of `tr Σ`. None means batches of one sample, which have no trace;
     `∥m_b − mean∥² B/(B−1)` stands in. Errors as in `squared_distance`, and for negative traces.
     Source: the simple noise scale of McCandlish et al., arXiv 1812.06162, §2.2; interval derived here.
+
+    >>> import numpy as np
+    >>> samples = np.random.default_rng(0).normal([2.0, 0.0], 1.0, size=(200, 2))  # trace 2, squared norm 4
+    >>> found = gl.intervals.noise(samples, None, [2.0, 0.0])
+    >>> bool(found.low < 0.5 < found.high)
+    True
     """
     run, target = _validated(means, target, level)
     batches, shape = run.count, run.deviations.shape[:-1]
@@ -184,6 +227,11 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
 
     x `[..., n]` gives estimate, low and high `[..., n]`. ValueError on NaN, a bad level, or `start` < 2.
     Source: Waudby-Smith et al., arXiv 2103.06476, Theorem 2.2 (ρ: the exact minimiser, by Lambert's W).
+
+    >>> import numpy as np
+    >>> found = gl.intervals.anytime_mean(np.random.default_rng(0).normal(size=1000))
+    >>> bool((found.low <= 0).all() and (found.high >= 0).all())
+    True
     """
     check_probability("level", level)
     x = _finite("x", x)
@@ -207,6 +255,12 @@ def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level:
     costs most of the pairs and a wider boundary: for a number of samples fixed beforehand use `squared_distance`.
 
     `[..., B, p]` gives `[..., B // 2]`, ends floored at 0. Errors as in `squared_distance` and `anytime_mean`.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal([1.0, 0.0], 0.1, size=(64, 2))
+    >>> found = gl.intervals.anytime_squared_distance(means, [0.0, 0.0])
+    >>> found.estimate.shape, bool(found.low[-1] < 1 < found.high[-1])
+    ((32,), True)
     """
     run, target = _validated(means, target, level)
     offset = (run.mean - target)[..., None, :] + run.deviations[..., : run.count // 2 * 2, :]
@@ -215,7 +269,13 @@ def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level:
 
 
 def effective_dimension(means: npt.ArrayLike | Batches) -> Array:
-    """Effective number of noise directions, `(tr Σ)² / tr(Σ²)` in [1, p], from batch means `[..., B, p]`."""
+    """Effective number of noise directions, `(tr Σ)² / tr(Σ²)` in [1, p], from batch means `[..., B, p]`.
+
+    >>> import numpy as np
+    >>> means = np.random.default_rng(0).normal(size=(1000, 4))
+    >>> bool(3 < gl.intervals.effective_dimension(means) <= 4)
+    True
+    """
     run = Batches.of(means)
     stats = _statistics(run, np.zeros_like(run.mean))
     return np.clip(stats.first**2 / stats.second, 1, run.mean.shape[-1])
@@ -228,6 +288,11 @@ def detectable(samples: float, noise: float, dimension: float = 1.0, level: floa
     level-quantile of the central one with probability `power`. `noise` is `tr Σ/∥t∥²`, `dimension` is `(tr Σ)²/tr(Σ²)`,
     exact or from a run (1 is the hardest case). Exact for equal eigenvalues of Σ, else two moments matched.
     Raises ValueError unless samples, noise > 0, dimension ≥ 1 and level, power are in (0, 1) with power > 1 − level.
+
+    >>> round(gl.intervals.detectable(10_000, noise=4.0), 4)
+    0.056
+    >>> round(gl.intervals.detectable(40_000, noise=4.0), 4)
+    0.028
     """
     check_probability("level", level)
     check_probability("power", power)
@@ -241,7 +306,12 @@ def detectable(samples: float, noise: float, dimension: float = 1.0, level: floa
 
 
 def samples_needed(effect: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> int:
-    """Number of samples that tells a relative bias of `effect` from zero with this power: inverse of `detectable`."""
+    """Number of samples that tells a relative bias of `effect` from zero with this power: inverse of `detectable`.
+
+    >>> needed = gl.intervals.samples_needed(0.05, noise=4.0)
+    >>> gl.intervals.detectable(needed, noise=4.0) <= 0.05 < gl.intervals.detectable(needed - 1, noise=4.0)
+    True
+    """
     if not 0 < effect < np.inf:
         raise ValueError(f"effect must be a positive relative bias; got {effect}")
     return int(np.ceil((detectable(1, noise, dimension, level, power) / effect) ** 2 * (1 - 1e-12)))

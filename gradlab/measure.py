@@ -111,6 +111,12 @@ def measure(
     Returns one row per scenario × estimator × target with the columns of `COLUMNS`; `frame.attrs` holds seed and versions.
     Raises `ValueError` for unknown names, no scenarios or estimators, samples that are not positive, a level outside (0, 1), and
     for `anytime` with samples that are no number of doublings of 64.
+
+    >>> policy = gl.Tree.random(vocab=4, length=3, seed=0)
+    >>> scenario = gl.Scenario(policy, reference=policy.perturbed(kl=0.3, seed=1))
+    >>> frame = gl.measure(["k3-loss", "k3-loss-sequence", "full-both"], scenario, target=["reverse_kl", "forward_kl"])
+    >>> frame.pivot(index="estimator", columns="target", values="bias").round(3).loc["k3-loss-sequence"].to_dict()
+    {'forward_kl': 0.0, 'reverse_kl': 0.266}
     """
     losses = by_name(estimators)
     scenarios = several(scenarios)
@@ -147,6 +153,9 @@ def at_look(level: float, samples: int | None) -> float:
 
     Look `k`, from 0 on, may fail with probability `(1 − level) / ((k + 1)(k + 2))`, and these sum to `1 − level` (union bound): it does
     not matter how the runs of two looks depend on each other, nor why one stops. Raises `ValueError` for other numbers.
+
+    >>> [round(gl.measure.at_look(0.95, samples), 4) for samples in (64, 128, 256)]
+    [0.975, 0.9917, 0.9958]
     """
     looks = 0 if samples is None or samples < FIRST_LOOK else (samples // FIRST_LOOK).bit_length()
     if looks == 0 or samples != FIRST_LOOK * 2 ** (looks - 1):
@@ -158,7 +167,11 @@ def at_look(level: float, samples: int | None) -> float:
 
 
 def by_name(estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
-    """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name."""
+    """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name.
+
+    >>> list(gl.measure.by_name(["k2-loss", gl.Estimator("k3", normalise="mean")]))
+    ['k2-loss', 'k3-loss-normalise=mean']
+    """
     if isinstance(estimators, Mapping):
         return {str(name): _loss(item) for name, item in estimators.items()}
     items: list[Loss | str] = several(estimators)
@@ -418,7 +431,13 @@ def _errors(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: small tensors are faster so, and sums come out the same wherever they run."""
+    """Run torch on one thread: small tensors are faster so, and sums come out the same wherever they run.
+
+    >>> import torch
+    >>> with gl.measure.one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

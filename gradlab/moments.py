@@ -50,6 +50,11 @@ class Moments:
     batches) and covariance traces `[b]` of `b` independent batches, from which `gradlab.intervals` makes error bars. `method` says
     how they were computed. `distances` are `KL(policy ‖ reference)` and `KL(behaviour ‖ policy)` in nats as a language model's
     responses estimate them.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> moments = gl.exact.moments(gl.ESTIMATORS["k1-loss"], scenario)
+    >>> moments.mean.tolist(), moments.trace_cov
+    ([0.0, 0.0], 0.5)
     """
 
     mean: Tensor

@@ -66,6 +66,12 @@ class Rollout:
     `[n]` says which prompt of a language model a response answers.
     A token after the end of its response has mask False and enters nothing. Raises `ValueError` for inconsistent shapes, a
     response without a live token, or a table with NaN.
+
+    >>> rollout = gl.Rollout.enumerated(gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))
+    >>> rollout.tokens.tolist(), rollout.weight.tolist()
+    ([[0], [1]], [0.5, 0.5])
+    >>> [round(ratio, 3) for ratio in rollout.log_ratio[:, 0].tolist()]
+    [0.62, -0.38]
     """
 
     tokens: Tensor

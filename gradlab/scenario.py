@@ -28,6 +28,11 @@ class Scenario(Generic[P]):
     `name` labels the scenario in frames; without one a label is made from the family, its size and the KL.
     Raises `ValueError` when the three policies differ in kind, vocabulary, length or end token, or when the reference or
     the behaviour policy gives probability 0 (in float64) to a token of a context.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> scenario = gl.Scenario(policy, reference=policy.perturbed(kl=0.3, seed=1))
+    >>> round(scenario.kl(), 6), scenario.lag()
+    (0.3, 0.0)
     """
 
     policy: P

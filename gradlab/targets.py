@@ -23,7 +23,11 @@ Objective = Callable[[Policy, Policy, Policy], Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """A named objective: `objective(policy, reference, sampler)` is a scalar in nats, differentiable in the policy's table."""
+    """A named objective: `objective(policy, reference, sampler)` is a scalar in nats, differentiable in the policy's table.
+
+    >>> gl.TARGETS["forward_kl"].statement
+    'KL(ref(y) ‖ π(y)) of whole responses'
+    """
 
     name: str
     statement: str

@@ -27,6 +27,10 @@ def assert_descends(
     passes: names of probes that have to pass as well, such as `"clamps"` or `"padding"`. binding: `roles`, `settings`,
     `returns` and `group`, as in `gl.audit`. Raises `AssertionError` that says what the gradient is instead and which probe
     fails worst, and `ValueError` for an unknown target or probe or a loss that cannot be audited.
+
+    >>> def k2(log_probs, ref_log_probs, mask):
+    ...     return (mask * (log_probs - ref_log_probs) ** 2 / 2).sum() / len(mask)
+    >>> gl.testing.assert_descends(k2, "reverse_kl_frozen_prefix")
     """
     check(target)
     for name in passes:

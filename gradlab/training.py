@@ -79,6 +79,12 @@ def train(
     Returns one row per run and look, see `COLUMNS`; the same bytes for any `jobs`. A run that diverges is marked and the others go on.
     Raises `ValueError` for a reward or a regulariser that does not give one finite number per response, for group baselines
     (groups are the recipe's), and for coefficients that are negative or not finite.
+
+    >>> recipe = gl.training.Recipe(steps=4, eval_every=2)
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> frame = gl.train(policy, lambda rollout: (rollout.tokens[:, 0] == 2).double(), "k2-loss", recipe=recipe, seeds=2)
+    >>> frame.groupby("estimator").size().to_dict()
+    {'k2-loss': 6, 'none': 6}
     """
     recipe = recipe or Recipe()
     named = by_name(regularisers)
@@ -112,7 +118,14 @@ def train(
 
 
 def task_reward(task: str, policy: LanguageModel) -> Reward:
-    """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0."""
+    """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0.
+
+    >>> policy = gl.policies.small("names")
+    >>> reward = gl.training.task_reward("names", policy)
+    >>> scenario = gl.Scenario(policy, policy)
+    >>> sorted(set(reward(gl.language.rollout_of(scenario, 64)).tolist()))
+    [0.0, 1.0]
+    """
     check_name("task", task, TASKS)
     return partial(_solved, task, policy)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import inspect
 import pkgutil
@@ -64,16 +63,8 @@ def test_a_forward_import_is_caught(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_are_documented_and_their_examples_run(name):
-    module = importlib.import_module(name)
-    assert module.__doc__, "no docstring"
-    results = doctest.testmod(module)
-    assert results.failed == 0
-
-
-def test_there_are_examples():
-    found = [test for test in doctest.DocTestFinder().find(gl, "gradlab", module=gl) if test.examples]
-    assert sum(len(test.examples) for test in found) >= 3
+def test_modules_are_documented(name):
+    assert importlib.import_module(name).__doc__, "no docstring"
 
 
 @pytest.mark.parametrize("name", gl.__all__)

@@ -18,6 +18,11 @@ class Batch:
     the vocabulary. `log_prob` is computed from `logits`, and both carry gradients; nothing else does. After the end of a
     response all of them hold ordinary, misleading numbers, as they do in practice. `advantages` `[B, T]` and `rewards` `[B]`
     are the task's and 0: what is left of a whole loss is its regulariser. Every call gets tensors of its own.
+
+    >>> def loss(batch: gl.audit.Batch):
+    ...     return (batch.mask * (batch.log_prob - batch.reference_log_prob) ** 2 / 2).sum() / len(batch.mask)
+    >>> gl.audit.Subject("mine", loss).loss is loss
+    True
     """
 
     log_prob: Tensor
@@ -53,6 +58,11 @@ class Subject:
     that have to be enumerated together because the loss couples them; `None` finds out whether it is 1 or 2. Adapters take a
     batch as one group, whatever its size.
     `package`, `version`, `function` and `configuration` say what was called, for the report.
+
+    >>> def loss(batch):
+    ...     return (batch.mask * (batch.log_prob - batch.reference_log_prob)).sum() / len(batch.mask)
+    >>> gl.audit.Subject("k1 in the loss", loss, package="mine", version="1.0", configuration={"beta": 1.0}).name
+    'k1 in the loss'
     """
 
     name: str

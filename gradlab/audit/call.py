@@ -15,7 +15,16 @@ _OURS = str(Path(__file__).parents[1])
 
 
 class LossError(ValueError):
-    """The audited loss raised. `trace` is its traceback without the frames of gradlab in front."""
+    """The audited loss raised. `trace` is its traceback without the frames of gradlab in front.
+
+    >>> def loss(log_probs, ref_log_probs):
+    ...     return (log_probs @ ref_log_probs).sum()
+    >>> try:
+    ...     gl.audit(loss)
+    ... except gl.audit.LossError as error:
+    ...     print(isinstance(error, ValueError))
+    True
+    """
 
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message, trace)

@@ -41,6 +41,10 @@ class Identification:
     combination: objective → coefficient; empty when nothing matches. error: largest relative error over the worlds. scope: a
     key of `SCOPES`, `everywhere` unless the match is limited. closest, cosine: the objective whose gradient points most nearly
     the same way and the mean cosine with it. text: all of it in words. resolved: false when rounding hides the answer.
+
+    >>> found = gl.audit.Identification({"reverse_kl": 0.5}, 1e-12, "everywhere", "reverse_kl", 1.0, "half of the reverse KL")
+    >>> found.combination
+    {'reverse_kl': 0.5}
     """
 
     combination: dict[str, float]

@@ -53,6 +53,13 @@ class Estimator:
 
     Raises `ValueError` for an unknown name (with the nearest ones) and for a combination that means nothing.
     Sources: arXiv 2510.01555 (placements), 2504.10637 (Rao–Blackwell), 2512.02556 §3.1 (weighted k3), 1707.06347 (clip).
+
+    >>> estimator = gl.Estimator("k2", placement="loss", credit="sequence")
+    >>> rollout = gl.Rollout.enumerated(gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))
+    >>> bool((estimator(rollout) - rollout.log_ratio[:, 0] ** 2 / 2).abs().max() < 1e-12)
+    True
+    >>> gl.Estimator("full", placement="loss+reward", credit="to_go", weight="prefix") == gl.ESTIMATORS["full-both-prefix"]
+    True
     """
 
     kernel: str

@@ -29,6 +29,11 @@ class Kernel:
 
     as every kernel `a (e^{bℓ} − 1 − bℓ)` has, `g(ℓ) = e^{bℓ}`, and k2 as their limit, `g = 1`. A kernel with neither is not
     decomposable: credit `sequence` is refused on `Markov`, and exact wherever responses can be listed.
+
+    >>> import torch
+    >>> k2 = gl.Kernel("half_square", lambda x, log_ref: x**2 / 2, lambda x, log_ref: x, source="mine", growth=torch.ones_like)
+    >>> k2.derivative(torch.tensor([-1.0, 2.0]), None).tolist()
+    [-1.0, 2.0]
     """
 
     name: str

@@ -46,7 +46,11 @@ DRAWN_IN = {
 
 @dataclass(frozen=True)
 class Condition:
-    """Rows whose `column` is `among` some values, or `within` a closed range. Raises `ValueError` when none can be."""
+    """Rows whose `column` is `among` some values, or `within` a closed range. Raises `ValueError` when none can be.
+
+    >>> gl.claims.Condition("estimator", among=("k2-loss", "k3-loss"))
+    Condition(column='estimator', among=('k2-loss', 'k3-loss'), within=None)
+    """
 
     column: str
     among: tuple[Value, ...] | None = None
@@ -67,6 +71,10 @@ class Claim:
     zone: an effect smaller than it does not decide; for `=` and `≠` it is the tolerance. A scope without rows is a mistake,
     unless `optional`: then a small run may leave it open.
     Raises `ValueError` for an unknown relation or quantifier, a frame that no analysis could make, and a negative margin.
+
+    >>> claim = gl.claims.claim("k2-unbiased", "bandit", "03_objectives", "bias", "=", 0, 1e-9, estimator="k2-loss")
+    >>> claim.topic, claim.rule
+    ('k2-unbiased', 'every row of 03_objectives has bias = 0 ± 1e-09')
     """
 
     id: str

@@ -73,6 +73,10 @@ class Verdict:
     interval's width, the smallest discrepancy this run could tell; `samples_needed` is given where more samples would
     decide (with power 0.8, if the effect is as estimated). `rows` counts the rows in scope and `distinct` the
     different numbers in them, `evidence` describes the decisive one. An interval may be open to one side or both (infinite ends).
+
+    >>> claim = gl.claims.claim("k2-unbiased", "bandit", "03_objectives", "bias", "=", 0, 1e-9, estimator="k2-loss")
+    >>> gl.claims.settle(claim, gl.measure("k2-loss", gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))).verdict
+    'HOLDS'
     """
 
     verdict: VerdictName
@@ -91,6 +95,10 @@ def ledger(claims: Iterable[Claim] | None = None) -> pd.DataFrame:
 
     One row per claim and scope; all of them, registered ones too, unless `claims` are given. Claims of one id share a statement;
     an id is a topic, or a topic, a dot and a part of it.
+
+    >>> frame = gl.claims.ledger()
+    >>> frame.loc[frame["id"] == "k2-unbiased", "statement"].iloc[0]
+    'k2 as loss is an unbiased gradient of the reverse KL'
     """
     claims = all_claims() if claims is None else claims
     columns = ("id", "scope", "statement", "published", "source", "frame", "figure", "rule")
@@ -107,6 +115,10 @@ def verify(
     Returns the ledger with the columns of `Verdict`; a claim whose frame is not there is OPEN. `only` restricts it to some
     ids or topics; `claims` settles these instead of the ledger's. Raises `ValueError` for an unknown id, for a folder that does not
     exist or holds none of the frames, and for a frame without the columns or rows a claim needs.
+
+    >>> settled = gl.claims.verify("figures", only="k3-weaker")
+    >>> settled.loc[settled["frame"] == "02_coefficients", ["scope", "verdict"]].values.tolist()
+    [['over-sampled token (δ < 1)', 'HOLDS'], ['under-sampled token (δ > 1)', 'FAILS']]
     """
     chosen = all_claims() if claims is None else tuple(claims)
     if wrong := [item for item in chosen if not isinstance(item, Claim)]:
@@ -126,7 +138,12 @@ def verify(
 
 
 def summary(settled: pd.DataFrame) -> pd.DataFrame:
-    """One row per topic of a settled ledger: `id`, what is `published`, and how many scopes came out as each verdict."""
+    """One row per topic of a settled ledger: `id`, what is `published`, and how many scopes came out as each verdict.
+
+    >>> table = gl.claims.summary(gl.claims.verify("figures", only="k3-weaker"))
+    >>> table.set_index("id")["published"].to_dict()
+    {'k3-weaker': 'k3 as loss regularises more weakly than k2 as loss at equal coefficient'}
+    """
     topics = settled["id"].str.split(".").str[0]
     counts = pd.crosstab(topics, settled["verdict"]).reindex(columns=list(get_args(VerdictName)), fill_value=0)
     first = settled.assign(id=topics).drop_duplicates("id").set_index("id")[["published"]]
@@ -145,7 +162,11 @@ def _read(folder: Path, names: set[str]) -> dict[str, pd.DataFrame]:
 
 
 def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """The saved frames of these names that are in the folder. Raises `ValueError` for a damaged one, see `gradlab._common.frames`."""
+    """The saved frames of these names that are in the folder. Raises `ValueError` for a damaged one, see `gradlab._common.frames`.
+
+    >>> list(gl.claims.load("figures", ["03_tokens"]))
+    ['03_tokens']
+    """
     there = [name for name in sorted(names) if (Path(folder) / f"{name}.csv").is_file()]
     return {name: files.load(Path(folder), name) for name in there}
 
@@ -155,6 +176,11 @@ def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:
 
     Raises `ValueError` when the frame lacks a column or, unless the claim is `optional`, every row the claim needs; sampled rows
     need the statistic's `_low` and `_high`.
+
+    >>> claim = gl.claims.claim("k3-biased", "bandit", "03_objectives", "bias", ">", 0, 0.01, estimator="k3-loss")
+    >>> frame = gl.measure("k3-loss", gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))
+    >>> gl.claims.settle(claim, frame).verdict
+    'HOLDS'
     """
     _require(claim, frame, {claim.statistic, *(condition.column for condition in claim.where)})
     rows = frame
@@ -192,6 +218,10 @@ def judge(claim: Claim, low: float, high: float) -> VerdictName:
     image. `≤` and `≥` are the opposites of `>` and `<`, so equality holds. `=`: HOLDS when the interval lies within
     `value ± margin`, FAILS when it lies outside; `≠` is its opposite. NaN, and ends that are open on the side that would decide,
     are UNDECIDED.
+
+    >>> claim = gl.claims.claim("k3-biased", "bandit", "03_objectives", "bias", ">", 0, 0.01, estimator="k3-loss")
+    >>> [gl.claims.judge(claim, low, high) for low, high in ((0.1, 0.2), (0.0, 0.2), (-0.1, 0.0))]
+    ['HOLDS', 'UNDECIDED', 'FAILS']
     """
     if np.isnan(low) or np.isnan(high):
         return "UNDECIDED"
@@ -219,6 +249,10 @@ def samples_needed(
 
     An interval `[low, high]` shrinks as 1/√samples. It settles the claim when it ends clear of the nearest threshold; for that
     to happen with probability `power` the gap must be `1 + z_power/z_level` times the interval's reach towards it.
+
+    >>> claim = gl.claims.claim("k3-biased", "bandit", "03_objectives", "bias", ">", 0, 0.0, estimator="k3-loss")
+    >>> gl.claims.samples_needed(claim, centre=0.1, low=-0.1, high=0.3, samples=100)
+    818
     """
     for name, given in (("level", level), ("power", power)):
         check_probability(name, given)

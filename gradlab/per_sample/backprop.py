@@ -33,6 +33,13 @@ class ParameterMoments:
     """`total` `[e, p]`: weighted sum of the gradients. `square` `[units, e]`: squared norm of every unit's gradient.
 
     A unit is a response, or a group of them. `inner` `[units, e, e]`: all pairwise inner products, where asked for.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> from gradlab.moments import gradients
+    >>> rollout = gl.Rollout.enumerated(gl.Scenario(policy, gl.policies.small("names", "few", length=1)))
+    >>> moments = gl.backprop.pullback(policy, gradients([gl.ESTIMATORS["k2-loss"]], rollout), rollout.weight)
+    >>> moments.total.shape == (1, len(policy.parameters)), moments.square.shape == (len(rollout.tokens), 1)
+    (True, True)
     """
 
     total: Tensor
@@ -49,6 +56,13 @@ def pullback(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int 
     batch: gradients over a rollout of a language model, whose `prompts` say what was answered. weight `[n]`: of each response in
     `total`. unit: successive responses to one prompt whose gradients are summed before norms are taken. pairs: inner products
     between estimators, too. Raises `ValueError` for a rollout without prompts and for layers that are not known here.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> rollout = gl.Rollout.enumerated(gl.Scenario(policy, gl.policies.small("names", "few", length=1)))
+    >>> from gradlab.moments import gradients
+    >>> moments = gl.backprop.pullback(policy, gradients([gl.ESTIMATORS["k1-loss"]], rollout), rollout.weight)
+    >>> bool(moments.total.norm() < 1e-4 * (rollout.weight @ moments.square[:, 0]) ** 0.5)
+    True
     """
     rollout = batch.rollout
     if rollout.prompts is None:
@@ -83,7 +97,11 @@ def pullback(policy: LanguageModel, batch: Gradients, weight: Tensor, unit: int 
 
 
 def pullback_of(policy: LanguageModel) -> Pullback:
-    """Weighted sums of gradients and of their squares in the parameters of a language model whose responses are listed."""
+    """Weighted sums of gradients and of their squares in the parameters of a language model whose responses are listed.
+
+    >>> gl.backprop.pullback_of(gl.policies.small("names", length=1)) is not None
+    True
+    """
 
     def sums_and_squares(batch: Gradients, weight: Tensor) -> tuple[Tensor, Tensor]:
         n, t = batch.rollout.tokens.shape
@@ -97,7 +115,12 @@ def pullback_of(policy: LanguageModel) -> Pullback:
 
 
 def mean_gradients(policy: LanguageModel, tables: Tensor) -> Tensor:
-    """Gradients with respect to the table of a listed language model, `[e, rows · v]`, pulled back to its parameters, `[e, p]`."""
+    """Gradients with respect to the table of a listed language model, `[e, rows · v]`, pulled back to its parameters, `[e, p]`.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> gl.backprop.mean_gradients(policy, policy.table.new_zeros(3, policy.table.numel())).shape == (3, len(policy.parameters))
+    True
+    """
     with torch.enable_grad():
         theta = policy.parameters.detach().clone().requires_grad_(True)
         table = policy.with_parameters(theta).table.flatten()
@@ -109,6 +132,13 @@ def squared_norms(policy: LanguageModel, batch: Gradients) -> Tensor:
     """Squared norms `[n, e]` of gradients over a listed rollout: `cᵀ (J Jᵀ) c`, with `c` the cotangents of a response's logits.
 
     Responses that differ in their last token only are read off the same logits, so there are far fewer Jacobians than responses.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> rollout = gl.Rollout.enumerated(gl.Scenario(policy, policy))
+    >>> from gradlab.moments import gradients
+    >>> norms = gl.backprop.squared_norms(policy, gradients([gl.ESTIMATORS["k1-loss"]], rollout))
+    >>> norms.shape, bool((norms > 0).all())
+    (torch.Size([27, 1]), True)
     """
     rollout = batch.rollout
     gram = logit_gram(policy)
@@ -130,6 +160,10 @@ def logit_gram(policy: LanguageModel) -> Tensor:
     """`J Jᵀ` of the logits `[t, v]` along every sequence of a listed language model, `[prompts · v^(T−1), t·v, t·v]`, float64.
 
     `J` is their Jacobian in the parameters; one backward pass per logit, for all sequences at once. Kept with the policy.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> gl.backprop.logit_gram(policy).shape
+    torch.Size([1, 27, 27])
     """
     if policy not in _GRAMS:
         t, v = policy.length, policy.vocab
@@ -146,7 +180,12 @@ def logit_gram(policy: LanguageModel) -> Tensor:
 
 
 def units_per_pass(policy: LanguageModel, passes: int, length: int, unit: int = 1) -> int:
-    """How many units of responses of `length` tokens one pass may hold within `PASS_BYTES`."""
+    """How many units of responses of `length` tokens one pass may hold within `PASS_BYTES`.
+
+    >>> policy = gl.policies.small("names")
+    >>> gl.backprop.units_per_pass(policy, passes=1, length=10) > gl.backprop.units_per_pass(policy, passes=8, length=10)
+    True
+    """
     widths = [sum(trainable.layer.weight.shape) for trainable in trainable_layers(policy).values()]  # type: ignore[arg-type]
     positions = (max(len(prompt) for prompt in policy.prompts) + length - 1) * unit
     # A replay holds the cotangents of one layer at a time, and what becomes of them; a recording those of all layers.
@@ -161,5 +200,9 @@ def units_per_pass(policy: LanguageModel, passes: int, length: int, unit: int = 
 
 
 def balanced_chunk_size(n: int, most: int) -> int:
-    """Size of the fewest parts of at most `most` of `n` things, all as large as one another, or nearly."""
+    """Size of the fewest parts of at most `most` of `n` things, all as large as one another, or nearly.
+
+    >>> gl.backprop.balanced_chunk_size(100, 30)
+    25
+    """
     return -(-n // -(-n // most))

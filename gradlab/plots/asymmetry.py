@@ -29,6 +29,10 @@ def sides(frame: pd.DataFrame) -> Figure:
 
     Reads `world, estimator, kl, quantity, quantile, share`; one row of panels per world, the lowest and highest quantile give
     the band.
+
+    >>> frame = gl.claims.load("figures", ["05_bands"])["05_bands"]
+    >>> len(gl.plots.sides(frame).axes)
+    9
     """
     worlds = list(dict.fromkeys(frame["world"]))
     columns = [column for column in TITLES if column.startswith("under") and column in set(frame["quantity"])]
@@ -65,6 +69,10 @@ def dropped_sides(frame: pd.DataFrame) -> Figure:
 
     Reads `estimator, via, pull, noise_at_64, expected_share, second_share` with `_low`, `_high`; pull is minus the expected
     gradient on the token's logit.
+
+    >>> frame = gl.claims.load("figures", ["05_dropped"])["05_dropped"]
+    >>> len(gl.plots.dropped_sides(frame).axes)
+    4
     """
     names = list(dict.fromkeys(frame["estimator"]))[::-1]
     shown = {
@@ -108,6 +116,10 @@ def tail_indices(frame: pd.DataFrame, hill: pd.DataFrame) -> Figure:
     """Skewness of one response's gradient and the largest share of one token, over the KL; tail index of a Gaussian's `δ`.
 
     Reads bands as `sides` does (quantities `skewness`, `largest_second`), and `ratio, k, index, index_low, index_high, exact`.
+
+    >>> frames = gl.claims.load("figures", ["05_tails", "05_hill"])
+    >>> len(gl.plots.tail_indices(frames["05_tails"], frames["05_hill"]).axes)
+    3
     """
     names = list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.3))
@@ -145,6 +157,10 @@ def restoring(paths: pd.DataFrame, times: pd.DataFrame) -> Figure:
 
     Reads `estimator, time, probability, reference` of one start, and `estimator, reference, shift, time, restored`: one
     panel per reference probability.
+
+    >>> frames = gl.claims.load("figures", ["05_paths", "05_restoring"])
+    >>> len(gl.plots.restoring(frames["05_paths"], frames["05_restoring"]).axes)
+    3
     """
     references, names = list(dict.fromkeys(times["reference"])), list(dict.fromkeys(times["estimator"]))
     figure = Figure(figsize=(PAGE, 2.35))

@@ -22,6 +22,10 @@ def audited_curves(frame: pd.DataFrame) -> Figure:
 
     Reads `subject, log_ratio, coefficient`, at least the rows of one subject. Subjects with one curve share a line and a
     label; the commonest curves are drawn, and the title says how many are not. A gap in a line is a coefficient that is not a number.
+
+    >>> frame = gl.claims.load("figures", ["12_pulls"])["12_pulls"]
+    >>> len(gl.plots.audited_curves(frame).axes)
+    2
     """
     by_subject = frame.groupby("subject", sort=False)
     wide = pd.DataFrame({name: part.set_index("log_ratio")["coefficient"] for name, part in by_subject})
@@ -62,6 +66,12 @@ def matches(frame: pd.DataFrame) -> Figure:
     """Cosine of each expected gradient with that of each objective, on-policy and off-policy; framed where they are equal.
 
     Reads `subject, policy` (`on`, `off`), `target, cosine, equal`; a blank cell has no direction to compare.
+
+    >>> def k2(log_probs, ref_log_probs, mask):
+    ...     return (mask * (log_probs - ref_log_probs) ** 2 / 2).sum() / len(mask)
+    >>> frame = gl.audit(k2).cosines.assign(subject="k2")
+    >>> len(gl.plots.matches(frame.assign(equal=frame["cosine"] > 1 - 1e-9)).axes)
+    3
     """
     names, targets = list(dict.fromkeys(frame["subject"])), list(dict.fromkeys(frame["target"]))
     figure = Figure(figsize=(PAGE, 1.9 + 0.17 * len(names)))

@@ -32,6 +32,10 @@ def tokens(frame: pd.DataFrame) -> Figure:
     """Expected gradient on the logit of every token, beside the truth (black bars); grey where a sign is flipped.
 
     Reads `estimator, parameter, via, expected, expected_low, expected_high, truth, ratio` of one scenario.
+
+    >>> frame = gl.claims.load("figures", ["03_tokens"])["03_tokens"]
+    >>> len(gl.plots.tokens(frame).axes)
+    1
     """
     names, parameters = list(dict.fromkeys(frame["estimator"])), list(dict.fromkeys(frame["parameter"]))
     figure = Figure(figsize=(COLUMN, 2.5))
@@ -65,6 +69,10 @@ def objectives(frame: pd.DataFrame) -> Figure:
     """Which objective each estimator descends: the largest relative bias over the scenarios, filled where it is 0.
 
     Reads exact rows of `estimator, target, bias`.
+
+    >>> frame = gl.claims.load("figures", ["03_objectives"])["03_objectives"]
+    >>> len(gl.plots.objectives(frame).axes)
+    1
     """
     names, targets = list(dict.fromkeys(frame["estimator"])), list(dict.fromkeys(frame["target"]))
     worst = frame[frame["via"] == "exact"].pivot_table(index="estimator", columns="target", values="bias", aggfunc="max")
@@ -101,6 +109,10 @@ def field(frame: pd.DataFrame) -> Figure:
     Reads `reference, grid, estimator, policy_0 … policy_2, after_0 … after_2, rise`. Rows of grid `arrows` are drawn as arrows
     (direction only), `simplex` and `logits` are shaded, `instance` is marked; `logits` appears as a panel of its own. A frame of
     `gl.field` without a `grid` is drawn as all but the last.
+
+    >>> frame = gl.claims.load("figures", ["03_field"])["03_field"]
+    >>> len(gl.plots.field(frame).axes)
+    8
     """
     if "grid" not in frame:
         frame = pd.concat([frame.assign(grid=kind) for kind in ("simplex", "arrows", "logits")], ignore_index=True)

@@ -20,6 +20,10 @@ def coefficients(frame: pd.DataFrame) -> Figure:
 
     Reads `estimator, clamp, reference, probability, log_ratio, coefficient, principled, asymmetry`: one panel per clamp at the
     first reference, then the asymmetry `|c(−x)| / |c(x)|` against `x = |ℓ|`. The principled coefficient is the black line.
+
+    >>> frame = gl.claims.load("figures", ["02_coefficients"])["02_coefficients"]
+    >>> len(gl.plots.coefficients(frame).axes)
+    3
     """
     clamps, names = list(dict.fromkeys(frame["clamp"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.75))

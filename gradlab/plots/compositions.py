@@ -30,6 +30,10 @@ def weighted(frame: pd.DataFrame) -> Figure:
     """Which objective each estimator descends off-policy: its largest relative bias over the policies, filled where it is 0.
 
     Reads `family, estimator, target, bias` and the fields of the estimators; one block of columns per family.
+
+    >>> frame = gl.claims.load("figures", ["08_published"])["08_published"]
+    >>> len(gl.plots.weighted(frame[frame["off_policy"] & frame["estimator"].isin(["k2-loss", "k3-loss"])]).axes)
+    2
     """
     names, families = list(dict.fromkeys(frame["estimator"])), list(dict.fromkeys(frame["family"]))
     targets = list(dict.fromkeys(frame["target"]))
@@ -66,6 +70,10 @@ def compositions(frame: pd.DataFrame, noises: Sequence[str]) -> Figure:
 
     Reads `estimator, same_as, unbiased, weight, bias_<goal>` and the columns `noises`, one per policy. Compositions that are the
     same response by response share a row, under the name of the first; `× n` says how many there are.
+
+    >>> frame = gl.claims.load("figures", ["08_compositions"])["08_compositions"]
+    >>> len(gl.plots.compositions(frame, ["noise_0", "noise_1", "noise_2"]).axes)
+    2
     """
     kept = frame[frame["unbiased"]]
     order = kept.drop_duplicates("same_as").sort_values(noises[0], ascending=False)
@@ -121,6 +129,10 @@ def winners(frame: pd.DataFrame) -> Figure:
 
     Reads `panel, nominal, batch, rmse, truncate` and the fields of the winner; below the letter stands the relative error. Where
     it exceeds 1 the best estimate is worse than none, and the cell is pale.
+
+    >>> frame = gl.claims.load("figures", ["08_winners"])["08_winners"]
+    >>> len(gl.plots.winners(frame[frame["batch"] <= 16]).axes)
+    4
     """
     names = list(dict.fromkeys(frame["panel"]))
     columns = min(2, len(names))

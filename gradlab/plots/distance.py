@@ -45,6 +45,10 @@ def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) ->
 
     Reads `family, estimator, kl` and `bias, cosine, noise` with `_low`, `_high`. bias and noise name the estimators drawn in
     the rows they give their name to; a bias of 0 is not drawn.
+
+    >>> frame = gl.claims.load("figures", ["04_bands"])["04_bands"]
+    >>> len(gl.plots.distances(frame[frame["target"] == "reverse_kl"], bias=["k3-loss"], noise=["k2-loss", "k3-loss"]).axes)
+    9
     """
     families = list(dict.fromkeys(frame["family"]))
     figure = Figure(figsize=(PAGE, 5.1))
@@ -73,6 +77,10 @@ def catalogue(frame: pd.DataFrame) -> Figure:
     """Median relative bias and noise of every estimator over the KL, as colours; white where it is 0.
 
     Reads `family, estimator, kl, bias, noise`. Left half bias, right half noise, a column of panels per family.
+
+    >>> frame = gl.claims.load("figures", ["04_catalogue"])["04_catalogue"]
+    >>> len(gl.plots.catalogue(frame).axes)
+    8
     """
     families, names = list(dict.fromkeys(frame["family"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 0.75 + 0.128 * len(names)))
@@ -106,6 +114,10 @@ def slopes(frame: pd.DataFrame, exponents: Sequence[float] = (-0.5, 0, 0.5)) -> 
     """Exponent of the relative bias as KL → 0, a dot per random scenario with the standard error of its fit.
 
     Reads `family, estimator, target, slope, slope_error`; families are told apart by height.
+
+    >>> frame = gl.claims.load("figures", ["04_slopes"])["04_slopes"]
+    >>> len(gl.plots.slopes(frame).axes)
+    1
     """
     families = list(dict.fromkeys(frame["family"]))
     keys = list(dict.fromkeys(zip(frame["estimator"], frame["target"], strict=True)))
@@ -140,6 +152,10 @@ def batches(frame: pd.DataFrame) -> Figure:
     """Root mean squared error against batch size: bands and lines exact, open dots from drawn batches; one panel per family × KL.
 
     Reads `family, kl, estimator, via, batch, rmse, rmse_low, rmse_high`.
+
+    >>> frame = gl.claims.load("figures", ["04_batches"])["04_batches"]
+    >>> len(gl.plots.batches(frame).axes)
+    6
     """
     families, kls = list(dict.fromkeys(frame["family"])), list(dict.fromkeys(frame["kl"]))
     names = list(dict.fromkeys(frame["estimator"]))
@@ -175,6 +191,10 @@ def crossovers(frame: pd.DataFrame) -> Figure:
     """Batch size at which bias equals noise, over the KL, a panel per family: below it noise rules, above it bias.
 
     Reads `family, estimator, kl, crossover, crossover_low, crossover_high`; estimators without bias are left out.
+
+    >>> frame = gl.claims.load("figures", ["04_crossover"])["04_crossover"]
+    >>> len(gl.plots.crossovers(frame).axes)
+    3
     """
     families = list(dict.fromkeys(frame["family"]))
     figure = Figure(figsize=(PAGE, 2.2))
@@ -198,6 +218,10 @@ def ratios(frame: pd.DataFrame, statistic: str, label: str) -> Figure:
 
     Reads `family, estimator, other, kl` and the statistic with `_low`, `_high`, `_min`, `_max` (dotted); crosses are single
     scenarios (`scenarios` 1).
+
+    >>> frame = gl.claims.load("figures", ["04_weaker"])["04_weaker"]
+    >>> len(gl.plots.ratios(frame, "norm_ratio", "‖E g‖ of k3 / of k2").axes)
+    3
     """
     families = list(dict.fromkeys(frame["family"]))
     figure = Figure(figsize=(PAGE, 2.2))

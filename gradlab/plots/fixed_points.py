@@ -23,6 +23,10 @@ def ascents(paths: pd.DataFrame, optima: pd.DataFrame) -> Figure:
 
     Reads `coefficient, estimator, start, time, policy_0 … policy_2`, and `coefficient, divergence, policy_0 …`: the optima of
     the reverse KL (star) and of the forward KL (square). The dotted lines are those optima over all coefficients.
+
+    >>> frames = gl.claims.load("figures", ["09_paths", "09_optima"])
+    >>> len(gl.plots.ascents(frames["09_paths"], frames["09_optima"]).axes)
+    3
     """
     coefficients, names = sorted(paths["coefficient"].unique())[::-1], list(dict.fromkeys(paths["estimator"]))
     figure = Figure(figsize=(PAGE, 2.45))
@@ -78,6 +82,11 @@ def fixed_points(frame: pd.DataFrame, curves: pd.DataFrame, floor: float = 1e-12
 
     Reads `world, estimator, coefficient, kl_reverse` of both frames; one panel per world. Everything below `floor` nats is
     drawn there: it is rounding.
+
+    >>> frames = gl.claims.load("figures", ["09_trees", "09_curves"])
+    >>> curves = frames["09_curves"][frames["09_curves"]["world"].isin(frames["09_trees"]["world"])]
+    >>> len(gl.plots.fixed_points(frames["09_trees"], curves).axes)
+    2
     """
     worlds, names = list(dict.fromkeys(frame["world"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.6))
@@ -109,6 +118,10 @@ def weaker(frame: pd.DataFrame) -> Figure:
     """KL to the reference where k3 as loss ends, over that of k2 as loss: median and band over random bandits.
 
     Reads `kind, coefficient, quantile, ratio`; one panel per kind of reward.
+
+    >>> frame = gl.claims.load("figures", ["09_weaker"])["09_weaker"]
+    >>> len(gl.plots.weaker(frame).axes)
+    5
     """
     kinds = list(dict.fromkeys(frame["kind"]))
     figure = Figure(figsize=(PAGE, 2.05))

@@ -24,6 +24,10 @@ def language_models(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
 
     Reads `world, scenario, estimator, via` and `bias, cosine, noise` with their ends, of one target; one row of panels per world,
     the scenarios of a world from top to bottom within each estimator's line. A bias of 0 is drawn at the left edge.
+
+    >>> frame = gl.claims.load("figures", ["10_catalogue"])["10_catalogue"]
+    >>> len(gl.plots.language_models(frame[frame["target"] == "reverse_kl"], ["k2-loss", "k3-loss"]).axes)
+    6
     """
     worlds = list(dict.fromkeys(frame["world"]))
     directed = frame[frame["estimator"].isin(names)].dropna(subset=["cosine"])
@@ -69,6 +73,10 @@ def side_shares(frame: pd.DataFrame) -> Figure:
     """What under-sampled tokens bring at each stage of training, one panel per quantity, one line per world and estimator.
 
     Reads `world, kl, estimator, under_mass, under_pull, under_second`.
+
+    >>> frame = gl.claims.load("figures", ["10_sides"])["10_sides"]
+    >>> len(gl.plots.side_shares(frame).axes)
+    3
     """
     figure = Figure(figsize=(PAGE, 2.3))
     columns = {"under_mass": "mean |coefficient|", "under_pull": "expected gradient, |parts|", "under_second": "second moment"}
@@ -99,6 +107,11 @@ def engine_noise(engines: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     Reads of `engines` `estimator, behaviour, noise_ratio` (a marker per engine), and of `growth` `estimator, behaviour, length, via,
     noise` with its ends (a panel per engine; open with 95 % intervals where sampled, less than 0.1 at the lower edge); of both the
     fields of the estimators.
+
+    >>> frames = gl.claims.load("figures", ["10_engines", "10_growth"])
+    >>> rivals = frames["10_engines"].query("unbiased and off_policy and full_support and target == 'reverse_kl' and noise_ratio > 1")
+    >>> len(gl.plots.engine_noise(rivals, frames["10_growth"]).axes)
+    4
     """
     names = list(engines.groupby("estimator")["noise_ratio"].max().sort_values().index)
     figure = Figure(figsize=(PAGE, 3.3 + 0.17 * len(names)))

@@ -77,6 +77,10 @@ def lags(frame: pd.DataFrame, groups: Sequence[tuple[str, Sequence[str]]]) -> Fi
 
     Reads `estimator, nominal, bias, noise` and the fields of the estimators; a bias of 0 is drawn at the lower edge, several of
     them a little above each other.
+
+    >>> frame = gl.claims.load("figures", ["08_lag"])["08_lag"]
+    >>> len(gl.plots.lags(frame, [("no weight", ["k2-loss", "k3-loss"]), ("token weight", ["k2-loss, token weight"])]).axes)
+    4
     """
     figure = Figure(figsize=(PAGE, 4.9))
     grid = figure.subplots(2, len(groups), sharey="row", sharex=True)
@@ -103,6 +107,10 @@ def truncation(frame: pd.DataFrame, bases: Sequence[str], shown: Sequence[float]
 
     Reads `estimator, nominal, bias, noise` and the fields; darker is a smaller bound, given at the end of its line; dots
     are without a bound.
+
+    >>> frame = gl.claims.load("figures", ["08_truncation"])["08_truncation"]
+    >>> len(gl.plots.truncation(frame, ["full-both, prefix weight", "k2-loss, token weight"]).axes)
+    4
     """
     figure = Figure(figsize=(PAGE, 3.4))
     grid = figure.subplots(2, len(bases), sharey="row", sharex=True)
@@ -137,6 +145,10 @@ def worth(frame: pd.DataFrame) -> Figure:
     """Noise of unbiased estimators over the length and over the lag, and the effective sample size of the weights.
 
     Reads `sweep, x, lag, estimator, noise, sequence, prefix` and the fields; medians of the draws. Black: `exp(−2 lag)`.
+
+    >>> frame = gl.claims.load("figures", ["08_growth"])["08_growth"]
+    >>> len(gl.plots.worth(frame).axes)
+    4
     """
     sweeps, names = list(dict.fromkeys(frame["sweep"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.9))

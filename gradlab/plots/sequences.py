@@ -22,6 +22,10 @@ def credit(frame: pd.DataFrame) -> Figure:
     """Bias against each target and noise of every estimator on one chain, exact (filled) and sampled (open, with intervals).
 
     Reads `estimator, target, via, bias, noise` and the intervals of both.
+
+    >>> frame = gl.claims.load("figures", ["07_credit"])["07_credit"]
+    >>> len(gl.plots.credit(frame).axes)
+    3
     """
     names, targets = list(dict.fromkeys(frame["estimator"]))[::-1], list(dict.fromkeys(frame["target"]))
     figure = Figure(figsize=(PAGE, 0.75 + 0.185 * len(names)))
@@ -53,6 +57,10 @@ def gap(frame: pd.DataFrame) -> Figure:
     """Bias (above, from 0.008) and cosine (below) of expected gradients over each sweep: median of the draws, and their range.
 
     Reads `sweep, x, estimator, bias, cosine`; one column of panels per sweep.
+
+    >>> frame = gl.claims.load("figures", ["07_gap"])["07_gap"]
+    >>> len(gl.plots.gap(frame).axes)
+    8
     """
     labels = {"length": "length, tokens", "kl": "KL of a response, nats", "vocab": "vocabulary", "memory": "memory, tokens"}
     sweeps, names = list(dict.fromkeys(frame["sweep"])), list(dict.fromkeys(frame["estimator"]))
@@ -100,6 +108,10 @@ def growth(frame: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """Noise of one response over each sweep, median of the draws, with the fitted exponents beside the names.
 
     Reads `sweep, x, estimator, noise`, and `sweep, estimator, exponent` of the fits.
+
+    >>> frames = gl.claims.load("figures", ["07_growth", "07_exponents"])
+    >>> len(gl.plots.growth(frames["07_growth"], frames["07_exponents"]).axes)
+    4
     """
     sweeps, names = list(dict.fromkeys(frame["sweep"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 3.4))
@@ -139,6 +151,10 @@ def baselines(frame: pd.DataFrame) -> Figure:
 
     Reads `scenario, baseline, group, look, via, kl, bias, noise_ratio` and the interval of `bias`; the bias is shown where
     there are samples, the noise of leave-one-out in every scenario.
+
+    >>> frame = gl.claims.load("figures", ["07_baselines"])["07_baselines"]
+    >>> len(gl.plots.baselines(frame).axes)
+    2
     """
     grouped = frame[frame["group"].notna()]
     figure = Figure(figsize=(PAGE, 2.3))
@@ -182,6 +198,10 @@ def normalisers(frame: pd.DataFrame) -> Figure:
     """What 1/L does: misdirection, pull on the length before and after, and what is left of it in a finite batch.
 
     Reads `scenario, variable, estimator, normaliser, misdirection, length_cosine`.
+
+    >>> frame = gl.claims.load("figures", ["07_normalisers"])["07_normalisers"]
+    >>> len(gl.plots.normalisers(frame).axes)
+    3
     """
     names = list(dict.fromkeys(frame["estimator"]))[::-1]
     figure = Figure(figsize=(PAGE, 2.4))
@@ -229,6 +249,10 @@ def shifted(frame: pd.DataFrame) -> Figure:
     """Noise of a reward's gradient with β·k1 as loss over without, one line per reward.
 
     Reads `reward, draw, coefficient, noise_ratio`.
+
+    >>> frame = gl.claims.load("figures", ["07_noise"])["07_noise"]
+    >>> len(gl.plots.shifted(frame).axes)
+    1
     """
     figure = Figure(figsize=(COLUMN, 2.1))
     ax = figure.subplots()

@@ -29,6 +29,10 @@ def shipped_kinds(frame: pd.DataFrame) -> Figure:
 
     Reads one row per kind, policy and target: `kind, policy, target, cosine, match`, and one column `n_<framework>` per
     framework. A full frame marks equality, a dashed one equality in a limited scope; a blank cell has no direction.
+
+    >>> frame = gl.claims.load("figures", ["12_kinds"])["12_kinds"]
+    >>> len(gl.plots.shipped_kinds(frame).axes)
+    4
     """
     names = list(dict.fromkeys(frame["kind"]))
     frameworks = [column.removeprefix("n_") for column in map(str, frame) if column.startswith("n_")]
@@ -90,6 +94,10 @@ def shipped_settings(frame: pd.DataFrame) -> Figure:
 
     Reads `framework, version, target, policy, subject, scope, others, configurations`. A `subject` is the name of a
     configuration, `others` how many more descend the same; where the scope is limited the cell is pale and says so.
+
+    >>> frame = gl.claims.load("figures", ["12_settings"])["12_settings"]
+    >>> len(gl.plots.shipped_settings(frame.fillna("")).axes)
+    1
     """
     rows = frame.drop_duplicates("framework")
     figure = Figure(figsize=(PAGE, 0.75 + 0.42 * len(rows)))

@@ -31,6 +31,10 @@ def stages(frame: pd.DataFrame, names: Sequence[str]) -> Figure:
 
     Reads `scenario, steps, estimator, target, kl, bias, cosine, noise`, of the target `reverse_kl`; a line joins the medians of
     the stages. A bias of 0 is drawn at the lower edge.
+
+    >>> frame = gl.claims.load("figures", ["11_catalogue"])["11_catalogue"]
+    >>> len(gl.plots.stages(frame, ["k2-loss", "k3-loss"]).axes)
+    3
     """
     rows = frame[(frame["target"] == "reverse_kl") & frame["estimator"].isin(names)]
     figure = Figure(figsize=(PAGE, 2.5))
@@ -65,6 +69,10 @@ def token_ratios(frame: pd.DataFrame) -> Figure:
     """Share of tokens in each range of the log-ratio, by stage of training: one column per world, one row per way of counting.
 
     Reads `world, steps, low, high` and `policy, reference, vocabulary` with their intervals; bands where sampled.
+
+    >>> frame = gl.claims.load("figures", ["10_ratios"])["10_ratios"]
+    >>> len(gl.plots.token_ratios(frame).axes)
+    6
     """
     worlds = list(dict.fromkeys(frame["world"]))
     colours = _steps(list(dict.fromkeys(frame["steps"])))
@@ -104,6 +112,11 @@ def named_tokens(frame: pd.DataFrame, sides: pd.DataFrame, labels: int = 5) -> F
 
     Reads, of one scenario, `prefix, token, estimator, log_ratio, expected, second`; of all of them, in `sides`, `estimator, kl,
     second`. Up to `labels` tokens with the largest shares are written out, as prefix · token.
+
+    >>> frames = gl.claims.load("figures", ["10_tokens", "10_sides"])
+    >>> sides = frames["10_sides"].rename(columns={"under_second": "second"})
+    >>> len(gl.plots.named_tokens(frames["10_tokens"], sides).axes)
+    3
     """
     figure = Figure(figsize=(PAGE, 2.7))
     axes = figure.subplots(1, 3, width_ratios=[1.15, 1.15, 0.8])
@@ -158,6 +171,10 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
 
     Reads `behaviour, estimator, target, bias` (median and range over prompts, target `reverse_kl`; 0 at the left edge), and of
     single tokens `engine, log_ratio`.
+
+    >>> frames = gl.claims.load("figures", ["11_mismatch", "11_engine"])
+    >>> len(gl.plots.engines(frames["11_mismatch"], frames["11_engine"]).axes)
+    2
     """
     rows = frame[frame["target"] == "reverse_kl"]
     names = list(dict.fromkeys(rows["estimator"]))[::-1]

@@ -56,7 +56,11 @@ F = TypeVar("F", bound=Callable[..., Figure])
 
 @dataclass(frozen=True)
 class Style:
-    """Colour and marker of an estimator; no two estimators of the catalogue share both."""
+    """Colour and marker of an estimator; no two estimators of the catalogue share both.
+
+    >>> gl.plots.Style("#d55e00", "o") == gl.plots.style_of("k3-loss")
+    True
+    """
 
     colour: str
     marker: str
@@ -68,6 +72,9 @@ def style_of(name: str) -> Style:
     A registered estimator has the colour it was registered with, or one of `OTHERS` that it keeps. Other names, such as those of a
     user's functions, get the colours of `OTHERS` in the order in which a figure meets them, and another marker when those are used
     up; grey outside a figure.
+
+    >>> gl.plots.style_of("k3-loss")
+    Style(colour='#d55e00', marker='o')
     """
     if name in CATALOGUE:
         return _of_registered(name) if name in CATALOGUE.added else look_of(ESTIMATORS[name])
@@ -121,7 +128,15 @@ def _shade(colour: str, amount: float) -> str:
 
 @contextmanager
 def stylesheet() -> Iterator[None]:
-    """The style sheet, for as long as the block lasts; a figure is made and saved under it."""
+    """The style sheet, for as long as the block lasts; a figure is made and saved under it.
+
+    >>> import matplotlib
+    >>> before = matplotlib.rcParams["axes.spines.top"]
+    >>> with gl.plots.stylesheet():
+    ...     inside = matplotlib.rcParams["axes.spines.top"]
+    >>> before, inside
+    (True, False)
+    """
     with mpl.rc_context(fname=STYLESHEET):
         yield
 
@@ -130,6 +145,16 @@ def styled(function: F) -> F:
     """Make a function draw its figure under the style sheet, and say what is missing from a frame that it cannot draw.
 
     Raises `ValueError` for anything but frames, for one without rows, and for one without a column that is read.
+
+    >>> from matplotlib.figure import Figure
+    >>> @gl.plots.styled
+    ... def bars(frame):
+    ...     figure = Figure()
+    ...     figure.subplots().bar(frame["estimator"], frame["bias"])
+    ...     return figure
+    >>> frame = gl.measure(["k2-loss", "k3-loss"], gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))
+    >>> len(bars(frame).axes)
+    1
     """
 
     @wraps(function)

@@ -36,6 +36,10 @@ def running(frame: pd.DataFrame, shares: pd.DataFrame, reported: dict[str, float
 
     frame: `kernel, samples` and `mean_ratio, std` with `_low, _high, _q10, _q90`. shares: `scenario, samples, share` of
     `gl.tails.rare_share`; the first scenario is the frame's. reported: standard deviation by kernel.
+
+    >>> frames = gl.claims.load("figures", ["06_running", "06_shares"])
+    >>> len(gl.plots.running(frames["06_running"], frames["06_shares"], {"k1": 0.691, "k3": 8.82}).axes)
+    3
     """
     figure = Figure(figsize=(PAGE, 2.35))
     means, stds, rare = figure.subplots(1, 3)
@@ -75,6 +79,10 @@ def variance_map(frame: pd.DataFrame, border: float) -> Figure:
     """Standard deviation of k3 over the ratio of the policy's to the reference's std; shaded where it is infinite.
 
     Reads `mean, ratio, via, std` and, in sampled rows, `std_q10, std_q90`; via is closed form, exact or sampled.
+
+    >>> frame = gl.claims.load("figures", ["06_variance"])["06_variance"]
+    >>> len(gl.plots.variance_map(frame, border=0.5**0.5).axes)
+    1
     """
     figure = Figure(figsize=(COLUMN, 2.6))
     ax = figure.subplots()
@@ -109,6 +117,10 @@ def rare_token(frame: pd.DataFrame) -> Figure:
 
     Reads `probability, samples, via, mean_ratio, mean_ratio_q10, mean_ratio_q90` and, in sampled rows, `mean_ratio_low, _high`;
     a panel per probability of the dropped token.
+
+    >>> frame = gl.claims.load("figures", ["06_dropped"])["06_dropped"]
+    >>> len(gl.plots.rare_token(frame).axes)
+    3
     """
     chances = list(dict.fromkeys(frame["probability"]))
     figure = Figure(figsize=(PAGE, 2.0))
@@ -156,6 +168,11 @@ def chi2(frame: pd.DataFrame, laws: pd.DataFrame) -> Figure:
     """Covariance trace of the gradient of k3 as loss against χ²(ref‖π): a panel per group, the last for two tokens.
 
     frame: `group, kl_asked, chi2, trace_cov` of random scenarios. laws: `probability, gradient_ratio, via` of two-token bandits.
+
+    >>> frames = gl.claims.load("figures", ["06_chi2", "06_two_tokens"])
+    >>> random = frames["06_chi2"][frames["06_chi2"]["group"].str.startswith("random")]
+    >>> len(gl.plots.chi2(random, frames["06_two_tokens"]).axes)
+    3
     """
     groups = list(dict.fromkeys(frame["group"]))
     figure = Figure(figsize=(PAGE, 2.3))

@@ -19,6 +19,10 @@ def training_runs(frame: pd.DataFrame) -> Figure:
     """KL to the reference and reward along training runs: means over seeds and the range of the seeds.
 
     Reads `estimator, seed, step, kl, reward`: one coefficient per estimator.
+
+    >>> frame = gl.claims.load("figures", ["13_runs"])["13_runs"]
+    >>> len(gl.plots.training_runs(frame).axes)
+    2
     """
     names = list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 2.5))
@@ -45,6 +49,10 @@ def training_compared(frame: pd.DataFrame, ends: pd.DataFrame) -> Figure:
 
     Reads of `frame` `estimator, data, budget, coefficient` and, with `_low` and `_high`, `kl_over_k2, noise_over_none`; of `ends`
     `estimator, coefficient, kl, reward`, one row per run.
+
+    >>> frames = gl.claims.load("figures", ["13_training", "13_ends"])
+    >>> len(gl.plots.training_compared(frames["13_training"], frames["13_ends"]).axes)
+    3
     """
     figure = Figure(figsize=(PAGE, 3.0))
     axes = figure.subplots(1, 3, width_ratios=[1.2, 1, 1])

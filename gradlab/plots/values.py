@@ -20,6 +20,10 @@ def schulman(frame: pd.DataFrame) -> Figure:
     """Bias and standard deviation of each kernel's value, over the KL: one row per scenario and kernel.
 
     Reads `scenario, kernel, via, bias, std` and their intervals; `via` is exact, sampled or closed form.
+
+    >>> frame = gl.claims.load("figures", ["01_schulman"])["01_schulman"]
+    >>> len(gl.plots.schulman(frame).axes)
+    2
     """
     scenarios, kernels = list(dict.fromkeys(frame["scenario"])), list(dict.fromkeys(frame["kernel"]))
     height = len(kernels) + 1.3
@@ -77,6 +81,10 @@ def crossover(frame: pd.DataFrame) -> Figure:
 
     Reads `panel, group, scenario, kernel, kl, std, versus_k1, crossover`; the first panel shows `std`, the others
     `versus_k1` of k3, one line per scenario, with a dot where it reaches 1.
+
+    >>> frame = gl.claims.load("figures", ["01_crossover"])["01_crossover"]
+    >>> len(gl.plots.crossover(frame).axes)
+    4
     """
     names = list(dict.fromkeys(frame["panel"]))
     figure = Figure(figsize=(PAGE, 2.3))
@@ -138,6 +146,10 @@ def gradients(frame: pd.DataFrame) -> Figure:
     """What each estimator expects, beside the truth: the KL as a value, and every component of its gradient.
 
     Reads `scenario, estimator, parameter, via, expected, truth`; one row of panels per scenario, one column per parameter.
+
+    >>> frame = gl.claims.load("figures", ["01_gradients"])["01_gradients"]
+    >>> len(gl.plots.gradients(frame).axes)
+    6
     """
     scenarios, parameters = list(dict.fromkeys(frame["scenario"])), list(dict.fromkeys(frame["parameter"]))
     estimators = list(dict.fromkeys(frame["estimator"]))[::-1]

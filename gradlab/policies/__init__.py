@@ -38,6 +38,8 @@ def check_policy_class(kind: type) -> None:
     It is a `Tabular` with `contexts` (the row of logits that emits each token), `occupancy` (how often a row is visited) and a
     classmethod `random(…, seed)`. Tried are the shapes, that occupancy is the expected number of visits over all responses, and
     that `with_parameters` gives the policy back.
+
+    >>> gl.policies.check_policy_class(gl.Tree)
     """
     name = kind.__name__
     if not issubclass(kind, Tabular):

@@ -30,6 +30,11 @@ class Gaussian:
     """A single real action `y ~ N(mean, std²)`; parameters `(mean, std)`, `T = 1`.
 
     Raises `ValueError` for a non-finite mean or a std that is not positive and finite.
+
+    >>> gl.Gaussian(0.0, 1.0).parameter_names
+    ['mean', 'std']
+    >>> gl.Scenario(gl.Gaussian(0.0, 1.0), gl.Gaussian(1.0, 1.0)).kl()
+    0.5
     """
 
     table: Tensor

@@ -45,6 +45,12 @@ class LanguageModel(Parameterised):
 
     Raises `ValueError` for prompts that are empty or, with a response, longer than the context, ids outside the network's
     vocabulary, unknown parameter names and NaN logits.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))  # ids [b, s] to logits [b, s, 5]
+    >>> policy = gl.LanguageModel(model.double(), prompts=[(1, 2), (3,)], length=2)
+    >>> len(policy.enumerate()), len(policy.parameters)
+    (50, 45)
     """
 
     prompts: Sequence[Sequence[int]]

@@ -114,6 +114,10 @@ def small(
 
     prompts: some of the task's instead of all. length: longest response, in tokens. precision: in which the network computes.
     Raises `ValueError` for an unknown task or stage, for characters the model does not know, and for a missing checkpoint.
+
+    >>> policy = gl.policies.small("addition", "many", prompts=["64+80="])
+    >>> policy.vocab, policy.length
+    (12, 3)
     """
     check_name("task", task, TASKS)
     check_name("stage", stage, STAGES)

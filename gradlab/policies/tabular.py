@@ -36,6 +36,11 @@ class Tabular:
 
     `table` is `[rows, v]` float64; the policy's parameters are its entries, flattened row-major. `length` is the largest
     number of tokens `T`; with `eos` a response ends early at that token.
+
+    >>> isinstance(gl.Bandit([0.0, 1.0]), gl.policies.Tabular)
+    True
+    >>> gl.Markov.random(vocab=3, length=8, seed=0).table.shape
+    torch.Size([4, 3])
     """
 
     table: Tensor
@@ -209,6 +214,10 @@ class Bandit(Tabular):
     """One draw from `softmax(logits)`, `logits` `[v]`. Parameters: the logits.
 
     Raises `ValueError` for anything but a finite vector of at least two logits.
+
+    >>> policy = gl.Bandit([0.0, 1.0])
+    >>> policy.vocab, policy.parameters.tolist(), policy.enumerate().tokens.tolist()
+    (2, [0.0, 1.0], [[0], [1]])
     """
 
     def __init__(self, logits: Any) -> None:
@@ -234,6 +243,12 @@ class Tree(Tabular):
     `logits` is `[nodes, v]`, breadth-first with `v^t` rows at depth `t`, so the children of node `i` start at `i·v + 1`;
     `T` follows from the number of rows. With `eos` set, rows after an end token exist and are unused.
     Raises `ValueError` when the number of rows is not `1 + v + … + v^(T−1)`.
+
+    >>> policy = gl.Tree([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    >>> policy.length, policy.enumerate().tokens.tolist()
+    (2, [[0, 0], [0, 1], [1, 0], [1, 1]])
+    >>> gl.Tree.random(vocab=3, length=3, seed=0, eos=0).parameters.shape
+    torch.Size([39])
     """
 
     def __init__(self, logits: Any, eos: int | None = None) -> None:
@@ -284,6 +299,11 @@ class Markov(Tabular):
 
     Parameters: `initial`, then `transition` row-major. Exact results come from dynamic programming, linear in `length`.
     Raises `ValueError` for mismatched shapes, non-finite logits or a length below one.
+
+    >>> policy = gl.Markov([0.0, 0.0], [[0.0, 1.0], [1.0, 0.0]], length=256)
+    >>> reference = policy.perturbed(kl=0.5, seed=0)
+    >>> round(gl.Scenario(policy, reference).kl(), 6)
+    0.5
     """
 
     revisits: ClassVar[bool] = True

@@ -81,6 +81,11 @@ def measure(
     Returns one row per scenario × estimator with the columns of `COLUMNS`, and `_low`, `_high` of those in `SAMPLED`. Raises
     `ValueError` for policies other than `Bandit` and `Tree`, for callables, for kernels over the whole vocabulary (their
     gradient belongs to no sampled token) and for group baselines.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0, 0]), gl.Bandit([0, 1, 2]))
+    >>> frame = gl.asymmetry.measure(["k2-loss", "k3-loss"], scenario)
+    >>> frame.set_index("estimator")["under_mass"].round(3).to_dict()
+    {'k2-loss': 0.299, 'k3-loss': 0.5}
     """
     losses = {name: _require_scores(name, loss) for name, loss in by_name(estimators).items()}
     listed = several(scenarios)
@@ -125,6 +130,11 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
 
     Columns: `parameter`, `probability` (expected number of times a response holds it), `log_ratio`, and its part of
     `mass`, `expected`, `pull` and `second` (see the module). Raises `ValueError` as `measure` does.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0, 0]), gl.Bandit([0, 1, 2]))
+    >>> frame = gl.asymmetry.per_token("k3-loss", scenario)
+    >>> frame["parameter"].tolist(), frame["log_ratio"].round(3).tolist()
+    (['token 0', 'token 1', 'token 2'], [1.309, 0.309, -0.691])
     """
     ((name, loss),) = by_name(estimator).items()
     with one_thread(), torch.no_grad():
@@ -139,7 +149,13 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
 
 
 def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quantiles: Sequence[float]) -> pd.DataFrame:
-    """Quantiles over scenarios: one row per group of `by` × quantile × `quantity` (a column of the frame), in `share`, with the `count`."""
+    """Quantiles over scenarios: one row per group of `by` × quantile × `quantity` (a column of the frame), in `share`, with the `count`.
+
+    >>> policies = [gl.Bandit.random(5, seed) for seed in range(8)]
+    >>> frame = gl.asymmetry.measure("k3-loss", [gl.Scenario(p, p.perturbed(kl=0.3, seed=1)) for p in policies])
+    >>> gl.asymmetry.bands(frame, ["estimator"], ["under_mass"], [0.1, 0.5, 0.9])["share"].round(6).tolist()
+    [0.5, 0.5, 0.5]
+    """
     rows = []
     for key, part in frame.groupby(list(by), sort=False):
         for column in columns:

@@ -32,6 +32,10 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
     """A triangular grid of three-token policies: grid indices `i`, `j` and probabilities `policy_0 … policy_2`.
 
     `resolution + 1` points a side; `edge`, in grid steps, is the distance of the outermost points from the border.
+
+    >>> grid = gl.simplex(4)
+    >>> len(grid), bool((grid[["policy_0", "policy_1", "policy_2"]].sum(axis=1) - 1).abs().max() < 1e-12)
+    (15, True)
     """
     check_whole("resolution", resolution)
     i, j = (index.ravel() for index in np.meshgrid(range(resolution + 1), range(resolution + 1), indexing="ij"))
@@ -53,6 +57,10 @@ def field(
     policies: probabilities `[m, v]`, all positive; reference `[v]`. Exact: no sampling. All policies are the contexts of one
     enumerated rollout, so a thousand of them cost little more than one. Returns one row per estimator × policy with the
     columns of `COLUMNS`. Raises `ValueError` for probabilities that are not positive or do not sum to 1.
+
+    >>> frame = gl.field(["k2-loss", "k3-loss"], [[0.01, 0.20, 0.79]], reference=[0.70, 0.01, 0.29])
+    >>> frame.set_index("estimator")["rise"].gt(0).to_dict()
+    {'k2-loss': False, 'k3-loss': True}
     """
     p, q = _probabilities("policies", policies, 2), _probabilities("reference", reference, 1)
     m, v = p.shape

@@ -100,7 +100,12 @@ def reweighted(
 
 
 def described(estimators: Mapping[str, Estimator]) -> pd.DataFrame:
-    """The fields of named estimators, one row each: what to group their frames by."""
+    """The fields of named estimators, one row each: what to group their frames by.
+
+    >>> frame = gl.search.described(gl.search.reweighted("k3-loss", "prefix", differentiate=True))
+    >>> frame[["kernel", "placement", "weight", "differentiate_weight"]].values.tolist()
+    [['k3', 'loss', 'prefix', True]]
+    """
     columns = [
         "kernel",
         "placement",
@@ -124,6 +129,13 @@ def against(
     """Exact bias and noise of every estimator against every goal (`GOALS`) in every scenario, with the columns of `COLUMNS`.
 
     Raises `ValueError` for an unknown goal, and where the estimator has no exact moments.
+
+    >>> policy = gl.Tree.random(vocab=2, length=2, seed=0)
+    >>> behaviour = gl.off_policy.at_lag(policy, 0.2, seed=1)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=2), behaviour)
+    >>> frame = gl.search.against(gl.search.reweighted("k3-loss", "prefix", differentiate=True), scenario, "reverse_kl")
+    >>> bool(frame["bias"].max() < gl.search.UNBIASED)
+    True
     """
     goals, scenarios, named = several(goals), several(scenarios), by_name(estimators)
     for goal in goals:
@@ -158,6 +170,12 @@ def worst(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per estimator of a frame of `against`: its largest bias over the scenarios as `bias_<goal>`, for every goal.
 
     An estimator is unbiased for a goal if this is below `UNBIASED`: scenarios are random, so none is unbiased by accident.
+
+    >>> policy = gl.Tree.random(vocab=2, length=2, seed=0)
+    >>> scenarios = [gl.Scenario(policy, policy.perturbed(kl=0.3, seed=seed)) for seed in (1, 2)]
+    >>> frame = gl.search.worst(gl.search.against(["k2-loss", "full-both"], scenarios, "reverse_kl"))
+    >>> frame.set_index("estimator")["bias_reverse_kl"].lt(gl.search.UNBIASED).to_dict()
+    {'k2-loss': False, 'full-both': True}
     """
     table = frame.pivot_table(index="estimator", columns="target", values="bias", aggfunc="max", sort=False)
     return table.add_prefix("bias_").rename_axis(columns=None).reset_index()
@@ -168,6 +186,11 @@ def equivalent_estimators(estimators: Mapping[str, Estimator], scenario: Scenari
 
     Compared are two random projections of all gradients, to a relative 1e-9. An estimator that compares responses with each
     other has no gradient of its own and stays by itself. Raises `ValueError` when the responses cannot be enumerated.
+
+    >>> policy = gl.Bandit.random(4, seed=0)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+    >>> gl.search.equivalent_estimators({name: gl.ESTIMATORS[name] for name in ("k2-loss", "k3-loss", "k1-reward")}, scenario)
+    {'k2-loss': 'k2-loss', 'k3-loss': 'k3-loss', 'k1-reward': 'k2-loss'}
     """
     check_scenario(scenario)
     named, ungrouped = by_name(estimators), {}

@@ -58,6 +58,12 @@ def measure(
 
     The ascent without a regulariser is added for each world (coefficient 0). jobs: worker processes, with the same result.
     Raises `ValueError` for unknown names.
+
+    >>> import torch
+    >>> world = gl.ascent.World("two tokens", gl.Bandit([0, 0]), torch.tensor([0.0, 1.0]))
+    >>> frame = gl.fixedpoints.measure(["k2-loss"], world, [1.0])
+    >>> bool(frame.loc[frame["estimator"] == "k2-loss", "to_reverse"].item() < 1e-9)
+    True
     """
     losses, listed, coefficients = by_name(estimators), several(worlds), several(coefficients)
     check_jobs(jobs)

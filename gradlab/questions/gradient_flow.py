@@ -39,6 +39,11 @@ class World:
     """A reward for every response of a reference policy: `reward` `[n]`, in the order of `reference.enumerate()`.
 
     Raises `ValueError` for other policies than `Bandit` and `Tree` and for a reward of another shape or not finite.
+
+    >>> import torch
+    >>> world = gl.ascent.World("two tokens", gl.Bandit([0, 0]), torch.tensor([0.0, 1.0]))
+    >>> len(world.reward) == len(world.reference.enumerate())
+    True
     """
 
     name: str
@@ -56,7 +61,14 @@ class World:
 
 @dataclass(frozen=True, eq=False)
 class FixedPoint:
-    """Where an ascent ended: the policy's table, response probabilities `[n]`, and the way there (`times`, `path` `[k, n]`)."""
+    """Where an ascent ended: the policy's table, response probabilities `[n]`, and the way there (`times`, `path` `[k, n]`).
+
+    >>> import torch
+    >>> world = gl.ascent.World("two tokens", gl.Bandit([0, 0]), torch.tensor([0.0, 1.0]))
+    >>> found = gl.ascent.ascend(world, "k1-reward", coefficient=1.0)
+    >>> found.status, found.residual < 1e-9
+    ('interior', True)
+    """
 
     table: Tensor
     probabilities: Array
@@ -73,6 +85,12 @@ class Ascent:
 
     Raises `ValueError` for group baselines and for one mean over the tokens of a batch, whose expectations are not sums over
     single responses.
+
+    >>> import torch
+    >>> world = gl.ascent.World("two tokens", gl.Bandit([0, 0]), torch.tensor([0.0, 1.0]))
+    >>> ascent = gl.ascent.Ascent(world, None, coefficient=0.0)
+    >>> ascent.velocity(world.reference.table).round(decimals=6).tolist()
+    [[-0.25, 0.25]]
     """
 
     def __init__(self, world: World, estimator: Estimator | None, coefficient: float) -> None:
@@ -141,6 +159,12 @@ def ascend(
     every context held, by scipy's hybrid Powell method. `points` is the length of the path.
 
     Raises `ValueError` for an unknown name and as `World` and `Ascent` do.
+
+    >>> import torch
+    >>> world = gl.ascent.World("two tokens", gl.Bandit([0, 0]), torch.tensor([0.0, 1.0]))
+    >>> found = gl.ascent.ascend(world, "k2-loss", coefficient=1.0)
+    >>> found.probabilities.round(4).tolist(), gl.optima.tilted([0.0, 1.0], [0.5, 0.5], 1.0).round(4).tolist()
+    ([0.2689, 0.7311], [0.2689, 0.7311])
     """
     chosen = by_name(estimator).popitem()[1] if isinstance(estimator, str) else estimator
     assert chosen is None or isinstance(chosen, Estimator)

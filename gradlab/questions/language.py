@@ -29,7 +29,12 @@ EXTREME = 10.0
 
 
 def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollout:
-    """All responses of a language model (`samples=None`), or that many drawn ones."""
+    """All responses of a language model (`samples=None`), or that many drawn ones.
+
+    >>> policy = gl.policies.small("names", length=2)
+    >>> gl.language.rollout_of(gl.Scenario(policy, policy), samples=16).tokens.shape
+    torch.Size([16, 2])
+    """
     if samples is None:
         return Rollout.enumerated(scenario)
     return Rollout.from_sampler(scenario, samples, generator(seed, 12))
@@ -42,6 +47,11 @@ def extremes(
 
     `responses`: share of responses that hold a token with δ below `1/factor` (above `factor`), with Clopper–Pearson ends when
     sampled; `tokens`: the share of tokens; `furthest`: the most extreme log δ met; and the token that has it, after its text.
+
+    >>> policy, reference = (gl.policies.small("addition", stage, prompts=["64+80="]) for stage in ("many", "reference"))
+    >>> frame = gl.language.extremes(gl.Scenario(policy, reference))
+    >>> frame["side"].tolist(), frame["furthest"].gt(0).tolist()
+    (['δ → 0', 'δ → ∞'], [False, True])
     """
     check_probability("level", level)
     with one_thread(), torch.no_grad():
@@ -64,7 +74,11 @@ def extremes(
 
 
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a probability from `count` successes in `n` independent trials."""
+    """Exact interval of a probability from `count` successes in `n` independent trials.
+
+    >>> [round(end, 4) for end in gl.language.clopper_pearson(0, 10)]
+    [0.0, 0.3085]
+    """
     check_probability("level", level)
     tail = (1 - level) / 2
     low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
@@ -75,6 +89,11 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
     """`⟨∇log π(y_t|s_t), direction⟩` of every sampled token, `[n, t]`, for a direction `[p]` in the policy's parameters.
 
     One forward-mode pass: the directional derivative of the logits, less its mean under π.
+
+    >>> policy = gl.policies.small("names", length=2)
+    >>> rollout = gl.language.rollout_of(gl.Scenario(policy, policy), samples=4)
+    >>> gl.language.along(policy, rollout, policy.parameters).shape
+    torch.Size([4, 2])
     """
     t, v = rollout.tokens.shape[1], policy.vocab
     # Responses that differ in their last token only are read off the same logits.
@@ -97,7 +116,13 @@ def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:
 
 
 def score_norms(policy: LanguageModel, rollout: Rollout) -> Tensor:
-    """`‖∇log π(y_t|s_t)‖²` of every sampled token in the policy's parameters, `[n, t]`."""
+    """`‖∇log π(y_t|s_t)‖²` of every sampled token in the policy's parameters, `[n, t]`.
+
+    >>> policy = gl.policies.small("names", length=1)
+    >>> rollout = gl.language.rollout_of(gl.Scenario(policy, policy), samples=None)
+    >>> bool((gl.language.score_norms(policy, rollout) > 0).all())
+    True
+    """
     t = rollout.tokens.shape[1]
     single = Gradients(rollout, torch.eye(t, dtype=torch.float64)[:, None, :] * rollout.mask_float)
     if not rollout.sampled:
@@ -113,6 +138,11 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
     `mass` `|a|`, `expected` `a⟨s, u⟩`, `projection` its magnitude and `second` `a²‖s‖²` (the token's own part of `E‖g‖²`; products of two
     tokens belong to neither), all times the response's weight. direction: instead of the exact ∇ of the reverse KL, which needs
     responses that can be listed. Columns also `after` (prompt and prefix), `token`, `log_ratio`, `weight`.
+
+    >>> policy, reference = (gl.policies.small("names", stage, length=1) for stage in ("few", "reference"))
+    >>> frame = gl.language.parts(["k2-loss"], gl.Scenario(policy, reference))
+    >>> len(frame), bool(abs(frame["weight"].sum() - 1) < 1e-6)
+    (27, True)
     """
     if not is_of(scenario, LanguageModel):
         kind = type(scenario.policy).__name__
@@ -141,7 +171,13 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
 
 
 def sides(frame: pd.DataFrame) -> pd.DataFrame:
-    """Shares of `parts` that under-sampled tokens have: `under_probability, under_mass, under_expected, under_pull, under_second`."""
+    """Shares of `parts` that under-sampled tokens have: `under_probability, under_mass, under_expected, under_pull, under_second`.
+
+    >>> policy, reference = (gl.policies.small("names", stage, length=1) for stage in ("few", "reference"))
+    >>> shares = gl.language.sides(gl.language.parts(["k3-loss"], gl.Scenario(policy, reference)))
+    >>> round(float(shares["under_mass"].iloc[0]), 3)
+    0.5
+    """
     rows = []
     for (scenario, estimator, via), group in frame.groupby(["scenario", "estimator", "via"], sort=False):
         under = group["log_ratio"] < 0
@@ -154,7 +190,13 @@ def sides(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFrame:
-    """The tokens, in their contexts, with the largest shares of a part: rows of `parts` summed over responses, `count` per estimator."""
+    """The tokens, in their contexts, with the largest shares of a part: rows of `parts` summed over responses, `count` per estimator.
+
+    >>> policy, reference = (gl.policies.small("names", stage, length=1) for stage in ("few", "reference"))
+    >>> frame = gl.language.tokens(gl.language.parts(["k3-loss"], gl.Scenario(policy, reference)), count=3)
+    >>> len(frame), bool(frame["second"].is_monotonic_decreasing)
+    (3, True)
+    """
     key = ["scenario", "estimator", "after", "token"]
     summed = frame.groupby(key, sort=False).agg(
         {"weight": "sum", "log_ratio": "mean", "mass": "sum", "expected": "sum", "pull": "sum", "second": "sum"}
@@ -167,14 +209,24 @@ def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFr
 
 
 def text(policy: Any, rollout: Rollout, i: int, t: int) -> str:
-    """Prompt and prefix that token `t` of response `i` follows."""
+    """Prompt and prefix that token `t` of response `i` follows.
+
+    >>> policy = gl.policies.small("addition", prompts=["64+80="])
+    >>> rollout = gl.language.rollout_of(gl.Scenario(policy, policy), samples=None)
+    >>> gl.language.text(policy, rollout, i=0, t=0)
+    '64+80='
+    """
     chosen, names = policy.chosen.tolist(), words(policy)
     prompt = [names[chosen.index(k)] if k in chosen else f"<{k}>" for k in policy.prompts[int(rollout.responses.prompts[i])]]
     return "".join(prompt + [names[k] for k in rollout.tokens[i, :t].tolist()])
 
 
 def words(policy: Any) -> list[str]:
-    """A string for every token of the policy's vocabulary."""
+    """A string for every token of the policy's vocabulary.
+
+    >>> gl.language.words(gl.policies.small("addition"))
+    ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', '+', '=']
+    """
     return list(policy.words) if policy.words is not None else [f"<{k}>" for k in policy.chosen.tolist()]
 
 

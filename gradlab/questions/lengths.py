@@ -42,12 +42,22 @@ COLUMNS: dict[str, str] = {
 
 
 def expected_length(policy: Markov | Tree) -> Tensor:
-    """`E[L]` in tokens, a scalar that is differentiable in the policy's table."""
+    """`E[L]` in tokens, a scalar that is differentiable in the policy's table.
+
+    >>> policy = gl.Markov([0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]], length=3, eos=1)  # ends with probability ½ at every step
+    >>> gl.lengths.expected_length(policy).item()
+    1.75
+    """
     return policy.occupancy().sum()
 
 
 def length_gradient(policy: Markov | Tree) -> Tensor:
-    """`∇E[L]` with respect to the policy's parameters, `[p]`."""
+    """`∇E[L]` with respect to the policy's parameters, `[p]`.
+
+    >>> policy = gl.Tree.random(vocab=2, length=2, seed=0, eos=1)
+    >>> gl.lengths.length_gradient(policy).shape
+    torch.Size([6])
+    """
     with torch.enable_grad():
         leaf = policy.parameters.detach().clone().requires_grad_(True)
         # A bandit's length is a constant; adding nothing keeps it differentiable.
@@ -56,7 +66,12 @@ def length_gradient(policy: Markov | Tree) -> Tensor:
 
 
 def length_distribution(policy: Markov | Tree) -> Tensor:
-    """Probability of every length `0 … T`, `[T + 1]`."""
+    """Probability of every length `0 … T`, `[T + 1]`.
+
+    >>> policy = gl.Markov([0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]], length=3, eos=1)  # ends with probability ½ at every step
+    >>> gl.lengths.length_distribution(policy).tolist()
+    [0.0, 0.5, 0.25, 0.25]
+    """
     if policy.eos is None:
         probabilities = torch.zeros(policy.length + 1, dtype=torch.float64)
         probabilities[-1] = 1
@@ -79,6 +94,13 @@ def batch_factor(distribution: Tensor, batch: int) -> Tensor:
 
     `f(L) = batch · E[1 / (L + M)]`, `M` the tokens of the other `batch − 1` responses: 1/L for a batch of one, 1/E[L] for an
     infinite one. Entry 0 is 0. Raises `ValueError` for a batch below one. Source: derived.
+
+    >>> import torch
+    >>> distribution = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)  # one token or two
+    >>> gl.lengths.batch_factor(distribution, 1).tolist()
+    [0.0, 1.0, 0.5]
+    >>> [round(factor, 3) for factor in gl.lengths.batch_factor(distribution, 1000).tolist()]
+    [0.0, 0.667, 0.667]
     """
     if batch < 1:
         raise ValueError(f"a batch has at least one response, got {batch!r}")
@@ -95,6 +117,12 @@ def token_mean_of(estimator: Estimator, scenario: Scenario, batch: int) -> Calla
 
     A per-response loss whose *mean* gradient is that of the batch's loss (its covariance is not the batch's). `exact.moments`
     takes it on policies that can be enumerated. Raises `ValueError` when the estimator has a normaliser already.
+
+    >>> policy = gl.Tree.random(vocab=2, length=3, seed=0, eos=1)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.1, seed=1))
+    >>> loss = gl.lengths.token_mean_of(gl.ESTIMATORS["k2-loss"], scenario, batch=8)
+    >>> gl.exact.moments(loss, scenario).mean.shape
+    torch.Size([14])
     """
     if estimator.normalise != "sum":
         raise ValueError(f"the estimator already has the normaliser {estimator.normalise!r}; give one with 'sum'")
@@ -114,6 +142,12 @@ def normalisers(
 
     estimators: named, each with normaliser `sum`. batches: finite batches for `token_mean`, on policies that can be enumerated.
     Returns one row per scenario × estimator × normaliser with the columns of `COLUMNS`. All exact.
+
+    >>> policy = gl.Tree.random(vocab=2, length=3, seed=0, eos=1)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.1, seed=1))
+    >>> frame = gl.lengths.normalisers({"k2-loss": gl.ESTIMATORS["k2-loss"]}, [scenario])
+    >>> frame["normaliser"].tolist()
+    ['sum', 'mean', 'token_mean', 'fixed']
     """
     rows: list[dict[str, Any]] = []
     for scenario in scenarios:

@@ -56,6 +56,11 @@ def at_lag(policy: P, lag: float, seed: int = 0) -> P:
     """A behaviour policy at `KL(behaviour ‖ policy) = lag` nats, whole responses, along one random direction per seed.
 
     The nearest such point of the ray. Raises `ValueError` for a lag that is not positive, or that the direction never reaches.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> behaviour = gl.off_policy.at_lag(policy, 0.2, seed=1)
+    >>> round(gl.Scenario(policy, policy, behaviour).lag(), 6)
+    0.2
     """
     if not (np.isfinite(lag) and lag > 0):
         raise ValueError(f"lag is KL(behaviour ‖ policy) in nats and positive; got {lag!r} (on-policy: behaviour=None)")
@@ -81,6 +86,10 @@ def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> 
     Behind the end of a response its weight stays, so the last entry belongs to the sequence weight and equals
     `exp(−D₂(π ‖ μ))`, the Rényi divergence of order 2. With `truncate=C` the weights are `min(w_t, C)`.
     By dynamic programming on `Markov`, by enumeration on `Bandit` and `Tree`. Raises `ValueError` for truncation on `Markov`.
+
+    >>> policy, behaviour = gl.Bandit([0, 0]), gl.Bandit([0, 1])
+    >>> gl.off_policy.effective_sample_size(gl.Scenario(policy, policy, behaviour)).round(decimals=4).tolist()
+    [0.7864]
     """
     policy, sampler = scenario.policy, scenario.sampler
     if not is_of(scenario, Markov):
@@ -106,6 +115,11 @@ def repulsion(scenarios: Sequence[Scenario], step: float = 0.1) -> pd.DataFrame:
 
     Exact. Columns `scenario, family, kl, lag, estimator, via`, `gradient_norm`, `repulsion` (distance to `−∇KL(μ‖π)` over its
     norm), `moved` (how far the mean moves when the reference is another, over its norm) and `lag_change` of an exact step.
+
+    >>> policy, behaviour = gl.Bandit([0, 0]), gl.Bandit([0, 1])
+    >>> frame = gl.off_policy.repulsion([gl.Scenario(policy, gl.Bandit([1, 0]), behaviour)])
+    >>> bool(frame["repulsion"].max() < 1e-9), bool(frame["lag_change"].min() > 0)
+    (True, True)
     """
     rows = []
     estimator = Estimator("k1")
@@ -130,6 +144,11 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
     Reads `bias`, `noise`, `estimator` and the columns `by`; the geometric mean runs over everything else (draws of the
     policies). Columns `by`, `batch`, `estimator`, `rmse` (in units of ‖∇‖: 1 is what dropping the term would give) and
     `regret`, its ratio to the best estimator at that batch.
+
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"panel": "a", "lag": 0.1, "estimator": ["quiet", "unbiased"], "bias": [0.1, 0.0], "noise": [1.0, 4.0]})
+    >>> gl.off_policy.errors(frame, [16, 1024])[["batch", "estimator", "rmse"]].round(3).values.tolist()
+    [[16, 'quiet', 0.269], [16, 'unbiased', 0.5], [1024, 'quiet', 0.105], [1024, 'unbiased', 0.062]]
     """
     parts = []
     for batch in batches:
@@ -143,7 +162,13 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
 
 
 def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
-    """The rows of `errors` with the smallest error, and `runner_up` with the regret of taking it instead."""
+    """The rows of `errors` with the smallest error, and `runner_up` with the regret of taking it instead.
+
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"panel": "a", "lag": 0.1, "estimator": ["quiet", "unbiased"], "bias": [0.1, 0.0], "noise": [1.0, 4.0]})
+    >>> gl.off_policy.winners(gl.off_policy.errors(frame, [16, 1024]))["estimator"].tolist()
+    ['quiet', 'unbiased']
+    """
     # Errors that agree to rounding are equal, and the estimator named first wins: a bound that never binds wins nothing.
     order = np.log(ranked["rmse"]).round(9)
     ordered = ranked.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
@@ -154,7 +179,13 @@ def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.Da
 
 
 def regrets(found: pd.DataFrame, by: Sequence[str] = ("panel",)) -> pd.DataFrame:
-    """How much worse than the best an estimator is over the lags and batches of `errors`: `median` and `worst` ratio."""
+    """How much worse than the best an estimator is over the lags and batches of `errors`: `median` and `worst` ratio.
+
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"panel": "a", "lag": 0.1, "estimator": ["quiet", "unbiased"], "bias": [0.1, 0.0], "noise": [1.0, 4.0]})
+    >>> gl.off_policy.regrets(gl.off_policy.errors(frame, [16, 1024]))[["estimator", "worst"]].round(3).values.tolist()
+    [['quiet', 1.676], ['unbiased', 1.857]]
+    """
     table = found.groupby([*by, "estimator"], sort=False)["regret"].agg(median="median", worst="max").reset_index()
     # Regrets that agree to rounding are equal, and the estimator named first comes first.
     order = table.assign(worst=np.log(table["worst"]).round(9)).sort_values([*by, "worst"], kind="stable").index

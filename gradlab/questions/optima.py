@@ -32,6 +32,9 @@ def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, 
     """Distribution `[n]` that maximises `Σ p r − β D(p, ref)`; see `DIVERGENCES`. `Λ` is found by bracketing.
 
     Raises `ValueError` for an unknown divergence, a coefficient that is not positive, or shapes that differ.
+
+    >>> gl.optima.tilted([0.0, 1.0], [0.5, 0.5], coefficient=1.0).round(4).tolist()  # ∝ (1, e)
+    [0.2689, 0.7311]
     """
     check_name("divergence", divergence, DIVERGENCES)
     r, ref = np.asarray(reward, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -73,6 +76,10 @@ def optimum(
     credit `sequence`: the divergence is between whole responses. credit `token`: every context solves its own problem with
     the rewards `Q(s, v)` that the same policy collects afterwards; the divergences of later contexts are not charged, which
     is the stationary point of an exact per-token loss. Raises `ValueError` as `tilted` does, and for an unknown credit.
+
+    >>> reference = gl.Tree([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    >>> gl.optima.optimum(reference, [0.0, 0.0, 0.0, 1.0], coefficient=1.0).round(4).tolist()
+    [0.1749, 0.1749, 0.1749, 0.4754]
     """
     check_name("credit", credit, ("sequence", "token"))
     rollout = Rollout.enumerated(Scenario(reference, reference))

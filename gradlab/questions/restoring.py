@@ -38,14 +38,26 @@ COLUMNS: dict[str, str] = {
 
 
 def shifted(reference: npt.ArrayLike, token: int, shifts: npt.ArrayLike) -> Tensor:
-    """Logits `[m, v]` of the reference's probabilities `[v]` with the logit of one token shifted by each of `shifts` `[m]`."""
+    """Logits `[m, v]` of the reference's probabilities `[v]` with the logit of one token shifted by each of `shifts` `[m]`.
+
+    >>> gl.restoring.odds(gl.restoring.shifted([0.5, 0.5], 0, [-2.0, 3.0]), 0).round(decimals=6).tolist()
+    [-2.0, 3.0]
+    """
     logits = torch.from_numpy(np.log(np.asarray(reference, dtype=np.float64)))
     d = torch.from_numpy(np.atleast_1d(np.asarray(shifts, dtype=np.float64)))
     return (logits + d[:, None] * (torch.arange(len(logits)) == token)).log_softmax(-1)
 
 
 def descent(losses: Mapping[str, Loss], table: Tensor, reference: Tensor, step: float) -> Iterator[Tensor]:
-    """Logits `[e, m, v]` after 0, 1, 2, … exact gradient steps of every loss from the policies `table` `[m, v]`."""
+    """Logits `[e, m, v]` after 0, 1, 2, … exact gradient steps of every loss from the policies `table` `[m, v]`.
+
+    >>> table = gl.restoring.shifted([0.2, 0.8], 0, [-3.0])
+    >>> reference = gl.restoring.shifted([0.2, 0.8], 0, [0.0])
+    >>> steps = gl.restoring.descent({"k2-loss": gl.ESTIMATORS["k2-loss"]}, table, reference, step=1.0)
+    >>> start, after = next(steps), next(steps)
+    >>> bool(gl.restoring.odds(after, 0) > gl.restoring.odds(start, 0))
+    True
+    """
     e, (m, v) = len(losses), table.shape
     at, ref = table.expand(e, m, v).reshape(-1, v), reference.expand(e * m, v)
     while True:
@@ -68,6 +80,10 @@ def times(
     reference: probabilities `[v]`; shifts: log-odds off at the start, `[m]`, negative for a dropped token. Returns one row per
     estimator × shift with the columns of `COLUMNS`. Raises `ValueError` for shifts that already count as restored, for a
     token outside the vocabulary, and for a step or limit that is not positive.
+
+    >>> frame = gl.restoring.times(["k2-loss", "k3-loss"], [0.2, 0.8], token=0, shifts=[-5.0])
+    >>> frame.set_index("estimator")["steps"].to_dict()
+    {'k2-loss': 82, 'k3-loss': 13}
     """
     losses, q = by_name(estimators), np.asarray(reference, dtype=np.float64)
     d = np.atleast_1d(np.asarray(shifts, dtype=np.float64))
@@ -102,6 +118,10 @@ def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     `versus_<name>` (`<name>` the kernel of `baseline`) is the time over that of `baseline` at the same start;
     `dropped_versus_inflated`, in rows of a dropped token, the time over that of the opposite shift. A time at the limit is at
     least so long: where only one of two is, the ratio is a bound, and missing where both are.
+
+    >>> frame = gl.restoring.times(["k2-loss", "k3-loss"], [0.2, 0.8], token=0, shifts=[-5.0, 5.0])
+    >>> gl.restoring.compared(frame, "k2-loss").groupby("estimator")["versus_k2"].first().round(2).to_dict()
+    {'k2-loss': 1.0, 'k3-loss': 0.16}
     """
     keys = ["estimator", "reference", "shift"]
     took = frame.set_index(keys)[["time", "restored"]]
@@ -128,6 +148,10 @@ def paths(
     """The token's probability and the KL along the same descent, at about `points` steps spread evenly in the logarithm.
 
     Columns `estimator, reference, shift, via, steps, time, probability, kl`.
+
+    >>> frame = gl.restoring.paths("k3-loss", [0.2, 0.8], token=0, shift=-5.0, steps=100)
+    >>> bool(frame["kl"].iloc[-1] < 0.1 * frame["kl"].iloc[0])
+    True
     """
     losses, q = by_name(estimators), np.asarray(reference, dtype=np.float64)
     kept = np.unique(np.concatenate([[0], np.geomspace(1, steps, points).round()]).astype(int))
@@ -145,6 +169,11 @@ def paths(
 
 
 def odds(table: Tensor, token: int) -> Tensor:
-    """Log-odds of one token under logits `[…, v]`."""
+    """Log-odds of one token under logits `[…, v]`.
+
+    >>> import torch
+    >>> gl.restoring.odds(torch.tensor([2.0, 0.0]), 0).item()
+    2.0
+    """
     others = torch.arange(table.shape[-1]) != token
     return table[..., token] - table[..., others].logsumexp(-1)

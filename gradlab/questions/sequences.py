@@ -40,6 +40,10 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     `P = (1 − 1/memory) I + (1/memory) 1 pᵀ` with `p` a softmax of Gaussian logits of standard deviation `scale`; every
     eigenvalue but the first is `1 − 1/memory`, the first token is drawn from `p`, and `memory = 1` draws every token afresh.
     Raises `ValueError` for a memory below 1.
+
+    >>> policy = gl.sequences.lazy_chain(vocab=4, length=16, memory=10)
+    >>> round(gl.sequences.relaxation_time(policy), 6)
+    10.0
     """
     if not (np.isfinite(memory) and memory >= 1):
         raise ValueError(f"memory is a relaxation time in tokens: a finite number of at least 1, got {memory!r}")
@@ -50,13 +54,22 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
 
 
 def relaxation_time(policy: Markov) -> float:
-    """How many tokens a chain remembers: `1 / (1 − |λ₂|)`, with `λ₂` the second largest eigenvalue of the transition matrix."""
+    """How many tokens a chain remembers: `1 / (1 − |λ₂|)`, with `λ₂` the second largest eigenvalue of the transition matrix.
+
+    >>> round(gl.sequences.relaxation_time(gl.Markov([0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]])), 6)  # no memory beyond one token
+    1.0
+    """
     eigenvalues = np.sort(np.abs(np.linalg.eigvals(policy.transition.softmax(-1).numpy())))
     return float(1 / (1 - min(eigenvalues[-2], 1 - 1e-12)))
 
 
 def shortened(scenario: Scenario, length: int, name: str | None = None) -> Scenario:
-    """The same chains with another number of tokens. Raises `ValueError` for policies that are not `Markov`."""
+    """The same chains with another number of tokens. Raises `ValueError` for policies that are not `Markov`.
+
+    >>> policy = gl.Markov.random(vocab=3, length=16, seed=0)
+    >>> gl.sequences.shortened(gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1)), 4).policy.length
+    4
+    """
 
     def cut(policy: Any) -> Any:
         if not isinstance(policy, Markov):
@@ -72,6 +85,12 @@ def expected_gradient(name: str, scenario: Scenario) -> Tensor:
 
     `Σ share · ∇target` over `CATALOGUE[name].on_policy`: cheaper than `exact.moments`, so it reaches large vocabularies.
     Raises `ValueError` off-policy and for an estimator that descends no combination of targets.
+
+    >>> policy = gl.Markov.random(vocab=3, length=8, seed=0)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+    >>> gradient = gl.sequences.expected_gradient("k2-loss", scenario)
+    >>> bool((gradient - gl.exact.gradient("reverse_kl_frozen_prefix", scenario)).norm() < 1e-9)
+    True
     """
     check_name("estimator", name, CATALOGUE)
     parts = CATALOGUE[name].on_policy
@@ -85,6 +104,12 @@ def gap(names: Sequence[str], scenarios: Sequence[Scenario], target: str = "reve
     """How far the expected gradients of catalogue estimators are from a target's, on chains.
 
     Exact, by `expected_gradient`. One row per scenario × estimator with the columns of `GAP_COLUMNS`.
+
+    >>> policy = gl.Markov.random(vocab=3, length=8, seed=0)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+    >>> frame = gl.sequences.gap(["k2-loss", "k1-reward-to-go"], [scenario])
+    >>> frame.set_index("estimator")["bias"].lt(1e-9).to_dict()
+    {'k2-loss': False, 'k1-reward-to-go': True}
     """
     rows = []
     for scenario in scenarios:
@@ -107,6 +132,11 @@ def exponents(
     Columns `by`, `exponent`, `exponent_error` (of the fit; `nan` for two points), `last` (slope between the two largest `x`:
     where it differs from `exponent` there is no power law yet), `curvature` (coefficient of `log² x`: 0 for a power law),
     `points`, `from`, `to`. Groups with fewer than two points are left out.
+
+    >>> import pandas as pd
+    >>> frame = pd.DataFrame({"x": [1.0, 2.0, 4.0], "y": [3.0, 12.0, 48.0]}).assign(kind="square")
+    >>> gl.sequences.exponents(frame, ["kind"], "x", "y")["exponent"].round(6).tolist()
+    [2.0]
     """
     rows = []
     for key, part in frame[frame[x].between(low, high)].groupby(list(by), sort=False):
@@ -132,6 +162,12 @@ def compared(
 
     `difference` is `max_i ‖g_i − g'_i‖ / max_i ‖g_i‖` over all responses, or over `samples` drawn ones (chains). Columns
     `scenario, estimator, other, via, samples, kl, difference`. Raises `ValueError` when there are too many responses to list.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+    >>> frame = gl.sequences.compared([("k2-loss", "k1-reward"), ("k2-loss", "k3-loss")], scenario)
+    >>> frame["difference"].lt(1e-9).tolist()
+    [True, False]
     """
     if samples is None:
         rollout = Rollout.enumerated(scenario)
@@ -157,10 +193,18 @@ def with_reward(rewards: Mapping[str, Tensor], scenario: Scenario, coefficients:
     from the reward: the mean stays, the trace moves by `β² tr F − 2β E[r ‖score‖²]`, and may fall. `rewards`: name → `[n]`
     over the enumerated responses. Columns `scenario, reward, mean_reward, coefficient, via, shift` (distance of the mean
     gradients over their norm) and `noise_ratio` (trace with over trace without). Source: derived.
+
+    >>> import torch
+    >>> policy = gl.Bandit([0, 0])
+    >>> scenario = gl.Scenario(policy, gl.Bandit([0, 1]))
+    >>> frame = gl.sequences.with_reward({"mine": torch.tensor([0.0, 1.0])}, scenario, [0.5])
+    >>> frame[["shift", "noise_ratio"]].round(6).values.tolist()
+    [[0.0, 0.0]]
     """
     rollout = Rollout.enumerated(scenario)
     rows = []
     for name, reward in rewards.items():
+        reward = torch.as_tensor(reward, dtype=torch.float64)
         if reward.shape != rollout.weight.shape:
             raise ValueError(f"a reward is one number per response, [{len(rollout.weight)}], got {list(reward.shape)}")
 

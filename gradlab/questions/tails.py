@@ -48,6 +48,12 @@ def k3_variance(scenario: Scenario) -> float:
     From `k3 = δ − 1 + ℓ` and `E_π[δ ℓ] = −KL(ref‖π)`. For Gaussians `inf` iff `σ² ≤ σ_ref²/2` (arXiv 2510.01555, App. I).
     Near the reference, where the terms cancel to a share of about KL, it is the moment itself.
     Raises `ValueError` for responses of several steps.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))
+    >>> abs(gl.tails.k3_variance(scenario) - gl.exact.value_moments("k3", scenario).variance) < 1e-9
+    True
+    >>> gl.tails.k3_variance(gl.Scenario(gl.Gaussian(0, 0.7), gl.Gaussian(0, 1)))
+    inf
     """
     if scenario.policy.length != 1:
         raise ValueError(f"the closed form is for one step, got responses of {scenario.policy.length}; see exact.value_moments")
@@ -63,6 +69,10 @@ def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:
     For a Gaussian narrower than its reference, where `A = {|x − c| > r}`, or a bandit, whose tokens are taken in the order of `δ`
     (the last one in part). Returns `scenario, kl, samples` (n), `share`, `reference_probability` (`ref(A)`) and `seen`, the
     part of the expectation in nats on everything else. Raises `ValueError` for other policies and for n < 2.
+
+    >>> frame = gl.tails.rare_share(gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1)), [1e3, 1e6])
+    >>> frame["share"].round(2).tolist()
+    [0.45, 0.29]
     """
     if min(sizes) < 2:
         raise ValueError(f"sizes must be at least 2, got {min(sizes)}")
@@ -127,6 +137,11 @@ def running(
     Streamed in chunks of `CHUNK` draws: memory does not grow. Gaussians only; other policies are counted, see `dropped`.
     Returns `scenario, kl, kernel, run, samples, mean, std`; the same bytes for any number of jobs. Raises `ValueError` for
     other policies, unknown kernels, and sizes that do not increase from at least 2.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1))
+    >>> frame = gl.tails.running(["k3"], scenario, [10, 100, 1000], runs=2)
+    >>> frame[["run", "samples"]].values.tolist()
+    [[0, 10], [0, 100], [0, 1000], [1, 10], [1, 100], [1, 1000]]
     """
     kernels, sizes = several(kernels), several(sizes)
     check_scenario(scenario)
@@ -183,6 +198,11 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
 
     For every column: the median with `_low`, `_high` (its interval from order statistics, exact for any law), and the 10 % and
     90 % quantiles of a run, `_q10` and `_q90`; `runs` counts them. With fewer than 6 runs the interval is that of all runs.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1))
+    >>> frame = gl.tails.over_runs(gl.tails.running(["k3"], scenario, [10, 100], runs=8), ["mean"])
+    >>> frame["runs"].tolist(), bool((frame["mean_low"] <= frame["mean_high"]).all())
+    ([8, 8], True)
     """
     check_probability("level", level)
     rows = []
@@ -213,6 +233,11 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
     samples are counted. Returns `scenario, kl, probability` (of the rare token), `samples, via`, the median `mean_ratio`,
     its quantiles `_q10, _q90`, in sampled rows `_low, _high`, and `unmet`, the probability of never meeting the token.
     Raises `ValueError` unless k3 takes exactly two values.
+
+    >>> scenario = gl.Scenario(gl.Bandit([-8.0, 0.0, 0.0]), gl.Bandit([0.0, 0.0, 0.0]))
+    >>> frame = gl.tails.dropped(scenario, [100, 1_000_000])
+    >>> frame["mean_ratio"].round(2).tolist()
+    [0.18, 1.0]
     """
     if not is_of(scenario, Bandit):
         raise ValueError(f"dropped() needs a gl.Bandit, got {type(scenario.policy).__name__}")
@@ -243,7 +268,11 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
 
 
 def chi2(scenario: Scenario) -> float:
-    """`χ²(ref‖π)` summed over the steps of a response, prefixes from the policy: `E_π Σ_t Var[δ_t | s_t]`; may be `inf`."""
+    """`χ²(ref‖π)` summed over the steps of a response, prefixes from the policy: `E_π Σ_t Var[δ_t | s_t]`; may be `inf`.
+
+    >>> round(gl.tails.chi2(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))), 6)  # e − 1
+    1.718282
+    """
     policy, reference = scenario.policy, scenario.reference
     return 2 * float(policy.occupancy() @ policy.family.chi2(reference.table, policy.table))
 
@@ -254,6 +283,10 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
     One row per scenario: `chi2` (summed over steps), `coefficient_variance` (`E Σ_t a_t²` of the centred coefficients, missing
     for Gaussians), `trace_cov` of the gradient, `noise` (over the squared norm of the true gradient), and `coefficient_ratio`,
     `gradient_ratio` (each over `chi2`). On logits `gradient_ratio < 2` on trees, whose steps are uncorrelated: `‖score‖² < 2`.
+
+    >>> frame = gl.tails.variances([gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))])
+    >>> frame["chi2"].item() > 0.1, abs(round(frame["trace_cov"].item(), 12))  # no variance of the gradient for two equal tokens
+    (True, 0.0)
     """
     loss, rows = ESTIMATORS[estimator], []
     with one_thread(), torch.no_grad():
@@ -284,7 +317,13 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
 
 
 def rank_correlations(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ("trace_cov", "noise")) -> pd.DataFrame:
-    """Spearman's rank correlation of `chi2` with each column among the scenarios of a group: `rank_trace_cov`, …; `scenarios`."""
+    """Spearman's rank correlation of `chi2` with each column among the scenarios of a group: `rank_trace_cov`, …; `scenarios`.
+
+    >>> policies = [gl.Bandit.random(5, seed) for seed in range(8)]
+    >>> frame = gl.tails.variances([gl.Scenario(p, p.perturbed(scale=0.5, seed=1)) for p in policies]).assign(kind="bandit")
+    >>> gl.tails.rank_correlations(frame, ["kind"])[["kind", "scenarios"]].values.tolist()
+    [['bandit', 8]]
+    """
     rows = []
     for key, part in frame.groupby(list(by), sort=False):
         ranks = {f"rank_{column}": float(scipy.stats.spearmanr(part["chi2"], part[column]).statistic) for column in columns}
@@ -300,6 +339,11 @@ def hill(values: Sequence[float] | Array, k: int) -> float:
 
     `1/α = (1/k) Σ_{i≤k} log(x_(i) / x_(k+1))`; its relative standard error is `1/√k` where the tail is a pure power.
     Raises `ValueError` unless `1 ≤ k` and there are more than `k` non-zero values. Source: Hill (1975), Ann. Statist. 3.
+
+    >>> import numpy as np
+    >>> index = gl.tails.hill(np.random.default_rng(0).pareto(2.0, 100_000) + 1, k=5_000)
+    >>> abs(index - 2) < 0.1
+    True
     """
     magnitude = np.abs(np.asarray(values, dtype=np.float64))
     magnitude = magnitude[magnitude > 0]
@@ -317,6 +361,9 @@ def tail_index(scenario: Scenario) -> float:
     `α = 1/(1 − σ²/σ_ref²)` where the policy is narrower than the reference; `inf` where it is as wide (log-normal tail) or
     wider (bounded). The variance of k3 is finite iff `α > 2`, that is `σ² > σ_ref²/2` (arXiv 2510.01555, App. I).
     Raises `ValueError` for other policies: with finitely many tokens there is no tail, only a largest share.
+
+    >>> round(gl.tails.tail_index(gl.Scenario(gl.Gaussian(0, 0.5), gl.Gaussian(0, 1))), 6)
+    1.333333
     """
     if not is_of(scenario, Gaussian):
         raise ValueError(

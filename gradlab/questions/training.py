@@ -37,7 +37,12 @@ COLUMNS: dict[str, str] = {
 
 
 class Ratio(NamedTuple):
-    """A quotient with the ends of its interval."""
+    """A quotient with the ends of its interval.
+
+    >>> centre, low, high = gl.runs.quotient([2.0, 2.0, 2.1], [1.0, 1.0, 1.0])
+    >>> low < centre < high
+    True
+    """
 
     centre: float
     low: float
@@ -48,7 +53,14 @@ UNKNOWN = Ratio(np.nan, np.nan, np.nan)
 
 
 def ends(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run of a frame of `gl.train`: `reward` and `kl` at the end, traces summed along the run; missing if it diverged."""
+    """One row per run of a frame of `gl.train`: `reward` and `kl` at the end, traces summed along the run; missing if it diverged.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> recipe = gl.training.Recipe(steps=4, eval_every=2)
+    >>> frame = gl.train(policy, lambda rollout: (rollout.tokens[:, 0] == 2).double(), "k2-loss", recipe=recipe, seeds=2)
+    >>> gl.runs.ends(frame)[["estimator", "seed"]].values.tolist()
+    [['none', 0], ['none', 1], ['k2-loss', 0], ['k2-loss', 1]]
+    """
     late = frame[frame["step"] >= frame["step"].max() / 2]
     key = ["estimator", "coefficient", "epochs", "seed"]
     found = late.groupby(key, sort=False)[["reward", "kl"]].mean()
@@ -64,6 +76,9 @@ def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
 
     Unknown where a value is not positive, as a mean reward may be, and without an interval for fewer than two pairs. Raises
     `ValueError` for a level outside (0, 1), as all do that take one.
+
+    >>> round(gl.runs.quotient([2.0, 8.0], [1.0, 2.0]).centre, 4)  # √(2 · 4)
+    2.8284
     """
     check_probability("level", level)
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -83,6 +98,9 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     With `w` the quotient of variances and `r` the correlation its ends are `w (K ± √(K² − 1))`, `K = 1 + 2(1 − r²)t²/(n − 2)`.
     Unknown for fewer than three pairs and where one side does not vary.
     Source: Pitman, Biometrika 31 (1939) 9.
+
+    >>> round(gl.runs.spread([0.0, 1.0, 2.0, 5.0], [0.0, 2.0, 4.0, 10.0]).centre, 6)
+    0.5
     """
     check_probability("level", level)
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -100,6 +118,13 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
 
     At equal coefficient, run by run. At matched final KL the reward is read off the straight line, in the logarithm of the KL,
     between the ends of the regulariser's runs of one seed, at the KL where `base` ended; only where that KL lies between ends.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> recipe = gl.training.Recipe(steps=4, eval_every=2)
+    >>> reward = lambda rollout: (rollout.tokens[:, 0] == 2).double()
+    >>> frame = gl.runs.compare(gl.train(policy, reward, ["k2-loss", "k3-loss"], recipe=recipe, seeds=3))
+    >>> frame["estimator"].unique().tolist()
+    ['k2-loss', 'k3-loss']
     """
     check_probability("level", level)
     found = ends(frame)
@@ -140,6 +165,13 @@ def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
 
     One row per pair: `kl` at the end, and `difference`, by how much it is off that of `other`, relative. Both runs have the same
     draws, so a difference is one of the regularisers and no matter of chance.
+
+    >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
+    >>> recipe = gl.training.Recipe(steps=4, eval_every=2)
+    >>> reward = lambda rollout: (rollout.tokens[:, 0] == 2).double()
+    >>> frame = gl.train(policy, reward, ["k2-loss-sequence", "k1-reward"], recipe=recipe, seeds=2)
+    >>> len(gl.runs.pairs(frame, "k1-reward", "k2-loss-sequence"))
+    2
     """
     found = ends(frame)
     key = ["coefficient", "epochs", "seed"]

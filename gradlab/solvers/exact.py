@@ -54,6 +54,10 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
     By autograd through the definition on `Bandit`, `Tree` and `Gaussian`, and through the network of a `LanguageModel` whose
     responses can be listed (mean over prompts, in the network's precision); by dynamic programming on `Markov`.
     Raises `ValueError` for an unknown target, with the nearest names.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 2))
+    >>> [round(part, 6) for part in gl.exact.gradient("reverse_kl", scenario).tolist()]
+    [-0.25, -0.75]
     """
     targets.target(target)
     check_scenario(scenario)
@@ -65,7 +69,12 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
 
 
 def objective(target: str, scenario: Scenario) -> float:
-    """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target."""
+    """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))
+    >>> round(gl.exact.objective("reverse_kl", scenario), 6)
+    0.5
+    """
     value = targets.target(target)
     check_scenario(scenario)
     if is_of(scenario, Markov):
@@ -86,6 +95,11 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
     and 24 more; of callables the responses are visited some at a time, up to 8 million of them.
     Raises `ValueError` when there are too many responses to enumerate or, on `Markov`, when the estimator does not decompose
     over time.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> moments = gl.exact.moments(gl.ESTIMATORS["k2-loss"], scenario)
+    >>> bool((moments.mean - gl.exact.gradient("reverse_kl", scenario)).abs().max() < 1e-12)
+    True
     """
     losses = as_losses(estimator)
     check_scenario(scenario)
@@ -136,6 +150,10 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
     `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
     full, which limits it to small policies. On a `Gaussian` a variance that diverges is `inf`, a covariance `nan`.
     Raises `ValueError` when there are too many responses or parameters, for language models, and for group baselines.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> gl.exact.covariance(gl.ESTIMATORS["k1-loss"], scenario).round(decimals=6).tolist()
+    [[0.25, -0.25], [-0.25, 0.25]]
     """
     if isinstance(estimator, Estimator) and estimator.grouped:
         raise ValueError(
@@ -171,7 +189,12 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
 
 @dataclass(frozen=True)
 class ValueMoments:
-    """Mean and variance of one sample's value of a kernel, in nats and nats²."""
+    """Mean and variance of one sample's value of a kernel, in nats and nats².
+
+    >>> moments = gl.exact.value_moments("k1", gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1)))
+    >>> round(moments.mean, 6), round(moments.variance, 6)
+    (0.5, 1.0)
+    """
 
     mean: float
     variance: float
@@ -182,6 +205,12 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> Val
 
     This is what KL estimators are usually compared by: Schulman, "Approximating KL divergence" (2020). On a `Gaussian` a
     variance that diverges is `inf`. Raises `ValueError` for an unknown kernel or credit.
+
+    >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))
+    >>> [round(gl.exact.value_moments(kernel, scenario).variance ** 0.5, 3) for kernel in ("k1", "k2", "k3")]
+    [1.0, 0.866, 0.848]
+    >>> gl.exact.value_moments("k3", gl.Scenario(gl.Gaussian(0, 0.5), gl.Gaussian(0, 1))).variance
+    inf
     """
     estimator = Estimator(kernel, credit=credit)  # type: ignore[arg-type]  # checked at run time
     if is_of(scenario, Markov):
@@ -267,7 +296,12 @@ def _rises_for_good(tails: list[tuple[float, float]]) -> bool:
 
 
 def enumerated(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
-    """All responses, with the quadrature of a Gaussian cut where any of the estimators has a kink."""
+    """All responses, with the quadrature of a Gaussian cut where any of the estimators has a kink.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> gl.exact.enumerated([gl.ESTIMATORS["k3-loss"]], scenario).tokens.tolist()
+    [[0], [1]]
+    """
     if not is_of(scenario, Gaussian):
         return Rollout.enumerated(scenario)
     levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator)]
@@ -279,6 +313,9 @@ def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
     """Levels of the log-ratio `ℓ` and of `log ρ` at which an estimator's coefficient has a kink or a jump.
 
     `kl` is the step's KL, which a `kl` baseline compares the kernel with.
+
+    >>> gl.exact.kinks(gl.Estimator("k3", clamp_log_ratio=20.0), kl=0.1)
+    ([-20.0, 20.0], [])
     """
     ratios = [kink for kernel in {e.kernel, e.effective_gradient_kernel} & set(KERNELS) for kink in KERNELS[kernel].kinks]
     if e.clamp_log_ratio is not None:

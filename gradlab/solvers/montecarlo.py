@@ -61,6 +61,11 @@ def moments(
     `gradlab.intervals`. The same `seed` (and `stream`, which tells runs of one seed apart) gives the same bytes. Memory
     depends on the policy, not on `samples`. Raises `ValueError` when `samples` is not a positive whole number, or not a
     multiple of a group size, and when so many would have to be drawn one by one that it takes days.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> moments = gl.montecarlo.moments(gl.ESTIMATORS["k1-loss"], scenario, samples=10_000)
+    >>> moments.samples, bool(moments.mean.abs().max() < 0.05)
+    (10000, True)
     """
     losses = as_losses(estimator)
     check_scenario(scenario)
@@ -79,6 +84,11 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
 
     The cost does not depend on `samples`. Raises `ValueError` when the responses cannot be listed, for a group baseline,
     and unless both numbers are positive.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> means = gl.montecarlo.replicates(gl.ESTIMATORS["k1-loss"], scenario, samples=1_000_000, replicates=100)
+    >>> means.shape, bool(means.abs().max() < 0.01)
+    (torch.Size([100, 2]), True)
     """
     check_scenario(scenario)
     check_samples(samples)
@@ -145,7 +155,11 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
 
 
 def shared(samples: int, batches: int) -> list[int]:
-    """Sizes of batches that differ by at most one, the larger ones first."""
+    """Sizes of batches that differ by at most one, the larger ones first.
+
+    >>> gl.montecarlo.shared(10, 4)
+    [3, 3, 2, 2]
+    """
     return [samples // batches + (b < samples % batches) for b in range(batches)]
 
 
@@ -216,12 +230,22 @@ def _blocks(shares: list[int], portion: int, block: int) -> Iterator[tuple[list[
 
 
 def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
-    """Estimate of `KL(policy ‖ reference)` of a language model's whole responses, nats: `Σ_t w_{<t} KL_t` from `samples` responses."""
+    """Estimate of `KL(policy ‖ reference)` of a language model's whole responses, nats: `Σ_t w_{<t} KL_t` from `samples` responses.
+
+    >>> policy, reference = (gl.policies.small("names", stage) for stage in ("few", "reference"))
+    >>> gl.montecarlo.kl(gl.Scenario(policy, reference), samples=64) > 0.1
+    False
+    """
     return _distances(scenario, samples, seed)[0]
 
 
 def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
-    """Estimate of `KL(behaviour ‖ policy)` of a language model's whole responses, nats, from `samples` responses; 0 on-policy."""
+    """Estimate of `KL(behaviour ‖ policy)` of a language model's whole responses, nats, from `samples` responses; 0 on-policy.
+
+    >>> policy, behaviour = (gl.policies.small("names", stage) for stage in ("few", "reference"))
+    >>> gl.montecarlo.lag(gl.Scenario(policy, policy, behaviour), samples=64) > 0.1
+    False
+    """
     return 0.0 if scenario.behaviour is None else _distances(scenario, samples, seed)[1]
 
 
@@ -270,6 +294,11 @@ def distances(rollout: Rollout, off_policy: bool) -> Tensor:
     """`KL(policy ‖ reference)` and `KL(behaviour ‖ policy)` in nats, summed over the responses of the sampler, `[2]`.
 
     Rao–Blackwellised: the step's whole distribution counts, only prefixes are drawn, `Σ_t w_{<t} KL_t` and `Σ_t KL_t`.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> kl, lag = gl.montecarlo.distances(gl.Rollout.enumerated(scenario), off_policy=False).tolist()
+    >>> abs(kl / 2 - scenario.kl()) < 1e-12, lag
+    (True, 0.0)
     """
     before = (rollout.log_weight.cumsum(-1) - rollout.log_weight).exp() if off_policy else 1.0
     near, far = (before * rollout.divergence("full")).sum(), torch.zeros((), dtype=torch.float64)
@@ -289,14 +318,25 @@ def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:
 
 
 def check_samples(samples: int, what: str = "samples") -> None:
-    """Raise `ValueError` unless `samples` is a positive whole number, and one that doubles count exactly."""
+    """Raise `ValueError` unless `samples` is a positive whole number, and one that doubles count exactly.
+
+    >>> gl.montecarlo.check_samples(64)
+    >>> gl.montecarlo.check_samples(0)
+    Traceback (most recent call last):
+        ...
+    ValueError: samples must be a positive whole number, got 0
+    """
     check_whole(what, samples)
     if samples > 2**53:
         raise ValueError(f"{what} must be at most 2^53, up to which double precision counts exactly, got {samples}")
 
 
 def check_reach(samples: int, scenario: Scenario, losses: Iterable[Loss]) -> None:
-    """Raise `ValueError` when `moments` of the losses would have to draw so many responses one by one that it takes days."""
+    """Raise `ValueError` when `moments` of the losses would have to draw so many responses one by one that it takes days.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
+    >>> gl.montecarlo.check_reach(10**12, scenario, [gl.ESTIMATORS["k2-loss"]])
+    """
     if not _countable(scenario) or any(isinstance(loss, Estimator) and loss.grouped for loss in losses):
         _check_drawn(samples, scenario)
 

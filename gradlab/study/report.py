@@ -41,7 +41,12 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """One run of one analysis: where it writes, how large it is, how many processes it may use, and its entropy."""
+    """One run of one analysis: where it writes, how large it is, how many processes it may use, and its entropy.
+
+    >>> study = gl.report.Study("20_mine", quick=True)
+    >>> study.pick(full=100, quick=10), study.command
+    (10, 'gradlab reproduce --only 20_mine --quick')
+    """
 
     name: str
     output: Path = Path("figures")
@@ -107,7 +112,12 @@ class Study:
 
 
 def verdict_summary(settled: pd.DataFrame) -> str:
-    """A settled ledger as a Markdown list, one item per claim: `* value-k2 HOLDS (Gaussian; bandit), FAILS (…)`."""
+    """A settled ledger as a Markdown list, one item per claim: `* value-k2 HOLDS (Gaussian; bandit), FAILS (…)`.
+
+    >>> settled = gl.claims.verify("figures", only="k3-weaker")
+    >>> print(gl.report.verdict_summary(settled[settled["frame"] == "02_coefficients"]))
+    * `k3-weaker` HOLDS (over-sampled token (δ < 1)), FAILS (under-sampled token (δ > 1))
+    """
     items = []
     for name, rows in settled.groupby("id", sort=False):
         in_scope = [f"{verdict} ({'; '.join(part['scope'])})" for verdict, part in rows.groupby("verdict", sort=False)]
@@ -116,7 +126,12 @@ def verdict_summary(settled: pd.DataFrame) -> str:
 
 
 def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
-    """The one value of a column in rows with these values, for a caption. Raises `ValueError` unless there is exactly one."""
+    """The one value of a column in rows with these values, for a caption. Raises `ValueError` unless there is exactly one.
+
+    >>> frame = gl.measure(["k2-loss", "k3-loss"], gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1)))
+    >>> float(round(gl.report.cell(frame, "kl", estimator="k2-loss"), 6))
+    0.5
+    """
     rows = frame
     for key, value in where.items():
         rows = rows[rows[key] == value]
@@ -127,14 +142,23 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
 
 
 def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
-    """The estimators whose `bias` is 0 to rounding in every row of a target, for each target that has some."""
+    """The estimators whose `bias` is 0 to rounding in every row of a target, for each target that has some.
+
+    >>> scenario = gl.Scenario(gl.Bandit([0, 0, 0]), gl.Bandit([0, 1, 2]))
+    >>> gl.report.unbiased(gl.measure(["k2-loss", "k3-loss", "k1-reward"], scenario))
+    {'reverse_kl': ['k2-loss', 'k1-reward']}
+    """
     worst = frame.groupby(["target", "estimator"], sort=False)["bias"].max()
     zero = worst[worst < verify.EQUALITY_TOLERANCE].reset_index()
     return {str(target): list(names) for target, names in zero.groupby("target", sort=False)["estimator"]}
 
 
 def study(script: str) -> Study:
-    """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`)."""
+    """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`).
+
+    >>> gl.report.study("analyses/20_mine.py").name
+    '20_mine'
+    """
     parser = argparse.ArgumentParser(description=f"Run the analysis {Path(script).stem}.")
     parser.add_argument("--quick", action="store_true", help="a smaller version that finishes in seconds")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
@@ -149,7 +173,13 @@ _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "di
 
 
 def show_verdicts(settled: pd.DataFrame) -> None:
-    """Print a settled ledger on one screen: a line for every topic, with how many of its scopes came out how, and the sum."""
+    """Print a settled ledger on one screen: a line for every topic, with how many of its scopes came out how, and the sum.
+
+    >>> gl.report.show_verdicts(gl.claims.verify("figures", only="clamp"))  # doctest: +NORMALIZE_WHITESPACE
+    claim  published                                         HOLDS  FAILS  UNDECIDED  OPEN
+    clamp  clamping the log-ratio or the kernel is harmless      2      3
+    5 verdicts: 2 HOLDS, 3 FAILS. `gradlab claims ID` tells the scopes and the evidence.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("claim", no_wrap=True)
     table.add_column("published", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -167,7 +197,12 @@ def show_verdicts(settled: pd.DataFrame) -> None:
 
 
 def show_claims(settled: pd.DataFrame) -> None:
-    """Print a settled ledger in full: every claim's sentence, and for each scope its verdict, what decides, and the row that did."""
+    """Print a settled ledger in full: every claim's sentence, and for each scope its verdict, what decides, and the row that did.
+
+    >>> gl.report.show_claims(gl.claims.verify("figures", only="clamp"))  # doctest: +ELLIPSIS
+    clamp: clamping the log-ratio or the kernel is harmless (implied by common defaults of training frameworks)
+    ...
+    """
     console = wide_console()
     for topic, rows in settled.groupby(settled["id"].str.split(".").str[0], sort=False):
         first = rows.iloc[0]

@@ -17,7 +17,12 @@ from gradlab.audit.synthetic import Tokens, coefficients, responses
 
 @dataclass(frozen=True)
 class Probe:
-    """The answer to one question: `passed` is `None` where it does not apply; `finding` says what was seen, `example` how."""
+    """The answer to one question: `passed` is `None` where it does not apply; `finding` says what was seen, `example` how.
+
+    >>> probe = gl.audit.Probe("padding", True, "the gradient of padding is 0", "")
+    >>> probe.passed
+    True
+    """
 
     name: str
     passed: bool | None
