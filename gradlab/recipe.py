@@ -16,6 +16,10 @@ class Recipe:
     rate: learning rate of Adam. clip: PPO's range `1 ± clip`, of use only with several epochs. eval_every, eval_responses: every
     `eval_every` batches, and at the end, reward and KL are measured on `eval_responses` fresh responses.
     Raises `ValueError` for numbers that are not positive and for batches that do not divide into groups of at least two.
+
+    >>> recipe = gl.training.Recipe(steps=48, epochs=4)
+    >>> recipe.batch // recipe.group
+    8
     """
 
     steps: int = 200

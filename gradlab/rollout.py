@@ -211,10 +211,10 @@ class Rollout:
 
     @classmethod
     def parts(cls, scenario: Scenario[Tabular], size: int) -> Iterator[tuple[Rollout, Tensor, float]]:
-        """`enumerated` for a table, at most `size` responses at a time: each part with the rows `[q]` of the table that it
-        visits, which are all that it holds, and its probability, by which its weights are divided.
+        """`enumerated` for a table, at most `size` responses at a time.
 
-        Raises `ValueError` as `Tabular.parts` does.
+        Each part comes with the rows `[q]` of the table that it visits, which are all that it holds, and its probability, by which
+        its weights are divided. Raises `ValueError` as `Tabular.parts` does.
         """
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
         tables = policy.table, reference.table.detach(), sampler.table.detach()

@@ -219,8 +219,10 @@ def replayable(policy: LanguageModel) -> bool:
 
 
 def _basis(m: int, e: int) -> tuple[bool, bool]:
-    """Whether `m` tokens and kinds are the basis rather than `e` estimators, and whether products between them serve all
-    estimators: there may be so many that those of estimators with themselves are less work."""  # fmt: skip
+    """Whether `m` tokens and kinds are the basis rather than `e` estimators, and whether products between them serve all estimators.
+
+    There may be so many that those of estimators with themselves are less work.
+    """
     return m < e, m < e and m * m <= 3 * e
 
 

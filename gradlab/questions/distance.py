@@ -91,10 +91,10 @@ def sharing() -> Scenario:
 
 
 def bands(frame: pd.DataFrame, columns: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
-    """Quantiles over scenarios: one row per combination of `by`, with `scenarios` (their number) and, for every column,
-    its `_low` (10 %), median (under the column's own name), `_high` (90 %), `_min` and `_max`.
+    """Quantiles over scenarios, one row per combination of `by`.
 
-    Missing values are left out, infinite ones ranked last.
+    Columns: `scenarios` (their number) and, for every one of `columns`, its `_low` (10 %), median (under the column's own name),
+    `_high` (90 %), `_min` and `_max`. Missing values are left out, infinite ones ranked last.
     """
     groups = frame.groupby(list(by), sort=False, dropna=False)
     # Nearest order statistics, so that an infinite value does not turn into NaN by interpolation.

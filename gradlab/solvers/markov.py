@@ -289,8 +289,10 @@ def _inverse_length(policy: Markov) -> Tensor:
 
 
 def _reverse_kl_gradient(policy: Markov, reference: Markov) -> Tensor:
-    """Row `s` of `∇KL(π‖ref)` is `Σ_t d_t(s) π(y|s) (ℓ(s, y) + V_{t+1}(y) − V_t(s))`, with `d_t` the chance of emitting token
-    `t` from row `s` and `V_t` the KL still to come; the sum over `t` is one matrix product."""
+    """`∇KL(π‖ref)`, whose row `s` is `Σ_t d_t(s) π(y|s) (ℓ(s, y) + V_{t+1}(y) − V_t(s))`.
+
+    `d_t` is the chance of emitting token `t` from row `s` and `V_t` the KL still to come; the sum over `t` is one matrix product.
+    """
     p, log_ratio = _emission(policy), CATEGORICAL.log_ratios(policy.table, reference.table)
     kl, transition = CATEGORICAL.reverse_kl(policy.table, reference.table) * _emits(policy)[:, 0], p[1:]
     visits, kl_to_go = p.new_zeros(policy.length, policy.vocab), p.new_zeros(policy.length, policy.vocab)

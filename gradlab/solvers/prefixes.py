@@ -105,8 +105,11 @@ def _stripped(e: Estimator, weighs: bool) -> Estimator:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """Of prefixes and tokens, `[n, 1]`: `α`, and what later steps add, `(β, f)`; `h` at the ends of responses `[m, 1]`, where it is not
-    1; and `[n, 1]` the coefficient on the gradient of a vocabulary kernel."""
+    """The numbers of a surrogate's recursion over prefixes and tokens.
+
+    `[n, 1]`: `α`, and what later steps add, `(β, f)`; `h` at the ends of responses `[m, 1]`, where it is not 1; and `[n, 1]` the
+    coefficient on the gradient of a vocabulary kernel.
+    """
 
     own: Tensor
     whole: Tensor | None = None

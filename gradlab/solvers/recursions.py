@@ -64,8 +64,11 @@ INITIALLY_ONE = ("1", "w", "u", "u of c")
 
 @dataclass(frozen=True)
 class Recursion:
-    """A surrogate: the sum of the states `surrogate`. With a group baseline, before which it is a product, also the states of
-    its factors: the response's `coefficient`, and `score_sum` for `Σ_t W_t log π_t`."""
+    """A surrogate: the sum of the states `surrogate`.
+
+    With a group baseline, before which it is a product, also the states of its factors: the response's `coefficient`, and
+    `score_sum` for `Σ_t W_t log π_t`.
+    """
 
     rows: Rows
     surrogate: tuple[str, ...]
@@ -133,8 +136,11 @@ def _of_tokens(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
 
 
 def _of_response(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
-    """Credit `sequence`. With `Λ = log π(y)`, a loss `W k(S)` pulls like `sg(W k'(S)) Λ`, or like `W sg(k(S) + k'(S))` when
-    `W` is differentiated; a reward is `W sg(k(S)) Λ`. So the kernel's states stay detached, with and without a factor `Λ`."""
+    """The recursion of credit `sequence`.
+
+    With `Λ = log π(y)`, a loss `W k(S)` has the gradient of `sg(W k'(S)) Λ`, or of `W sg(k(S) + k'(S))` when `W` is
+    differentiated; a reward is `W sg(k(S)) Λ`. So the kernel's states stay detached, with and without a factor `Λ`.
+    """
     kernel, log_prob = whole_kernel(e.kernel, at, "u"), _log_prob(at)
     rows: Rows = {**kernel, "w": {"w": ONE}, "P": {"P": ONE, "w": log_prob}}
     for name, row in kernel.items():
@@ -150,7 +156,9 @@ def _of_response(e: Estimator, at: Rollout, ratio: Step) -> Recursion:
 
 
 def whole_kernel(name: str, at: Rollout, unit: str, tag: str = "") -> Rows:
-    """`k(S)` as state `k` and `k'(S)` as state `d`, detached. A kernel is additive, or it has an addition theorem
+    """`k(S)` as state `k` and `k'(S)` as state `d`, detached.
+
+    A kernel is additive, or it has an addition theorem
 
         k(S + ℓ) = k(S) + k'(S) k'(ℓ) / k''(0) + k(ℓ),    k'(S + ℓ) = g(ℓ) k'(S) + k'(ℓ)
 
