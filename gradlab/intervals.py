@@ -87,7 +87,8 @@ class Batches:
 def squared_distance(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Squared distance `∥m − t∥²` of the mean gradient from a known target: right at zero, far from it and in between.
 
-    Estimate: the U-statistic `Σ_{b≠c} ⟨m_b − t, m_c − t⟩ / B(B−1) = ∥mean − t∥² − tr Ŝ/B`; it may be negative.
+    Estimate: the U-statistic `Σ_{b≠c} ⟨m_b − t, m_c − t⟩ / B(B−1) = ∥mean − t∥² − tr Ŝ/B`; it may be negative. It is unbiased, as
+    two batches are independent: `E⟨m_b − t, m_c − t⟩ = ∥m − t∥²`. The forms agree by `Σ_{b≠c} ⟨x_b, x_c⟩ = ∥Σ x_b∥² − Σ ∥x_b∥²`.
     Interval: every `∥m − t∥²` at which neither tail of the statistic is too small (see `_probability_below`). `low > 0`
     is the test of `m ≠ t`, with error `1 − level`: near zero the lower end has the whole error to itself. The upper end
     is never below what an estimate of 0 would give, so it always states the resolution.

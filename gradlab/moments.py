@@ -300,8 +300,11 @@ def group_moments(
 
     With `c` a response's coefficient and `s` its weighted score sum, leave-one-out averages to the U-statistic
     `(G(G−1))⁻¹ Σ_{i≠j} (c_i − c_j) s_i`, the sample covariance of `c` and `s`; the group mean is `1 − 1/G` times that. Its
-    variance is Hoeffding's `2/(G(G−1)) [2(G−2) ζ₁ + ζ₂]`. `mean` is the expected gradient of the group average, `trace_cov`
-    is `G` times the covariance trace of the group average, so that both compare with ungrouped estimators sample for sample.
+    variance is Hoeffding's `2/(G(G−1)) [2(G−2) ζ₁ + ζ₂]`. Proof: `c_i − (G−1)⁻¹ Σ_{j≠i} c_j = (G−1)⁻¹ Σ_j (c_i − c_j)`, and
+    `c_i − G⁻¹ Σ_j c_j` is `1 − 1/G` times that; the terms of `i, j` and `j, i` add to twice the symmetric kernel
+    `h = ½ (c_i − c_j)(s_i − s_j)`, with `E h = Cov(c, s)`, `ζ₁ = tr Cov E[h | i]` and `ζ₂ = tr Cov h`.
+    `mean` is the expected gradient of the group average, `trace_cov` is `G` times the covariance trace of the group average, so
+    that both compare with ungrouped estimators sample for sample.
     A group answers one prompt; over several prompts the variance between them is added (law of total variance).
     """
     by_loss = {}

@@ -51,6 +51,9 @@ class Estimator:
     baseline: on `reward`, subtract `kl` (`KL_t` of the step), `group_mean` or `leave_one_out` (mean over the `group`
         responses to one prompt, with or without the response itself; credits `return` and `sequence`).
 
+    Complete Rao–Blackwell is unbiased for the reverse KL of responses: `KL(π ‖ ref) = E_μ Σ_t w_{<t} KL_t`, since `w_{<t}` is the
+    density of prefixes, and `∇w_{<t} = w_{<t} Σ_{u<t} ∇log π_u`, so `∇KL = E_μ Σ_t w_{<t} [∇KL_t + KL_t Σ_{u<t} ∇log π_u]`.
+
     Raises `ValueError` for an unknown name (with the nearest ones) and for a combination that means nothing.
     Sources: arXiv 2510.01555 (placements), 2504.10637 (Rao–Blackwell), 2512.02556 §3.1 (weighted k3), 1707.06347 (clip).
 

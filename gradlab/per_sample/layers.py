@@ -1,7 +1,8 @@
 """What one layer adds to per-sample gradients: inputs `a` `[n, s, i]` (see `weight_inputs`), output cotangents `b` `[n, s, m, o]`.
 
-The gradient of a linear layer is `Σ_s b_s aᵀ_s`: inner products of two of them need only those of the `a` and of the `b`, the
-mean over samples is one matrix product. Embeddings are linear layers whose `a` are one-hot; norms multiply elementwise. The `m`
+The gradient of a linear layer is `Σ_s b_s aᵀ_s`. Inner products of two of them need only those of the `a` and of the `b`, as
+`⟨b aᵀ, b' a'ᵀ⟩ = tr(a bᵀ b' a'ᵀ) = ⟨a, a'⟩⟨b, b'⟩`, so that `‖Σ_s b_s aᵀ_s‖² = Σ_{s,u} ⟨a_s, a_u⟩⟨b_s, b_u⟩`; the mean over samples is
+one matrix product. Embeddings are linear layers whose `a` are one-hot; norms multiply elementwise. The `m`
 cotangents, one per estimator or element of a basis, are batched: one product serves them all.
 
 Source: ghost norms, Goodfellow, arXiv 1510.01799; Li et al., arXiv 2110.05679.
