@@ -96,7 +96,8 @@ def values(
     """Compare the expected *value* of kernels with `KL(policy ‖ reference)`: what KL estimators are usually judged by.
 
     `Σ_t k(ℓ_t)` with credit `token`, `k(S)` with `sequence`; exact, or from `samples` responses that all kernels share.
-    Returns one row per scenario × kernel, columns as in `components`. Source: Schulman, "Approximating KL divergence" (2020).
+    Returns one row per scenario × kernel, columns as in `components`. Raises `ValueError` for an unknown kernel or credit and for
+    samples that are not positive. Source: Schulman, "Approximating KL divergence" (2020).
 
     >>> frame = gl.values(["k1", "k2", "k3"], gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1)))
     >>> frame.set_index("kernel")[["bias", "std"]].round(3).to_dict("list")

@@ -309,6 +309,8 @@ def detectable(samples: float, noise: float, dimension: float = 1.0, level: floa
 def samples_needed(effect: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> int:
     """Number of samples that tells a relative bias of `effect` from zero with this power: inverse of `detectable`.
 
+    Raises `ValueError` for an effect that is not positive, and as `detectable` does.
+
     >>> needed = gl.intervals.samples_needed(0.05, noise=4.0)
     >>> gl.intervals.detectable(needed, noise=4.0) <= 0.05 < gl.intervals.detectable(needed - 1, noise=4.0)
     True

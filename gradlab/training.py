@@ -120,6 +120,8 @@ def train(
 def task_reward(task: str, policy: LanguageModel) -> Reward:
     """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0.
 
+    Raises `ValueError` for an unknown task.
+
     >>> policy = gl.policies.small("names")
     >>> reward = gl.training.task_reward("names", policy)
     >>> scenario = gl.Scenario(policy, policy)

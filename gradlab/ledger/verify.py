@@ -249,6 +249,7 @@ def samples_needed(
 
     An interval `[low, high]` shrinks as 1/√samples. It settles the claim when it ends clear of the nearest threshold; for that
     to happen with probability `power` the gap must be `1 + z_power/z_level` times the interval's reach towards it.
+    Raises `ValueError` for a level or power outside (0, 1).
 
     >>> claim = gl.claims.claim("k3-biased", "bandit", "03_objectives", "bias", ">", 0, 0.0, estimator="k3-loss")
     >>> gl.claims.samples_needed(claim, centre=0.1, low=-0.1, high=0.3, samples=100)

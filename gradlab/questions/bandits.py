@@ -32,6 +32,7 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
     """A triangular grid of three-token policies: grid indices `i`, `j` and probabilities `policy_0 … policy_2`.
 
     `resolution + 1` points a side; `edge`, in grid steps, is the distance of the outermost points from the border.
+    Raises `ValueError` for a resolution that is not a positive whole number.
 
     >>> grid = gl.simplex(4)
     >>> len(grid), bool((grid[["policy_0", "policy_1", "policy_2"]].sum(axis=1) - 1).abs().max() < 1e-12)

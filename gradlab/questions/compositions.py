@@ -88,6 +88,8 @@ def reweighted(
 ) -> dict[str, Estimator]:
     """A catalogue estimator with another importance weight, under a name that says so.
 
+    Raises `ValueError` for an unknown name and for a combination that means nothing.
+
     >>> list(reweighted("k3-loss", "prefix", differentiate=True, truncate=2))
     ['k3-loss, differentiated prefix weight ≤ 2']
     """

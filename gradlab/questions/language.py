@@ -47,6 +47,7 @@ def extremes(
 
     `responses`: share of responses that hold a token with δ below `1/factor` (above `factor`), with Clopper–Pearson ends when
     sampled; `tokens`: the share of tokens; `furthest`: the most extreme log δ met; and the token that has it, after its text.
+    Raises `ValueError` for a level outside (0, 1).
 
     >>> policy, reference = (gl.policies.small("addition", stage, prompts=["64+80="]) for stage in ("many", "reference"))
     >>> frame = gl.language.extremes(gl.Scenario(policy, reference))
@@ -75,6 +76,8 @@ def extremes(
 
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Exact interval of a probability from `count` successes in `n` independent trials.
+
+    Raises `ValueError` for a level outside (0, 1). Source: Clopper & Pearson, Biometrika 26 (1934) 404.
 
     >>> [round(end, 4) for end in gl.language.clopper_pearson(0, 10)]
     [0.0, 0.3085]
@@ -138,6 +141,7 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
     `mass` `|a|`, `expected` `a⟨s, u⟩`, `projection` its magnitude and `second` `a²‖s‖²` (the token's own part of `E‖g‖²`; products of two
     tokens belong to neither), all times the response's weight. direction: instead of the exact ∇ of the reverse KL, which needs
     responses that can be listed. Columns also `after` (prompt and prefix), `token`, `log_ratio`, `weight`.
+    Raises `ValueError` for policies that are no language models.
 
     >>> policy, reference = (gl.policies.small("names", stage, length=1) for stage in ("few", "reference"))
     >>> frame = gl.language.parts(["k2-loss"], gl.Scenario(policy, reference))

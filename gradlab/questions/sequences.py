@@ -192,7 +192,8 @@ def with_reward(rewards: Mapping[str, Tensor], scenario: Scenario, coefficients:
     The surrogate is `−r(y) log π(y) + β Σ_t k1_t`. k1 as loss has the score as its gradient, so `β` is a constant subtracted
     from the reward: the mean stays, the trace moves by `β² tr F − 2β E[r ‖score‖²]`, and may fall. `rewards`: name → `[n]`
     over the enumerated responses. Columns `scenario, reward, mean_reward, coefficient, via, shift` (distance of the mean
-    gradients over their norm) and `noise_ratio` (trace with over trace without). Source: derived.
+    gradients over their norm) and `noise_ratio` (trace with over trace without).
+    Raises `ValueError` for a reward of another shape. Source: derived.
 
     >>> import torch
     >>> policy = gl.Bandit([0, 0])

@@ -198,6 +198,7 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
 
     For every column: the median with `_low`, `_high` (its interval from order statistics, exact for any law), and the 10 % and
     90 % quantiles of a run, `_q10` and `_q90`; `runs` counts them. With fewer than 6 runs the interval is that of all runs.
+    Raises `ValueError` for a level outside (0, 1).
 
     >>> scenario = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1))
     >>> frame = gl.tails.over_runs(gl.tails.running(["k3"], scenario, [10, 100], runs=8), ["mean"])

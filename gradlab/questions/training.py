@@ -96,7 +96,7 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     """Quotient of the standard deviations of pairs `[n]`, normal and correlated, with Pitman's interval.
 
     With `w` the quotient of variances and `r` the correlation its ends are `w (K ± √(K² − 1))`, `K = 1 + 2(1 − r²)t²/(n − 2)`.
-    Unknown for fewer than three pairs and where one side does not vary.
+    Unknown for fewer than three pairs and where one side does not vary. Raises `ValueError` for a level outside (0, 1).
     Source: Pitman, Biometrika 31 (1939) 9.
 
     >>> round(gl.runs.spread([0.0, 1.0, 2.0, 5.0], [0.0, 2.0, 4.0, 10.0]).centre, 6)
@@ -118,6 +118,7 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
 
     At equal coefficient, run by run. At matched final KL the reward is read off the straight line, in the logarithm of the KL,
     between the ends of the regulariser's runs of one seed, at the KL where `base` ended; only where that KL lies between ends.
+    Raises `ValueError` for a level outside (0, 1).
 
     >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
     >>> recipe = gl.training.Recipe(steps=4, eval_every=2)
