@@ -197,10 +197,10 @@ def variance_text(frame: pd.DataFrame) -> tuple[str, str]:
     largest = drawn[drawn["ratio"] < BORDER]["std"].max()
     return (
         "**Where the variance of k3 is infinite.** Standard deviation of one k3 for a policy N(mean, σ²) and the reference "
-        f"N(0, 1), in closed form (lines, up to the border σ = {BORDER:.4g}), by quadrature (dots) and from "
+        f"N(0, 1), in closed form (lines, down to the border σ = {BORDER:.4g}), by quadrature (dots) and from "
         f"{int(drawn['samples'].iloc[0]):,} draws (open: median of {int(drawn['runs'].iloc[0])} samples, bars 10–90 %). "
-        f"Beyond the border samples give up to {largest:.2g} nats.",
-        "The second moment ∫ref²/π stops existing at σ = √½: beyond it samples give finite numbers of nothing. Quadrature "
+        f"Where it is infinite samples give up to {largest:.2g} nats.",
+        "The second moment ∫ref²/π stops existing at σ = √½: below it samples give finite numbers of nothing. Quadrature "
         f"and closed form differ by at most {gap:.0e}, relative.",
     )
 
