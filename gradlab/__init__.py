@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from gradlab.audit import called as audit
     from gradlab.components import called as components
     from gradlab.components import values
-    from gradlab.estimators import CATALOGUE, ESTIMATORS, Estimator
+    from gradlab.estimators import CATALOGUE, ESTIMATORS, LOSSES, Estimator, PolicyLoss, Utility, utility
     from gradlab.estimators.kernels import Kernel
     from gradlab.extensions import register
     from gradlab.ledger import verify as claims
     from gradlab.measure import called as measure
     from gradlab.moments import Moments
+    from gradlab.objectives import OBJECTIVES
     from gradlab.per_sample import backprop
     from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
     from gradlab.questions import asymmetry, language, lengths, off_policy, optima, restoring, sequences, tails
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from gradlab.questions import training as runs
     from gradlab.questions.bandits import field, simplex
     from gradlab.records import Records
+    from gradlab.rewards import TableReward
     from gradlab.rollout import Rollout
     from gradlab.scenario import Scenario
     from gradlab.solvers import exact, montecarlo
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CATALOGUE",
     "ESTIMATORS",
+    "LOSSES",
+    "OBJECTIVES",
     "TARGETS",
     "Bandit",
     "Estimator",
@@ -55,11 +59,14 @@ __all__ = [
     "Markov",
     "Moments",
     "Policy",
+    "PolicyLoss",
     "Records",
     "Rollout",
     "Scenario",
+    "TableReward",
     "Target",
     "Tree",
+    "Utility",
     "ascent",
     "asymmetry",
     "audit",
@@ -89,17 +96,20 @@ __all__ = [
     "testing",
     "train",
     "training",
+    "utility",
     "values",
 ]
 
 # audit, components and measure are modules that are called like their function: gl.measure(…), gl.measure.COLUMNS.
 _HOMES = {
-    **dict.fromkeys(["CATALOGUE", "ESTIMATORS", "Estimator"], "estimators"),
+    **dict.fromkeys(["CATALOGUE", "ESTIMATORS", "LOSSES", "Estimator", "PolicyLoss", "Utility", "utility"], "estimators"),
     **dict.fromkeys(["Bandit", "Gaussian", "LanguageModel", "Markov", "Policy", "Tree"], "policies"),
     **dict.fromkeys(["field", "simplex"], "questions.bandits"),
     "Kernel": "estimators.kernels",
     "Moments": "moments",
     "Records": "records",
+    "OBJECTIVES": "objectives",
+    "TableReward": "rewards",
     "Rollout": "rollout",
     "Scenario": "scenario",
     "TARGETS": "targets",

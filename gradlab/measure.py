@@ -23,6 +23,7 @@ from gradlab._common.provenance import versions
 from gradlab.estimators.catalogue import ESTIMATORS, name_of
 from gradlab.estimators.estimator import Estimator
 from gradlab.moments import Loss, Moments
+from gradlab.objectives import ScenarioTarget, given, parameters_of
 from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact, montecarlo
 
@@ -93,6 +94,10 @@ def measure(
     jobs: int = 1,
     level: float = 0.95,
     anytime: bool = False,
+    *,
+    beta: float | None = None,
+    k: int | None = None,
+    utility: Any = None,
 ) -> pd.DataFrame:
     """Compare the expected gradient of every estimator with a target, in every scenario.
 
@@ -104,7 +109,7 @@ def measure(
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used, see
     `gradlab._common.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime:
     intervals of bias, cosine and noise that hold at every look at once when a run is doubled until one likes what one sees, see
-    `at_look`.
+    `at_look`. beta, k, utility: of the targets `regularised`, `pass_at_k` and `utility`, see `gl.OBJECTIVES`.
     Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
@@ -121,8 +126,9 @@ def measure(
     losses = by_name(estimators)
     scenarios = several(scenarios)
     names = several(target)
-    for name in names:
-        targets.target(name)
+    offered = {"beta": beta, "k": k, "utility": utility}
+    parameters = {name: value for name, value in offered.items() if value is not None}
+    _check_parameters(names, parameters)
     if not losses or not scenarios or not names:
         raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
     check_seed(seed)
@@ -136,7 +142,7 @@ def measure(
         if samples is not None:
             montecarlo.check_reach(samples, scenario, losses.values())
     tasks = (
-        joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, looked)
+        joblib.delayed(_rows)(losses, scenario, names, samples, seed, index, looked, parameters)
         for index, scenario in enumerate(tqdm(scenarios, desc="measure", unit="scenario", disable=None, delay=2))
     )
     rows = spread(tasks, jobs)
@@ -146,6 +152,18 @@ def measure(
     frame["reliable"] = frame["reliable"].astype("boolean")
     frame.attrs.update(seed=seed, level=level, **versions())
     return frame
+
+
+def _check_parameters(names: Sequence[str], parameters: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for unknown targets, for parameters they need that are not given, and for others that none of them has."""
+    known = [targets.target(name) for name in names]
+    for each in known:
+        if isinstance(each, ScenarioTarget):
+            given(each, parameters_of(each, parameters))
+    if foreign := [
+        name for name in parameters if not any(parameters_of(each, parameters).get(name) is not None for each in known)
+    ]:
+        raise ValueError(f"none of the targets {', '.join(names)} has a parameter {foreign[0]!r}")
 
 
 def at_look(level: float, samples: int | None) -> float:
@@ -200,6 +218,7 @@ def _rows(
     seed: int,
     index: int,
     level: float,
+    parameters: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """All rows of one scenario; runs in a worker, on one thread so that sums have one order."""
     with one_thread():
@@ -228,7 +247,7 @@ def _rows(
                 for run in moments_by_run[: len(losses)]
             ]
         else:
-            truths = [exact.gradient(name, scenario) for name in names]
+            truths = [exact.gradient(name, scenario, **parameters_of(targets.target(name), parameters)) for name in names]
             if samples is None:
                 unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
                 rows = [[_exact(run, truth, unbiased) for truth in truths] for run in moments_by_run]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import several
-from gradlab.estimators.coefficients import coefficients, group_parts
+from gradlab.estimators.closed_form import loss_coefficients
+from gradlab.estimators.coefficients import Coefficients, coefficients, group_parts
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import VOCABULARY_KERNELS
+from gradlab.estimators.policy_loss import PolicyLoss
 from gradlab.rollout import Rollout
 from gradlab.sums import Sums, added, distinct
 
@@ -171,20 +173,45 @@ class Gradients:
 
 def gradients(losses: Sequence[Loss], rollout: Rollout) -> Gradients:
     """Differentiate every loss at every response: estimators in closed form, other callables by one backward pass each."""
-    estimators = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
-    parts = {e: coefficients(estimator, rollout) for e, estimator in estimators.items()}
-    no_score = torch.zeros(rollout.mask.shape, dtype=torch.float64)
-    score = torch.stack([parts[e].score if e in parts else no_score for e in range(len(losses))])
+    parts: list[Coefficients | None] = [
+        coefficients(loss, rollout)
+        if isinstance(loss, Estimator)
+        else loss_coefficients(loss, rollout)
+        if isinstance(loss, PolicyLoss)
+        else None
+        for loss in losses
+    ]
+    cotangents = {e: cotangent(loss, rollout) for e, loss in enumerate(losses) if parts[e] is None}
+    return gathered(rollout, parts, cotangents)
+
+
+def gathered(
+    rollout: Rollout, parts: Sequence[Coefficients | None], cotangents: Mapping[int, Tensor] | None = None
+) -> Gradients:
+    """Gradients of several losses from the coefficients of each, or `None` where it has a cotangent."""
+    blank = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+    score = torch.stack([blank if part is None else part.score for part in parts])
     direct = []
     for kernel in VOCABULARY_KERNELS:
-        coefficients_by_loss = {
-            e: d for e, part in parts.items() if estimators[e].kernel == kernel and (d := part.direct) is not None
+        found = {
+            e: part.direct
+            for e, part in enumerate(parts)
+            if part is not None and part.direct is not None and part.kernel == kernel
         }
-        if coefficients_by_loss:
+        if found:
             slope = rollout.family.slope(kernel, rollout.table, rollout.reference_table)
-            direct.append((list(coefficients_by_loss), torch.stack(list(coefficients_by_loss.values())), slope))
-    cotangents = {e: cotangent(loss, rollout) for e, loss in enumerate(losses) if e not in estimators}
-    return Gradients(rollout, score, tuple(direct), cotangents)
+            direct.append((list(found), torch.stack(list(found.values())), slope))
+    return Gradients(rollout, score, tuple(direct), dict(cotangents or {}))
+
+
+def is_grouped(loss: Loss) -> bool:
+    """Whether a loss compares responses to one prompt with each other, so that a single one has no gradient of its own."""
+    return isinstance(loss, Estimator | PolicyLoss) and loss.grouped
+
+
+def unit_of(loss: Loss) -> int:
+    """How many responses to one prompt a loss takes together."""
+    return (loss.group or 1) if isinstance(loss, Estimator | PolicyLoss) and loss.grouped else 1
 
 
 def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
@@ -250,7 +277,7 @@ def moments_of(losses: Sequence[Loss], rollout: Rollout, method: str, pullback: 
 
 def digits_lost(loss: Loss, found: Moments) -> bool:
     """Whether a covariance trace `E‖g‖² − ‖E g‖²` of single responses is a small difference of large numbers."""
-    grouped = isinstance(loss, Estimator) and loss.grouped
+    grouped = is_grouped(loss)
     return not grouped and found.trace_cov < CANCELLED * float(found.mean.square().sum())
 
 
@@ -284,7 +311,7 @@ def check_finite(losses: Sequence[Loss], found: Sequence[Moments]) -> None:
     for loss, each in zip(losses, found, strict=True):
         # A trace is finite only if the mean is, and a sum only if every term is.
         if not (math.isfinite(each.trace_cov) or math.isfinite(float(each.mean.sum()))):
-            name = loss.name if isinstance(loss, Estimator) else getattr(loss, "__name__", "loss")
+            name = loss.name if isinstance(loss, Estimator | PolicyLoss) else getattr(loss, "__name__", "loss")
             raise ValueError(f"the expected gradient of {name} is not finite: the policies are so far apart that it overflows")
 
 
@@ -313,11 +340,11 @@ def group_moments(
         ungrouped = replace(estimator, baseline=None, group=None)
         if ungrouped not in statistics:
             statistics[ungrouped] = [_covariance_statistics(ungrouped, parts, rows, pullback) for parts in prompts]
-        by_loss[e] = _over_prompts([of_group(estimator, *each, method) for each in statistics[ungrouped]], estimator.group or 1)
+        by_loss[e] = over_prompts([of_group(estimator, *each, method) for each in statistics[ungrouped]], estimator.group or 1)
     return by_loss
 
 
-def _over_prompts(parts: list[Moments], group: int) -> Moments:
+def over_prompts(parts: list[Moments], group: int) -> Moments:
     """Moments of a group average when the prompt is drawn first, from those of every prompt."""
     if len(parts) == 1:
         return parts[0]

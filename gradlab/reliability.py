@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator
-from gradlab.moments import Gradients, Loss, Moments, gradients
+from gradlab.moments import Gradients, Loss, Moments, gradients, is_grouped
 from gradlab.policies import Gaussian, LanguageModel
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, is_of
@@ -102,7 +102,7 @@ def reliability(losses: Sequence[Loss], moments: Sequence[Moments], scenario: Sc
     assert samples is not None
     with torch.no_grad():
         listed = is_of(scenario, Gaussian) or montecarlo._countable(scenario)
-        ungrouped = [e for e, loss in enumerate(losses) if not (isinstance(loss, Estimator) and loss.grouped)]
+        ungrouped = [e for e, loss in enumerate(losses) if not is_grouped(loss)]
         known: dict[int, Reliability] = {}
         if listed and ungrouped:
             rates, sizes = _enumerated_norms([losses[e] for e in ungrouped], scenario)

@@ -21,6 +21,7 @@ from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
 from gradlab.policies.responses import Responses
+from gradlab.rewards import Reward, given_reward, rewards_of
 from gradlab.scenario import Scenario, is_of
 
 
@@ -60,7 +61,8 @@ class Rollout:
     """Weighted responses and the parameters of the three policies' step distributions along them.
 
     Shapes: tokens, mask and contexts `[n, t]`, weight `[n]` (sums to 1), tables `[r, v]`; `contexts` says which table row
-    emitted a token, so `logits[i, u] = table[contexts[i, u]]` is `[n, t, v]`. `length` is the longest possible response,
+    emitted a token, so `logits[i, u] = table[contexts[i, u]]` is `[n, t, v]`. `old_table` is that of the trainer's weights when the
+    behaviour policy drew (`None`: the same), `reward` the scenario's function. `length` is the longest possible response,
     `sampled` says that the responses are independent draws, `revisits` that a response may emit from one row more than once,
     `expected_length` is `E_μ[L]` where it is known (otherwise the weighted mean of the responses at hand stands in). `prompts`
     `[n]` says which prompt of a language model a response answers.
@@ -87,6 +89,8 @@ class Rollout:
     revisits: bool = False
     expected_length: float | None = None
     prompts: Tensor | None = None
+    old_table: Tensor | None = None
+    reward: Reward | None = None
     _cache: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,10 +99,10 @@ class Rollout:
                 "a rollout needs tokens [n, t], mask [n, t] and weight [n], got "
                 f"{list(self.tokens.shape)}, {list(self.mask.shape)} and {list(self.weight.shape)}"
             )
-        if not (self.table.shape == self.reference_table.shape == self.behaviour_table.shape):
+        if len({getattr(self, name).shape for name in self._tables()}) > 1:
             raise ValueError(
-                "policy, reference and behaviour need logits of one shape, got "
-                f"{list(self.table.shape)}, {list(self.reference_table.shape)} and {list(self.behaviour_table.shape)}"
+                "policy, reference and behaviour need logits of one shape, and so does old, got "
+                + " and ".join(str(list(getattr(self, name).shape)) for name in self._tables())
             )
         has_token = self.mask.any(-1)
         if not bool(has_token.all()):
@@ -107,10 +111,14 @@ class Rollout:
                 f"response {empty} has no live token in its mask; every response holds at least one (its end token "
                 "counts): drop empty responses, and check that the mask covers the response rather than the prompt"
             )
-        for name in ("table", "reference_table", "behaviour_table"):
+        for name in self._tables():
             # A sum is finite only if every term is, and is much cheaper to look at.
             if not math.isfinite(float(getattr(self, name).detach().sum())):
                 raise ValueError(f"the {name} of a rollout holds NaN or infinite logits; check the model's output upstream")
+
+    def _tables(self) -> list[str]:
+        """Names of the tables that there are."""
+        return ["table", "reference_table", "behaviour_table", *(["old_table"] if self.old_table is not None else [])]
 
     # ---- constructors -------------------------------------------------------------------------------------------------
 
@@ -128,6 +136,8 @@ class Rollout:
         sampled: bool = True,
         expected_length: float | None = None,
         prompts: Tensor | None = None,
+        old_logits: Tensor | None = None,
+        reward: Reward | None = None,
     ) -> Rollout:
         """Build a rollout from logits `[n, t, v]`; `behaviour_logits=None` means on-policy.
 
@@ -135,8 +145,14 @@ class Rollout:
         together, for weights that are not float64, not negative and 1 in all, and for a live token outside the vocabulary.
         """
         behaviour = logits.detach() if behaviour_logits is None else behaviour_logits
-        for name, item in (("logits", logits), ("reference_logits", reference_logits), ("behaviour_logits", behaviour)):
-            if item.dim() != 3 or item.shape[:2] != tokens.shape:
+        given = {
+            "logits": logits,
+            "reference_logits": reference_logits,
+            "behaviour_logits": behaviour,
+            "old_logits": old_logits,
+        }
+        for name, item in given.items():
+            if item is not None and (item.dim() != 3 or item.shape[:2] != tokens.shape):
                 raise ValueError(f"{name} must be [n, t, v] with [n, t] = {list(tokens.shape)}, got {list(item.shape)}")
         mask = mask.bool()
         if family is CATEGORICAL and mask.shape == tokens.shape:
@@ -153,7 +169,8 @@ class Rollout:
         )
         rollout = cls(
             tokens, mask, weight, contexts, table, reference_table, behaviour_table, length or tokens.shape[1], family, sampled,
-            expected_length=expected_length, prompts=prompts,
+            expected_length=expected_length, prompts=prompts, reward=reward,
+            old_table=None if old_logits is None else old_logits.reshape(-1, old_logits.shape[-1]),
         )  # fmt: skip
         _check_weight(weight)
         return rollout
@@ -172,10 +189,12 @@ class Rollout:
         prompts, tokens = responses.prompts, responses.tokens
         with torch.no_grad():
             logits, reference_logits = (p.logits(prompts, tokens) for p in (scenario.policy, scenario.reference))
-            behaviour_logits = None if scenario.behaviour is None else scenario.behaviour.logits(prompts, tokens)
+            behaviour_logits, old_logits = (
+                None if p is None else p.logits(prompts, tokens) for p in (scenario.behaviour, scenario.old)
+            )
         return cls.from_logits(
             tokens, responses.mask, weight, logits, reference_logits, behaviour_logits, length=scenario.policy.length,
-            expected_length=expected_length, prompts=prompts,
+            expected_length=expected_length, prompts=prompts, old_logits=old_logits, reward=scenario.reward,
         )  # fmt: skip
 
     @classmethod
@@ -189,7 +208,7 @@ class Rollout:
         sampled = expected_length is not None
         return cls(
             responses.tokens, responses.mask, weight, policy.rows_of(responses), *tables, policy.length, policy.family, sampled,
-            policy.revisits, expected_length, responses.prompts,
+            policy.revisits, expected_length, responses.prompts, _old(scenario), scenario.reward,
         )  # fmt: skip
 
     @classmethod
@@ -218,7 +237,7 @@ class Rollout:
         """
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
         tables = policy.table, reference.table.detach(), sampler.table.detach()
-        expected_length = float(sampler.occupancy().detach().sum())
+        expected_length, old = float(sampler.occupancy().detach().sum()), _old(scenario)
         for part in policy.parts(size):
             rows, contexts = policy.visited(part.tokens)
             table, reference_table, own = (table[rows] for table in tables)
@@ -228,6 +247,7 @@ class Rollout:
             found = cls(
                 part.tokens, part.mask, weight / share, contexts, table, reference_table, own, policy.length, policy.family,
                 revisits=policy.revisits, expected_length=expected_length, prompts=part.prompts,
+                old_table=None if old is None else old[rows], reward=scenario.reward,
             )  # fmt: skip
             yield found, rows, share
 
@@ -235,7 +255,11 @@ class Rollout:
     def _by_quadrature(cls, scenario: Scenario[Gaussian], log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
         kinks = [x for level in log_ratios for x in crossings(policy, reference, level)]
-        kinks += [x for level in log_weights for x in crossings(policy, sampler, level)]
+        pairs = [(policy, sampler)]
+        if scenario.old is not None:
+            pairs += [(policy, scenario.old), (scenario.old, sampler)]
+        kinks += [x for level in log_weights for pair in pairs for x in crossings(*pair, level)]
+        kinks += [float(x) for x in getattr(scenario.reward, "kinks", ())]
         nodes, widths = quadrature([sampler, policy, reference], kinks)
         responses = Responses.without_prompt(nodes[:, None], torch.ones(len(nodes), 1, dtype=torch.bool))
         log_prob = sampler.family.log_prob(sampler.table.detach(), sampler.rows_of(responses), responses.tokens)
@@ -320,6 +344,30 @@ class Rollout:
         """`log Π_{u<t} ρ_u`, `[n, t]`."""
         return self.log_weight.cumsum(-1) - self.log_weight
 
+    @cached_property
+    def old_log_weight(self) -> Tensor:
+        """`log π − log π_old`, `[n, t]`; `log_weight` where the trainer's weights were those of the behaviour policy."""
+        if self.old_table is None:
+            return self.log_weight
+        return self._masked(self.family.log_ratio(self.table, self.old_table, self.contexts, self.tokens))
+
+    @cached_property
+    def log_correction(self) -> Tensor:
+        """`log π_old − log μ`, `[n, t]`, what the trainer and the engine that drew disagree by."""
+        if self.old_table is None:
+            return torch.zeros_like(self.log_weight)
+        return self._masked(self.family.log_ratio(self.old_table, self.behaviour_table, self.contexts, self.tokens))
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """The reward of every response, `[n]`. Raises `ValueError` where there is none, or not one finite number for each."""
+        return self.token_rewards if self.token_rewards.dim() == 1 else self.token_rewards.sum(-1)
+
+    @cached_property
+    def token_rewards(self) -> Tensor:
+        """What the reward gave: `[n]`, or `[n, t]` with 0 in the padding."""
+        return rewards_of(given_reward(self.reward), self)
+
     def divergence(self, kernel: str) -> Tensor:
         """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 in the padding."""
         row_divergence = self.family.reverse_kl if kernel == "full" else self.family.mse
@@ -366,6 +414,12 @@ class Rollout:
             raise ValueError("this rollout does not say which prompts it answers: give prompts to Rollout.from_logits")
         return Responses(self.tokens, self.mask, self.prompts)
 
+    def only(self, rows: Tensor) -> Rollout:
+        """Some of the responses, with the weights they have: these need not sum to 1."""
+        fields = {name: getattr(self, name)[rows] for name in ("tokens", "mask", "contexts", "weight")}
+        prompts = None if self.prompts is None else self.prompts[rows]
+        return replace(self, **fields, prompts=prompts, expected_length=self.mean_length)
+
     def narrowed(self) -> tuple[Rollout, Tensor]:
         """The same responses with only those rows of the tables that they visit, and the sorted numbers of these rows."""
         visited = torch.zeros(len(self.table), dtype=torch.bool)
@@ -373,7 +427,7 @@ class Rollout:
         rows = visited.nonzero()[:, 0]
         if len(rows) == len(visited):
             return self, rows
-        tables = {name: getattr(self, name)[rows] for name in ("table", "reference_table", "behaviour_table")}
+        tables = {name: getattr(self, name)[rows] for name in self._tables()}
         return replace(self, contexts=(visited.cumsum(0) - 1)[self.contexts], **tables), rows
 
     def cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -398,7 +452,12 @@ class Rollout:
         return Rollout.from_logits(
             self.tokens, self.mask, self.weight, leaves, self.reference_logits, self.behaviour_logits.detach(),
             self.family, self.length, self.sampled, self.expected_length, self.prompts,
+            None if self.old_table is None else self.old_table[self.contexts], self.reward,
         )  # fmt: skip
+
+
+def _old(scenario: Scenario) -> Tensor | None:
+    return None if scenario.old is None else scenario.old.table.detach()
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""A scenario: the policy being trained, the reference it is kept near, and the policy that sampled the data."""
+"""A scenario: the policy being trained, the reference it is kept near, the policy that sampled the data, and the reward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Generic
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import TypeIs, TypeVar
 
 from gradlab.policies import LanguageModel, Policy
+from gradlab.rewards import Reward
 
 P = TypeVar("P", bound=Policy, default=Policy, covariant=True)
 Q = TypeVar("Q", bound=Policy)
@@ -26,8 +27,11 @@ class Scenario(Generic[P]):
     """Frozen triple of policies of one kind `P`. `behaviour=None` means on-policy: the data come from `policy` itself.
 
     `name` labels the scenario in frames; without one a label is made from the family, its size and the KL.
-    Raises `ValueError` when the three policies differ in kind, vocabulary, length or end token, or when the reference or
-    the behaviour policy gives probability 0 (in float64) to a token of a context.
+    reward: a function from a rollout to one number per response, `[n]`, or per token, `[n, t]` (for credits to later tokens), for
+    targets and losses of the whole objective. On a `Gaussian` the places where it has a kink or a jump are an attribute of it,
+    `kinks`. old: the trainer's weights when `behaviour`, the engine, drew; `None`: the same as `behaviour`.
+    Raises `ValueError` when the policies differ in kind, vocabulary, length or end token, when the reference or
+    the behaviour policy gives probability 0 (in float64) to a token of a context, and for a reward that is no function.
 
     >>> policy = gl.Tree.random(vocab=3, length=2, seed=0)
     >>> scenario = gl.Scenario(policy, reference=policy.perturbed(kl=0.3, seed=1))
@@ -39,11 +43,19 @@ class Scenario(Generic[P]):
     reference: P
     behaviour: P | None = None
     name: str | None = None
+    _: KW_ONLY
+    reward: Reward | None = None
+    old: P | None = None
 
     def __post_init__(self) -> None:
-        for role in ("policy", "reference", "behaviour"):
+        if self.reward is not None and not callable(self.reward):
+            raise ValueError(
+                f"reward must be a function of a rollout that gives one number per response, got {type(self.reward).__name__}; "
+                "numbers for each token of a table are gl.TableReward(policy, table)"
+            )
+        for role in ("policy", "reference", "behaviour", "old"):
             other = getattr(self, role)
-            if role == "behaviour" and other is None:
+            if role in ("behaviour", "old") and other is None:
                 continue
             if not isinstance(other, Policy):
                 raise ValueError(
@@ -87,8 +99,8 @@ class Scenario(Generic[P]):
         return 0.0 if self.behaviour is None else float(self.behaviour.kl(self.policy))  # type: ignore[arg-type]
 
     def on_policy(self) -> Scenario[P]:
-        """The same policy and reference, with data from the policy itself."""
-        return replace(self, behaviour=None)
+        """The same policy, reference and reward, with data from the policy itself."""
+        return replace(self, behaviour=None, old=None)
 
 
 def is_of(scenario: Scenario[Any], kind: type[Q]) -> TypeIs[Scenario[Q]]:

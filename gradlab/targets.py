@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradlab import objectives
+from gradlab._common.names import check_name
 from gradlab._common.registry import Registry
 from gradlab.estimators.kernels import KERNELS
+from gradlab.objectives import OBJECTIVES, ScenarioTarget, of_responses
 from gradlab.policies import Policy, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
@@ -53,14 +57,8 @@ def _frozen(divergence: str) -> Objective:
 
 
 def _over_responses(function: Callable[[Rollout], Tensor]) -> Objective:
-    """`E_π[f(y)]`, as a weighted sum over all responses in which the policy's probability is differentiated."""
-
     def objective(policy: Policy, reference: Policy, sampler: Policy) -> Tensor:
-        rollout = Rollout.enumerated(Scenario(policy, reference))
-        log_prob, weight, values = rollout.log_prob.sum(-1), rollout.weight.detach(), function(rollout)
-        # Probabilities sum to 1, so a constant has no gradient: leaving out the likeliest response's value, none cancels.
-        usual = values[weight.argmax()].detach()
-        return usual * weight.sum() + (weight * (log_prob - log_prob.detach()).exp()) @ (values - usual)
+        return of_responses(policy, reference, function)
 
     return objective
 
@@ -122,13 +120,34 @@ _OWN = {
     )
 }
 
-#: Names → targets, in the order of tables.
+#: Names → targets of three policies, in the order of tables; those that read a reward or have parameters are `OBJECTIVES`.
 TARGETS: Registry[Target] = Registry("target", _OWN)
 
 
-def target(name: str) -> Target:
-    """Look a target up. Raises `ValueError` for an unknown name, with the nearest ones."""
-    return TARGETS.named(name)
+def target(name: str) -> Target | ScenarioTarget:
+    """Look a target up, one of three policies or of a whole scenario. Raises `ValueError` for an unknown name, with the nearest."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    check_name("target", name, [*TARGETS, *OBJECTIVES])
+    return TARGETS[name]
+
+
+def value(name: str, policy: Policy, scenario: Scenario, **parameters: Any) -> Tensor:
+    """The objective of a target at `policy`, with the scenario's other policies and its reward.
+
+    Raises `ValueError` for an unknown name, for parameters that are missing or that the target does not have, and where the scenario
+    has no reward that is needed.
+    """
+    found = target(name)
+    if isinstance(found, ScenarioTarget):
+        return found.objective(policy, scenario, **objectives.given(found, parameters))
+    for parameter in parameters:
+        raise ValueError(f"target {name!r} has no parameters, got {parameter}; those that have are {_parametrised()}")
+    return found.objective(policy, scenario.reference, scenario.sampler)
+
+
+def _parametrised() -> str:
+    return ", ".join(f"{each.name} ({', '.join(each.parameters)})" for each in OBJECTIVES.values() if each.parameters)
 
 
 def check_target(target: Target) -> None:
@@ -150,11 +169,10 @@ def check_target(target: Target) -> None:
         ) from error
 
 
-def gradient_by_autograd(name: str, scenario: Scenario) -> Tensor:
+def gradient_by_autograd(name: str, scenario: Scenario, **parameters: Any) -> Tensor:
     """Gradient of a target with respect to the policy's parameters, `[p]`, by autograd through its definition."""
     with torch.enable_grad():
-        parameters = scenario.policy.parameters.detach().clone().requires_grad_(True)
-        policy = scenario.policy.with_parameters(parameters)
-        value = target(name).objective(policy, scenario.reference, scenario.sampler)
-        (grad,) = torch.autograd.grad(value, parameters)
+        leaf = scenario.policy.parameters.detach().clone().requires_grad_(True)
+        policy = scenario.policy.with_parameters(leaf)
+        (grad,) = torch.autograd.grad(value(name, policy, scenario, **parameters), leaf)
     return scenario.policy.balanced(grad)

@@ -11,9 +11,8 @@ Source: REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740; clipping, Sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradlab._common.names import check_jobs, check_name, check_real, check_seed, check_whole, several
+from gradlab._common.names import check_jobs, check_real, check_seed, check_whole, several
 from gradlab._common.parallel import spread
 from gradlab._common.provenance import versions
 from gradlab._common.streams import generator
@@ -34,15 +33,14 @@ from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients, Loss, cotangent, gradients
 from gradlab.per_sample import backprop
 from gradlab.policies import LanguageModel, Policy
-from gradlab.policies.small import TASKS
 from gradlab.recipe import Recipe
+from gradlab.rewards import Reward, rewards_of
+from gradlab.rewards import task_reward as task_reward
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario, is_of
 
 #: The run without a regulariser, in frames.
 NONE = "none"
-#: Rewards `[n]` of the responses of a rollout.
-Reward = Callable[[Rollout], Tensor]
 
 COLUMNS: dict[str, str] = {
     "estimator": "regulariser by its catalogue name, or none",
@@ -115,25 +113,6 @@ def train(
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs.update(seed=seed, **versions())
     return frame
-
-
-def task_reward(task: str, policy: LanguageModel) -> Reward:
-    """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0.
-
-    Raises `ValueError` for an unknown task.
-
-    >>> policy = gl.policies.small("names")
-    >>> reward = gl.training.task_reward("names", policy)
-    >>> scenario = gl.Scenario(policy, policy)
-    >>> sorted(set(reward(gl.language.rollout_of(scenario, 64)).tolist()))
-    [0.0, 1.0]
-    """
-    check_name("task", task, TASKS)
-    return partial(_solved, task, policy)
-
-
-def _solved(task: str, policy: LanguageModel, rollout: Rollout) -> Tensor:
-    return TASKS[task].reward(policy, rollout.responses)
 
 
 # ---- one run ------------------------------------------------------------------------------------------------------------
@@ -225,12 +204,12 @@ def _reevaluate(scenario: Scenario, sampled: Rollout) -> Rollout:
 
 
 def _rewards(rollout: Rollout, reward: Reward) -> Tensor:
-    values = reward(rollout)
-    n = len(rollout.weight)
-    if not isinstance(values, Tensor) or values.shape != (n,) or not bool(torch.isfinite(values).all()):
-        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"a reward gives one finite number per response, [{n}], got {shape}")
-    return values.double()
+    values = rewards_of(reward, rollout)
+    if values.dim() != 1:
+        raise ValueError(
+            f"a run compares whole responses: a reward gives one number for each, [{len(values)}], got {list(values.shape)}"
+        )
+    return values
 
 
 def _advantages(rewards: Tensor, group: int) -> Tensor:

@@ -201,7 +201,7 @@ def test_list_names_everything_there_is(monkeypatch, capsys, what):
     printed = capsys.readouterr().out
     names = {
         "estimators": gl.ESTIMATORS,
-        "targets": gl.TARGETS,
+        "targets": [*gl.TARGETS, *gl.OBJECTIVES],
         "kernels": ["k1", "k2", "k3", "full", "mse"],
         "claims": ["value-k1", "E[k1] = KL(π‖ref)", "k3-biased"],
         "analyses": main.analyses(),

@@ -103,7 +103,7 @@ def test_only_frozen_prefixes_look_at_the_sampler(name, shape):
         ("forward", "did you mean 'forward_kl'"),
         ("reverse_kl_frozen", "did you mean 'reverse_kl_frozen_prefix'"),
         ("k2value", "did you mean 'k2_value'"),
-        ("entropy", f"known: {', '.join(NAMES)}"),
+        ("surprise", f"known: {', '.join(NAMES)}, reward, regularised"),
     ],
 )
 def test_unknown_names(look_up, name, hint):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -121,9 +121,11 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
             for e in CATALOGUE.values()
         ]
     if what is Listing.targets:
+        from gradlab.objectives import OBJECTIVES
         from gradlab.targets import TARGETS
 
-        return ("name", "objective", "source"), [(t.name, t.statement, t.source) for t in TARGETS.values()]
+        listed: list[Any] = [*TARGETS.values(), *OBJECTIVES.values()]
+        return ("name", "objective", "source"), [(t.name, t.statement, t.source) for t in listed]
     if what is Listing.kernels:
         from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
 

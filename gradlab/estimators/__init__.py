@@ -2,5 +2,8 @@
 
 from gradlab.estimators.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.losses import LOSSES
+from gradlab.estimators.policy_loss import PolicyLoss
+from gradlab.estimators.utility import Utility, utility
 
-__all__ = ["CATALOGUE", "ESTIMATORS", "Estimator"]
+__all__ = ["CATALOGUE", "ESTIMATORS", "LOSSES", "Estimator", "PolicyLoss", "Utility", "utility"]

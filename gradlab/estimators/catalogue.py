@@ -8,6 +8,8 @@ from typing import Any
 
 from gradlab._common.registry import Registry
 from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.losses import LOSSES
+from gradlab.estimators.policy_loss import PolicyLoss
 
 #: An expected gradient written as a combination of target gradients, e.g. `{"reverse_kl": 1, "forward_kl": -1}`.
 Combination = dict[str, float]
@@ -123,8 +125,10 @@ ESTIMATORS: Mapping[str, Estimator] = _Estimators()
 
 
 def name_of(estimator: Any) -> str:
-    """Catalogue name of an estimator, the composed name of any other one, or the name of a callable."""
-    for name, known in ESTIMATORS.items():
-        if known == estimator:
-            return name
-    return estimator.name if isinstance(estimator, Estimator) else str(getattr(estimator, "__name__", type(estimator).__name__))
+    """Catalogue name of an estimator or a whole loss, the composed name of any other one, or the name of a callable."""
+    composed = isinstance(estimator, Estimator | PolicyLoss)
+    for names in (ESTIMATORS, LOSSES) if composed else ():
+        for name, known in names.items():
+            if known == estimator:
+                return name
+    return str(estimator.name) if composed else str(getattr(estimator, "__name__", type(estimator).__name__))

@@ -28,14 +28,25 @@ from gradlab.rollout import Readings
 
 @dataclass(frozen=True)
 class Coefficients:
-    """`score` `[n, t]` multiplies `∇log π(y_t|s_t)`, `direct` `[n, t]` (or `None`) the gradient of the vocabulary kernel."""
+    """`score` `[n, t]` multiplies `∇log π(y_t|s_t)`, `direct` `[n, t]` (or `None`) the gradient of the vocabulary kernel `kernel`."""
 
     score: Tensor
     direct: Tensor | None = None
+    kernel: str | None = None
 
     def __add__(self, other: Coefficients) -> Coefficients:
-        directs = [c.direct for c in (self, other) if c.direct is not None]
-        return Coefficients(self.score + other.score, directs[0] if directs else None)
+        """The sum of two that have at most one vocabulary kernel between them."""
+        own, others = self.direct, other.direct
+        direct = own if others is None else others if own is None else own + others
+        return Coefficients(self.score + other.score, direct, self.kernel or other.kernel)
+
+    def __mul__(self, factor: Tensor) -> Coefficients:
+        """Multiplied by a factor of every token, or of every response `[n, 1]`."""
+        return Coefficients(self.score * factor, None if self.direct is None else self.direct * factor, self.kernel)
+
+    def only(self, rows: Tensor) -> Coefficients:
+        """Those of some responses."""
+        return Coefficients(self.score[rows], None if self.direct is None else self.direct[rows], self.kernel)
 
 
 def coefficients(estimator: Estimator, rollout: Readings) -> Coefficients:
@@ -54,7 +65,7 @@ def coefficients(estimator: Estimator, rollout: Readings) -> Coefficients:
     factor = (
         rollout.mask_float if estimator.normalise == "sum" else rollout.mask_float * scale(estimator, rollout).reshape(-1, 1)
     )
-    return Coefficients(found.score * factor, None if found.direct is None else found.direct * factor)
+    return found * factor
 
 
 def group_parts(estimator: Estimator, rollout: Readings) -> tuple[Tensor, Tensor]:
@@ -97,7 +108,7 @@ def _of_loss(e: Estimator, rollout: Readings) -> Coefficients:
         score, direct = (w * slope).expand_as(rollout.mask), None
     if e.differentiate_weight:
         score = score + _through_weight(e, _weight_slope(e, rollout) * kernel_values(e, rollout), rollout)
-    return Coefficients(score, direct)
+    return Coefficients(score, direct, None if direct is None else e.kernel)
 
 
 def _of_reward(e: Estimator, rollout: Readings) -> Coefficients:

@@ -126,11 +126,16 @@ class Estimator:
 
 def scale(estimator: Estimator, rollout: Readings) -> Tensor:
     """The normaliser of every response, `[n]` or a scalar."""
-    if estimator.normalise == "mean":
+    return normaliser(estimator.normalise, rollout)
+
+
+def normaliser(name: str, rollout: Readings) -> Tensor:
+    """What every response is multiplied by, `[n]` or a scalar, for `sum`, `mean`, `token_mean` or `fixed`."""
+    if name == "mean":
         return 1 / rollout.lengths
-    if estimator.normalise == "token_mean":
+    if name == "token_mean":
         return torch.tensor(1 / rollout.mean_length, dtype=torch.float64)
-    return torch.tensor(1.0 if estimator.normalise == "sum" else 1 / rollout.length, dtype=torch.float64)
+    return torch.tensor(1.0 if name == "sum" else 1 / rollout.length, dtype=torch.float64)
 
 
 def kernel_values(estimator: Estimator, rollout: Readings) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log, log1p
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +17,27 @@ import scipy
 import torch
 from torch import Tensor
 
-from gradlab import targets
+from gradlab import groups, targets
 from gradlab._common.names import is_several
+from gradlab.estimators.closed_form import loss_coefficients
 from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.estimators.kernels import KERNELS
+from gradlab.estimators.policy_loss import PolicyLoss
 from gradlab.moments import (
     CENTRED_DOUBLES,
+    Gradients,
     Loss,
     Moments,
     as_losses,
+    gathered,
     gradients,
+    in_logits,
+    is_grouped,
     moments_in_parts,
     moments_of,
     recentred,
 )
+from gradlab.objectives import OBJECTIVES
 from gradlab.per_sample import backprop
 from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Tabular, Tree
 from gradlab.policies.gaussian import ORDER, REACH
@@ -48,12 +55,15 @@ MOMENT_BYTES = 2**32
 COVARIANCE_DOUBLES = 2**26
 
 
-def gradient(target: str, scenario: Scenario) -> Tensor:
-    """True gradient of a target (`gl.TARGETS`) with respect to the policy's parameters, `[p]`, row-major.
+def gradient(target: str, scenario: Scenario, **parameters: Any) -> Tensor:
+    """True gradient of a target (`gl.TARGETS`, `gl.OBJECTIVES`) with respect to the policy's parameters, `[p]`, row-major.
 
+    Targets of the whole objective are to be descended, like all others: `reward` is `−E r`, `regularised` (with `beta=`)
+    `−E r + β KL`, `pass_at_k` (with `k=`) and `utility` (with `utility=gl.utility(…)`) of success probabilities, `entropy` `−H`.
     By autograd through the definition on `Bandit`, `Tree` and `Gaussian`, and through the network of a `LanguageModel` whose
     responses can be listed (mean over prompts, in the network's precision); by dynamic programming on `Markov`.
-    Raises `ValueError` for an unknown target, with the nearest names.
+    Raises `ValueError` for an unknown target, with the nearest names, for a parameter that is missing, and without a reward that is
+    needed. On a `Markov` chain too long to enumerate a reward must be a `TableReward`.
 
     >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 2))
     >>> [round(part, 6) for part in gl.exact.gradient("reverse_kl", scenario).tolist()]
@@ -61,25 +71,24 @@ def gradient(target: str, scenario: Scenario) -> Tensor:
     """
     targets.target(target)
     check_scenario(scenario)
-    return (
-        markov.target_gradient(target, scenario)
-        if is_of(scenario, Markov)
-        else targets.gradient_by_autograd(target, scenario).double()
-    )
+    if is_of(scenario, Markov) and target not in OBJECTIVES and not parameters:
+        return markov.target_gradient(target, scenario)
+    return targets.gradient_by_autograd(target, scenario, **parameters).double()
 
 
-def objective(target: str, scenario: Scenario) -> float:
-    """Value of a target in nats (`inverse_length` in 1/tokens). Raises `ValueError` for an unknown target.
+def objective(target: str, scenario: Scenario, **parameters: Any) -> float:
+    """Value of a target in nats (`inverse_length` in 1/tokens, a reward in its own units). Raises `ValueError` as `gradient` does.
 
     >>> scenario = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1))
     >>> round(gl.exact.objective("reverse_kl", scenario), 6)
     0.5
     """
-    value = targets.target(target)
+    targets.target(target)
     check_scenario(scenario)
-    if is_of(scenario, Markov):
+    if is_of(scenario, Markov) and target not in OBJECTIVES and not parameters:
         return markov.objective(target, scenario)
-    return float(value.objective(scenario.policy, scenario.reference, scenario.sampler))
+    with torch.no_grad():
+        return float(targets.value(target, scenario.policy, scenario, **parameters))
 
 
 @overload
@@ -103,17 +112,52 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
     """
     losses = as_losses(estimator)
     check_scenario(scenario)
+    whole = {e: loss for e, loss in enumerate(losses) if isinstance(loss, PolicyLoss)}
+    plain = [e for e in range(len(losses)) if e not in whole]
+    by_loss: dict[int, Moments] = {}
     with torch.no_grad():
-        if is_of(scenario, Markov):
-            results = [markov.moments(loss, scenario) for loss in losses]
-        elif is_of(scenario, Gaussian):
-            results = _by_quadrature(losses, scenario)
-        elif is_of(scenario, LanguageModel):
-            results = moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.pullback_of(scenario.policy))
-        else:
-            assert is_of(scenario, Tabular)
-            results = _on_table(losses, scenario)
+        if whole:
+            by_loss |= zip(whole, _of_whole_losses(list(whole.values()), scenario), strict=True)
+        if plain:
+            by_loss |= zip(plain, _of_estimators([losses[e] for e in plain], scenario), strict=True)
+    results = [by_loss[e] for e in range(len(losses))]
     return results if is_several(estimator) else results[0]
+
+
+def _of_estimators(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
+    if is_of(scenario, Markov):
+        return [markov.moments(loss, scenario) for loss in losses]
+    if is_of(scenario, Gaussian):
+        return _by_quadrature(losses, scenario)
+    if is_of(scenario, LanguageModel):
+        return moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.pullback_of(scenario.policy))
+    assert is_of(scenario, Tabular)
+    return _on_table(losses, scenario)
+
+
+def _of_whole_losses(losses: Sequence[PolicyLoss], scenario: Scenario) -> list[Moments]:
+    """Moments of losses of the whole objective, over all responses held at once."""
+    policy = scenario.policy
+    if isinstance(policy, Markov) and not policy.enumerable:
+        raise ValueError(
+            f"the responses of a chain of {policy.vocab} tokens and length {policy.length} are too many to list, and a whole loss is no "
+            "recursion over time; estimate it from samples (samples=…), or take a shorter chain"
+        )
+    with torch.no_grad():
+        rollout = enumerated(losses, scenario)
+        pullback = backprop.pullback_of(scenario.policy) if is_of(scenario, LanguageModel) else in_logits
+        method = "quadrature" if isinstance(policy, Gaussian) else "enumeration"
+        found: dict[int, Moments] = {}
+        single = [e for e, loss in enumerate(losses) if not loss.grouped]
+        if single:
+            found |= zip(single, moments_of([losses[e] for e in single], rollout, method, pullback), strict=True)
+        for e, loss in enumerate(losses):
+            if loss.grouped:
+                found[e] = groups.exact_moments(loss, rollout, pullback)
+            if isinstance(policy, Gaussian):
+                parts = groups.basis_of(loss, rollout) if loss.grouped else [loss_coefficients(loss, rollout)]
+                found[e] = _checked(found[e], gathered(rollout, parts), rollout, scenario)
+    return [found[e] for e in range(len(losses))]
 
 
 def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Moments]:
@@ -155,7 +199,8 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
     >>> gl.exact.covariance(gl.ESTIMATORS["k1-loss"], scenario).round(decimals=6).tolist()
     [[0.25, -0.25], [-0.25, 0.25]]
     """
-    if isinstance(estimator, Estimator) and estimator.grouped:
+    if is_grouped(estimator):
+        assert isinstance(estimator, Estimator | PolicyLoss)
         raise ValueError(
             f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
             "trace of its covariance"
@@ -232,15 +277,21 @@ def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
     for e, loss in enumerate(losses):
         if isinstance(loss, Estimator) and loss.grouped:
             continue
-        table = gradients([loss], rollout).tables(0)[:, 0]
+        found[e] = _checked(found[e], gradients([loss], rollout), rollout, scenario)
+    return found
+
+
+def _checked(moments: Moments, batch: Gradients, rollout: Rollout, scenario: Scenario) -> Moments:
+    """Moments by quadrature, with the trace that diverges as `inf`. Raises `ValueError` for a mean that does."""
+    for table in (batch.tables(e)[:, 0] for e in range(len(batch.score))):
         if any(_tail(column, rollout) for column in table.unbind(-1)):
             raise ValueError(
                 f"the expected gradient on {scenario.label} does not fit the reach of quadrature, {REACH:g} standard "
                 "deviations of the sampler: the reference is too much wider than the sampler, or the mean does not exist"
             )
         if _tail(table.square().sum(-1), rollout):
-            found[e] = replace(found[e], trace_cov=float("inf"))
-    return found
+            moments = replace(moments, trace_cov=float("inf"))
+    return moments
 
 
 def _tail(values: Tensor, rollout: Rollout) -> bool:
@@ -304,19 +355,22 @@ def enumerated(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
     """
     if not is_of(scenario, Gaussian):
         return Rollout.enumerated(scenario)
-    levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator)]
+    levels = [kinks(e, scenario.kl()) for e in losses if isinstance(e, Estimator | PolicyLoss)]
     ratios, weights = ({x for level in levels for x in level[side]} for side in (0, 1))
     return Rollout.enumerated(scenario, sorted(ratios), sorted(weights))
 
 
-def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
-    """Levels of the log-ratio `ℓ` and of `log ρ` at which an estimator's coefficient has a kink or a jump.
+def kinks(e: Estimator | PolicyLoss, kl: float) -> tuple[list[float], list[float]]:
+    """Levels of the log-ratio `ℓ` and of `log ρ` at which a coefficient has a kink or a jump.
 
-    `kl` is the step's KL, which a `kl` baseline compares the kernel with.
+    `kl` is the step's KL, which a `kl` baseline compares the kernel with. Raises `ValueError` for a clip that acts on the sum of
+    advantage and KL, whose sign changes elsewhere.
 
     >>> gl.exact.kinks(gl.Estimator("k3", clamp_log_ratio=20.0), kl=0.1)
     ([-20.0, 20.0], [])
     """
+    if isinstance(e, PolicyLoss):
+        return _kinks_of_loss(e, kl)
     ratios = [kink for kernel in {e.kernel, e.effective_gradient_kernel} & set(KERNELS) for kink in KERNELS[kernel].kinks]
     if e.clamp_log_ratio is not None:
         ratios += [-e.clamp_log_ratio, e.clamp_log_ratio]
@@ -326,6 +380,22 @@ def kinks(e: Estimator, kl: float) -> tuple[list[float], list[float]]:
     if e.clip is not None:
         ratios += _level(e.kernel, kl if e.baseline == "kl" else 0.0)
         log_weights += [log1p(e.clip)] + ([log1p(-e.clip)] if e.clip < 1 else [])
+    return ratios, log_weights
+
+
+def _kinks_of_loss(loss: PolicyLoss, kl: float) -> tuple[list[float], list[float]]:
+    if loss.combine == "after" and loss.clip is not None and loss.clip_form != "detached":
+        raise ValueError(
+            "a clip acts on the sign of advantage less βk, which changes where quadrature has no cut; estimate it from samples (samples=…)"
+        )
+    ratios, log_weights = ([], []) if loss.regulariser is None else kinks(loss.regulariser, kl)
+    bounds = [*(loss.bounds or ()), loss.dual_clip, loss.truncate, *(loss.mask or ())]
+    bounds += [loss.correction_truncate, *(loss.correction_mask or ())]
+    log_weights = log_weights + [log(bound) for bound in bounds if bound is not None and 0 < bound < float("inf")]
+    if loss.negative_mask is not None:
+        log_weights.append(-loss.negative_mask)
+    if loss.regulariser is not None and loss.combine == "head":
+        ratios = ratios + _level(loss.regulariser.kernel, kl if loss.regulariser.baseline == "kl" else 0.0)
     return ratios, log_weights
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from gradlab._common.names import check_whole, is_several
 from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator
-from gradlab.moments import Loss, Moments, as_losses, gradients
+from gradlab.estimators.policy_loss import PolicyLoss, fixed
+from gradlab.moments import Loss, Moments, as_losses, gradients, is_grouped, unit_of
 from gradlab.per_sample import backprop
 from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.rollout import Rollout
@@ -28,6 +29,8 @@ from gradlab.sums import Sums, added
 BATCHES = 64
 #: Draws are counted where the policy has at most this many responses.
 COUNTED_RESPONSES = 2**15
+#: Responses that a batch's mean and standard deviation are taken from at most, where they cannot be computed.
+PILOT = 4096
 #: Tokens of one run that are drawn one by one: hours of work. Those of a language model take longer, and its batches are held.
 DRAWN_TOKENS, ANSWERED_TOKENS = 2**34, 2**27
 #: Doubles of logits that are drawn from at once.
@@ -71,12 +74,28 @@ def moments(
     check_scenario(scenario)
     check_samples(samples)
     by_loss: dict[int, Moments] = {}
-    grouped = {e for e, loss in enumerate(losses) if isinstance(loss, Estimator) and loss.grouped}
+    losses = with_constants(losses, scenario, samples, seed)
+    grouped = {e for e, loss in enumerate(losses) if is_grouped(loss)}
     for together in (sorted(grouped), [e for e in range(len(losses)) if e not in grouped]):
         if together:
             run = _run([losses[e] for e in together], scenario, samples, seed, stream)
             by_loss.update(zip(together, run, strict=True))
     return [by_loss[e] for e in range(len(losses))] if is_several(estimator) else by_loss[0]
+
+
+def with_constants(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int = 0) -> list[Loss]:
+    """The losses, those that divide by a batch's spread with that of a large one.
+
+    Exact where the responses can be listed; otherwise from as many responses as are measured, at most `PILOT`, that are drawn apart.
+    """
+    if not any(isinstance(loss, PolicyLoss) and loss.batch and loss.constants is None for loss in losses):
+        return list(losses)
+    with torch.no_grad():
+        listed = is_of(scenario, Gaussian) or scenario.policy.enumerable
+        rollout = (
+            Rollout.enumerated(scenario) if listed else Rollout.from_sampler(scenario, min(samples, PILOT), _rng(seed, (2,)))
+        )
+        return [fixed(loss, rollout) if isinstance(loss, PolicyLoss) else loss for loss in losses]
 
 
 def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: int, seed: int = 0) -> Tensor:
@@ -93,7 +112,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
     check_scenario(scenario)
     check_samples(samples)
     check_samples(replicates, "replicates")
-    if not _countable(scenario) or (isinstance(estimator, Estimator) and estimator.grouped):
+    if not _countable(scenario) or is_grouped(estimator):
         raise ValueError(
             f"replicates() counts draws, for which {scenario.label} would need a list of at most {COUNTED_RESPONSES} "
             "responses and the estimator must treat responses one by one; call moments() with different seeds instead"
@@ -107,7 +126,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
 
 def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, stream: tuple[int, ...]) -> list[Moments]:
     """Moments over units, a unit being a response or a group of them: `u` is the average gradient of one."""
-    sizes = [loss.group or 1 if isinstance(loss, Estimator) else 1 for loss in losses]
+    sizes = [unit_of(loss) for loss in losses]
     unit = lcm(*sizes)
     if samples % unit:
         raise ValueError(f"samples must be a multiple of the group size {unit} of the estimators, got {samples}")
@@ -192,7 +211,7 @@ def _batch_of_table(
     (r, v), t = policy.table.shape, policy.length
     # An estimator takes a few numbers a token, another callable the logits and their cotangents. A pass over the tables, of which
     # every block takes some, should cost less than the block.
-    others = sum(not isinstance(loss, Estimator) for loss in losses)
+    others = sum(not isinstance(loss, Estimator | PolicyLoss) for loss in losses)
     block = max(CHUNK, 256 * policy.table.numel()) // (t * (24 + 4 * len(losses) + v * (others and 4 + others)))
     # What is drawn at once decides who gets which variate of several steps, so it depends on the policy alone, and on no other loss.
     most = block if t == 1 else DRAWN // max(t * v, r * v if policy.revisits or unit > 1 else 0)
@@ -337,7 +356,7 @@ def check_reach(samples: int, scenario: Scenario, losses: Iterable[Loss]) -> Non
     >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
     >>> gl.montecarlo.check_reach(10**12, scenario, [gl.ESTIMATORS["k2-loss"]])
     """
-    if not _countable(scenario) or any(isinstance(loss, Estimator) and loss.grouped for loss in losses):
+    if not _countable(scenario) or any(map(is_grouped, losses)):
         _check_drawn(samples, scenario)
 
 

@@ -1,0 +1,110 @@
+"""Rewards: functions from a rollout to one number per response, or per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradlab._common.names import check_name
+from gradlab.policies import Gaussian, LanguageModel, Policy
+from gradlab.policies.small import TASKS
+
+if TYPE_CHECKING:
+    from gradlab.rollout import Rollout
+
+#: Rewards of the responses of a rollout: one per response `[n]`, or one per token `[n, t]`.
+Reward = Callable[["Rollout"], Tensor]
+
+
+def rewards_of(reward: Reward, rollout: Rollout) -> Tensor:
+    """The rewards of a rollout, `[n]` or `[n, t]` with 0 behind the end of a response, float64.
+
+    Raises `ValueError` unless the function gives one finite number per response or per token.
+    """
+    found = reward(rollout)
+    n, t = rollout.tokens.shape
+    if not isinstance(found, Tensor) or found.shape not in ((n,), (n, t)):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"a reward gives one finite number per response, a tensor [{n}], or per token, [{n}, {t}], got {shape}; "
+            "a scalar or a column [n, 1] usually misses a sum over tokens or a squeeze"
+        )
+    found = found.detach().double()
+    if found.dim() == 2:
+        found = torch.where(rollout.mask, found, 0.0)
+    if not bool(torch.isfinite(found).all()):
+        bad = torch.nonzero(~torch.isfinite(found))[0].tolist()
+        raise ValueError(
+            f"a reward gives one finite number per response or per token, got {found[tuple(bad)].item()} for response {bad[0]}; "
+            "a reward model's overflow or the logarithm of 0 usually stands behind it"
+        )
+    return found
+
+
+def given_reward(reward: Reward | None) -> Reward:
+    """The reward of a scenario. Raises `ValueError` where there is none."""
+    if reward is None:
+        raise ValueError(
+            "the scenario has no reward; give one, gl.Scenario(…, reward=fn) with fn a function of a rollout that gives one number per "
+            "response, e.g. lambda rollout: (rollout.tokens[:, 0] == 2).double()"
+        )
+    return reward
+
+
+@dataclass(frozen=True, eq=False)
+class TableReward:
+    """What each token earns in each context: a table with the shape of the policy's, `r(y) = Σ_t table[context_t, y_t]`.
+
+    A reward per token, `[n, t]` of a rollout. Expected rewards are exact even on a `Markov` chain of any length, as the KL is.
+    Raises `ValueError` for a Gaussian or a language model, another shape, and numbers that are not finite.
+
+    >>> import gradlab as gl
+    >>> policy = gl.Bandit([0.0, 0.0, 0.0])
+    >>> scenario = gl.Scenario(policy, reference=policy, reward=gl.TableReward(policy, [1.0, 0.0, 0.0]))
+    >>> round(gl.exact.objective("reward", scenario), 3)  # an objective to descend: −E r
+    -0.333
+    """
+
+    policy: Policy
+    table: Tensor
+
+    def __init__(self, policy: Policy, table: Tensor | Iterable[Any]) -> None:
+        if isinstance(policy, Gaussian | LanguageModel):
+            raise ValueError(f"a {type(policy).__name__} has no table of tokens; give a function of a rollout as reward")
+        given = torch.as_tensor(table, dtype=torch.float64)
+        rows, v = policy.table.shape
+        if given.shape != (rows, v) and not (rows == 1 and given.shape == (v,)):
+            raise ValueError(f"a table of rewards has the shape of the policy's, [{rows}, {v}], got {list(given.shape)}")
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError("a table of rewards holds NaN or infinite numbers")
+        object.__setattr__(self, "policy", policy)
+        object.__setattr__(self, "table", given.reshape(rows, v))
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """The reward of every token, `[n, t]`."""
+        assert not isinstance(self.policy, Gaussian | LanguageModel)
+        return self.table[self.policy.contexts(rollout.tokens), rollout.tokens]
+
+
+def task_reward(task: str, policy: LanguageModel) -> Reward:
+    """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0.
+
+    Raises `ValueError` for an unknown task.
+
+    >>> policy = gl.policies.small("names")
+    >>> reward = gl.training.task_reward("names", policy)
+    >>> scenario = gl.Scenario(policy, policy)
+    >>> sorted(set(reward(gl.language.rollout_of(scenario, 64)).tolist()))
+    [0.0, 1.0]
+    """
+    check_name("task", task, TASKS)
+    return partial(_solved, task, policy)
+
+
+def _solved(task: str, policy: LanguageModel, rollout: Rollout) -> Tensor:
+    return TASKS[task].reward(policy, rollout.responses)
