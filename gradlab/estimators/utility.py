@@ -75,7 +75,7 @@ def utility(
     >>> gl.utility("leave_one_out", group=8).name
     'p'
     >>> round(gl.utility("group_std", group=8).slope(0.5), 4)
-    1.8629
+    1.8557
     """
     if not callable(advantage):
         check_name("advantage", advantage, ADVANTAGES)
