@@ -25,6 +25,9 @@ class Utility:
 
     name: where it is known, such as `p` or `pass@4`. jumps: `A(1, c+1) − A(0, c)` for `c` right others, `[G]`: the coefficients of
     `U'` in Bernstein polynomials of degree `G − 1`; `None` for the limit of large groups.
+
+    >>> print(gl.utility("group_std", group=3), "with slope", round(gl.utility("group_std", group=3).slope(0.2), 6))
+    U(p) = 1.41421 p (group_std, G = 3) with slope 1.414214
     """
 
     name: str | None

@@ -74,7 +74,7 @@ def moments(
     check_scenario(scenario)
     check_samples(samples)
     by_loss: dict[int, Moments] = {}
-    losses = with_constants(losses, scenario, samples, seed)
+    losses = _with_constants(losses, scenario, samples, seed)
     grouped = {e for e, loss in enumerate(losses) if is_grouped(loss)}
     for together in (sorted(grouped), [e for e in range(len(losses)) if e not in grouped]):
         if together:
@@ -83,7 +83,7 @@ def moments(
     return [by_loss[e] for e in range(len(losses))] if is_several(estimator) else by_loss[0]
 
 
-def with_constants(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int = 0) -> list[Loss]:
+def _with_constants(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int = 0) -> list[Loss]:
     """The losses, those that divide by a batch's spread with that of a large one.
 
     Exact where the responses can be listed; otherwise from as many responses as are measured, at most `PILOT`, that are drawn apart.
