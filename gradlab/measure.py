@@ -22,6 +22,8 @@ from gradlab._common.parallel import spread
 from gradlab._common.provenance import versions
 from gradlab.estimators.catalogue import ESTIMATORS, name_of
 from gradlab.estimators.estimator import Estimator
+from gradlab.estimators.losses import LOSSES
+from gradlab.estimators.policy_loss import PolicyLoss
 from gradlab.moments import Loss, Moments
 from gradlab.objectives import ScenarioTarget, given, parameters_of
 from gradlab.scenario import Scenario, check_scenario
@@ -101,7 +103,7 @@ def measure(
 ) -> pd.DataFrame:
     """Compare the expected gradient of every estimator with a target, in every scenario.
 
-    estimators: `Estimator`s, catalogue names, or callables from a rollout to per-sample losses `[n]`; a mapping names them.
+    estimators: `Estimator`s, `PolicyLoss`es, names of either, or callables from a rollout to losses `[n]`; a mapping names them.
     samples: `None` for exact moments, or the number of responses to draw. seed: entropy of every draw.
     A language model has its parameters' gradients compared. Where its responses cannot be listed the target's gradient is
     estimated too, by an unbiased estimator (`UNBIASED`) from the same draws, and so is the `kl`: bias, cosine and noise, with
@@ -109,7 +111,8 @@ def measure(
     jobs: worker processes over scenarios (joblib; inside `joblib.parallel_config(backend=…)` that backend is used, see
     `gradlab._common.parallel`). The result has the same bytes for any number of workers. level: of the intervals. anytime:
     intervals of bias, cosine and noise that hold at every look at once when a run is doubled until one likes what one sees, see
-    `at_look`. beta, k, utility: of the targets `regularised`, `pass_at_k` and `utility`, see `gl.OBJECTIVES`.
+    `at_look`. beta, k, utility: of the targets `regularised`, `pass_at_k` and `utility`, see `gl.OBJECTIVES`; a
+    `PolicyLoss` is compared with `regularised` at its own `beta` where none is given.
     Where so few responses carry a gradient that a sample of this size cannot know its mean or its noise, as the policies' whole
     distributions tell, `reliable` is False and the intervals that are not known are open: 0 to `inf`, a cosine −1 to 1.
 
@@ -128,7 +131,7 @@ def measure(
     names = several(target)
     offered = {"beta": beta, "k": k, "utility": utility}
     parameters = {name: value for name, value in offered.items() if value is not None}
-    _check_parameters(names, parameters)
+    _check_parameters(names, parameters, losses.values())
     if not losses or not scenarios or not names:
         raise ValueError(f"nothing to measure: {len(losses)} estimators, {len(scenarios)} scenarios, {len(names)} targets")
     check_seed(seed)
@@ -154,12 +157,13 @@ def measure(
     return frame
 
 
-def _check_parameters(names: Sequence[str], parameters: Mapping[str, Any]) -> None:
+def _check_parameters(names: Sequence[str], parameters: Mapping[str, Any], losses: Iterable[Loss]) -> None:
     """Raise `ValueError` for unknown targets, for parameters they need that are not given, and for others that none of them has."""
     known = [targets.target(name) for name in names]
     for each in known:
         if isinstance(each, ScenarioTarget):
-            given(each, parameters_of(each, parameters))
+            own = {} if not all(isinstance(loss, PolicyLoss) for loss in losses) else {"beta": 0.0}
+            given(each, parameters_of(each, own | dict(parameters)))
     if foreign := [
         name for name in parameters if not any(parameters_of(each, parameters).get(name) is not None for each in known)
     ]:
@@ -203,8 +207,8 @@ def by_name(estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss]) 
 
 def _loss(item: Loss | str) -> Loss:
     if isinstance(item, str):
-        check_name("estimator", item, ESTIMATORS)
-        return ESTIMATORS[item]
+        check_name("estimator", item, [*ESTIMATORS, *LOSSES])
+        return ESTIMATORS[item] if item in ESTIMATORS else LOSSES[item]
     if not callable(item):
         raise ValueError(f"an estimator is a gl.Estimator, a catalogue name or a function of a rollout, got {item!r}")
     return item
@@ -225,7 +229,8 @@ def _rows(
         if samples is None:
             moments_by_run = exact.moments(list(losses.values()), scenario)
         else:
-            target_estimators = {} if scenario.policy.tabulated else {name: _unbiased_estimator(name) for name in names}
+            betas = [_beta(loss, parameters) for loss in losses.values()]
+            target_estimators = {} if scenario.policy.tabulated else {name: _unbiased_estimator(name, betas) for name in names}
             all_losses = [*losses.values(), *target_estimators.values()]
             moments_by_run = montecarlo.moments(all_losses, scenario, samples, seed, stream=(index,))
             reliabilities = reliability.reliability(all_losses, moments_by_run, scenario, seed)
@@ -247,16 +252,22 @@ def _rows(
                 for run in moments_by_run[: len(losses)]
             ]
         else:
-            truths = [exact.gradient(name, scenario, **parameters_of(targets.target(name), parameters)) for name in names]
-            if samples is None:
-                unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
-                rows = [[_exact(run, truth, unbiased) for truth in truths] for run in moments_by_run]
-            else:
-                rows = _sampled(moments_by_run, truths, level)
+            unbiased = max(NO_BIAS, UNITS * torch.finfo(scenario.policy.parameters.dtype).eps)
+            rows = [[] for _ in losses]
+            for beta in dict.fromkeys(_beta(loss, parameters) for loss in losses.values()):
+                chosen = [e for e, loss in enumerate(losses.values()) if _beta(loss, parameters) == beta]
+                truths = [_truth(name, scenario, {**parameters, "beta": beta}) for name in names]
+                runs = [moments_by_run[e] for e in chosen]
+                if samples is None:
+                    found = [[_exact(run, truth, unbiased) for truth in truths] for run in runs]
+                else:
+                    found = _sampled(runs, truths, level)
+                for e, part in zip(chosen, found, strict=True):
+                    rows[e] = part
         finished = []
         for e, (label, loss) in enumerate(losses.items()):
             for g, (name, row) in enumerate(zip(names, rows[e], strict=True)):
-                if not scenario.policy.tabulated and _is_target_estimator(loss, name, scenario):
+                if not scenario.policy.tabulated and _is_target_estimator(loss, target_estimators[name], scenario):
                     # That it equals itself says nothing about its bias.
                     row |= dict.fromkeys(_COMPARISONS, float("nan"))
                 if samples is not None:
@@ -270,16 +281,35 @@ def _rows(
     return finished
 
 
-def _unbiased_estimator(target: str) -> Loss:
+def _beta(loss: Loss, parameters: Mapping[str, Any]) -> float | None:
+    """The coefficient of the KL in the objective that a loss is compared with: as given, or its own."""
+    own: float | None = loss.beta if isinstance(loss, PolicyLoss) else None
+    return float(parameters["beta"]) if "beta" in parameters else own
+
+
+def _truth(name: str, scenario: Scenario, parameters: Mapping[str, Any]) -> Tensor:
+    return exact.gradient(name, scenario, **parameters_of(targets.target(name), parameters))
+
+
+def _unbiased_estimator(target: str, betas: Sequence[float | None] = ()) -> Loss:
+    weighted = PolicyLoss("reward", ratio="sequence", bypass=True)
+    if target == "reward":
+        return weighted
+    if target == "regularised":
+        if len(set(betas)) != 1 or betas[0] is None:
+            raise ValueError(
+                f"the losses have different coefficients {sorted({b for b in betas if b is not None})}; give beta="
+            )
+        return replace(weighted, regulariser=ESTIMATORS[UNBIASED["reverse_kl"]], beta=betas[0])
     if target not in UNBIASED:
         raise ValueError(
             f"the responses of this language model cannot be listed, and no estimator of gradlab is unbiased for {target!r}; "
-            f"possible targets: {', '.join(UNBIASED)}, or restrict actions, length or prompts"
+            f"possible targets: {', '.join([*UNBIASED, 'reward', 'regularised'])}, or restrict actions, length or prompts"
         )
     return ESTIMATORS[UNBIASED[target]]
 
 
-def _is_target_estimator(loss: Loss, target: str, scenario: Scenario) -> bool:
+def _is_target_estimator(loss: Loss, target: Loss, scenario: Scenario) -> bool:
     """Whether a loss is the very estimator that stands in for the target's gradient; on-policy a detached weight is 1."""
 
     def plain(e: Loss) -> Loss:
@@ -287,7 +317,7 @@ def _is_target_estimator(loss: Loss, target: str, scenario: Scenario) -> bool:
             return e
         return replace(e, weight="none")
 
-    return plain(loss) == plain(_unbiased_estimator(target))
+    return plain(loss) == plain(target)
 
 
 def _exact(moments: Moments, gradient: Tensor, unbiased: float) -> dict[str, Any]:

@@ -195,12 +195,13 @@ def test_an_audit_that_could_not_be_written_is_not_run(monkeypatch, capsys, tmp_
     assert "cannot write to the output folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["estimators", "targets", "kernels", "claims", "analyses"])
+@pytest.mark.parametrize("what", ["estimators", "losses", "targets", "kernels", "claims", "analyses"])
 def test_list_names_everything_there_is(monkeypatch, capsys, what):
     assert run(monkeypatch, "list", what) == 0
     printed = capsys.readouterr().out
     names = {
         "estimators": gl.ESTIMATORS,
+        "losses": gl.LOSSES,
         "targets": [*gl.TARGETS, *gl.OBJECTIVES],
         "kernels": ["k1", "k2", "k3", "full", "mse"],
         "claims": ["value-k1", "E[k1] = KL(π‖ref)", "k3-biased"],
@@ -323,3 +324,32 @@ def test_the_gallery_shows_every_figure_with_its_caption_and_data(tmp_path):
     assert "data:image/png;base64," in page
     assert page.count('data-verdict="OPEN"') == len(settled)
     assert "http" not in page.replace("https://arxiv.org", "")
+
+
+def test_whole_losses_are_measured_with_their_group_and_coefficient(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "found.csv"
+    options = ["--loss", "grpo", "--loss", "rloo", "--beta", ".1", "--group", "4", "--vocab", "3", "--length", "2", "-o", path]
+    assert run(monkeypatch, "measure", *options) == 0
+    found = pd.read_csv(path)
+    assert list(found.estimator) == ["grpo", "rloo"]
+    assert list(found.target) == ["regularised"] * 2
+    assert found.bias[0] > 0.1
+    assert found.bias[1] == 0
+    assert run(monkeypatch, "measure", "--group", "4") == 2
+    assert "name one with --loss" in capsys.readouterr().err
+    assert run(monkeypatch, "measure", "--loss", "grop") == 2
+    assert "unknown loss 'grop'; did you mean 'grpo'" in capsys.readouterr().err
+
+
+def test_the_utility_of_a_loss_is_told_with_what_it_needs(monkeypatch, capsys):
+    assert run(monkeypatch, "utility", "grpo", "--group", "8") == 0
+    printed = capsys.readouterr().out
+    assert "2 arcsin √p" in printed
+    assert f"{gl.utility('group_std', group=8).slope(0.5):.4f}" in printed
+    assert "divided by its length" in printed
+    assert run(monkeypatch, "utility", "reinforce++") == 0
+    assert "no utility" in capsys.readouterr().out
+    assert run(monkeypatch, "utility", "pass_at_k", "--group", "8", "--k", "2") == 0
+    assert "pass@2" in capsys.readouterr().out
+    assert run(monkeypatch, "utility", "group_sdt") == 2
+    assert "did you mean 'group_std'" in capsys.readouterr().err

@@ -382,3 +382,34 @@ def with_ids(policy):
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------------- measured
+
+
+def test_measure_compares_each_loss_at_its_own_coefficient():
+    world, _ = rewarded("tree", True)
+    losses = {beta: dataclasses.replace(gl.LOSSES["rloo"], beta=beta) for beta in (0.05, 0.4)}
+    frame = gl.measure({str(beta): loss for beta, loss in losses.items()}, world, target=["regularised", "reward"])
+    assert (frame[frame["target"] == "regularised"].bias == 0).all()
+    for beta, row in zip(losses, frame[frame["target"] == "reward"].itertuples(), strict=True):
+        reward, regularised = gl.exact.gradient("reward", world), gl.exact.gradient("regularised", world, beta=beta)
+        assert row.bias == pytest.approx(float((regularised - reward).norm() / reward.norm()), rel=1e-9)
+    given = gl.measure([gl.LOSSES["rloo"], "k1-reward-return"], world, target="regularised", beta=0.05)
+    assert list(given.estimator) == ["rloo", "k1-reward-return"]
+    assert given.bias[0] == 0 < given.bias[1]
+    assert list(gl.measure("grpo", world, target="reward").estimator) == ["grpo"]
+    with pytest.raises(ValueError, match="needs beta"):
+        gl.measure(["rloo", "k2-loss"], world, target="regularised")
+
+
+def test_measure_estimates_the_regularised_objective_where_responses_are_too_many_to_list():
+    policy, reference = (gl.policies.small("names", stage, length=6) for stage in ("few", "reference"))
+    world = gl.Scenario(policy, reference, reward=gl.training.task_reward("names", policy))
+    loss = gl.PolicyLoss("leave_one_out", 4, regulariser=E("k1"), beta=0.1, combine="before")
+    wrong = dataclasses.replace(loss, beta=0.0, regulariser=None, combine="separate", advantage=lambda rewards: 1 - rewards)
+    frame = gl.measure({"rloo": loss, "reversed": wrong}, world, target="regularised", samples=512, beta=0.1)
+    rloo, reversed_ = frame.itertuples()
+    assert rloo.bias_low == 0
+    assert rloo.cosine_high > 0.5
+    assert reversed_.cosine < -0.3

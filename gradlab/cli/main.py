@@ -18,6 +18,7 @@ from gradlab.cli.audit import audit_command
 from gradlab.cli.measure import measure_command
 from gradlab.cli.reproduce import Output, analyses, reproduce, title
 from gradlab.cli.train import train_command
+from gradlab.cli.utility import utility_command
 
 app = typer.Typer(
     name="gradlab",
@@ -79,12 +80,14 @@ def claims_command(
 app.command(name="measure")(measure_command)
 app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
+app.command(name="utility")(utility_command)
 
 
 class Listing(StrEnum):
     """What `gradlab list` can list."""
 
     estimators = "estimators"
+    losses = "losses"
     targets = "targets"
     kernels = "kernels"
     claims = "claims"
@@ -96,7 +99,7 @@ class Listing(StrEnum):
 def list_command(
     what: Annotated[Listing, typer.Argument(help="Which names to list.")] = Listing.estimators,
 ) -> None:
-    """List estimators, targets, kernels, claims, analyses or shipped models, with what they are and where they come from."""
+    """List estimators, losses, targets, kernels, claims, analyses or shipped models, with what they are and where they come from."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -120,6 +123,14 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
             (e.name, e.estimator.name, _combination(e.on_policy), _combination(e.off_policy), e.source)
             for e in CATALOGUE.values()
         ]
+    if what is Listing.losses:
+        from gradlab.estimators.losses import LOSSES
+        from gradlab.estimators.policy_loss import describe
+
+        return ("name", "composition", "descends on-policy, at one length", "source"), [
+            (name, _fields(describe(loss)), _combination(dict(loss.target) if loss.target else None), loss.source)
+            for name, loss in LOSSES.items()
+        ]
     if what is Listing.targets:
         from gradlab.objectives import OBJECTIVES
         from gradlab.targets import TARGETS
@@ -139,6 +150,15 @@ def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
 
         return ("task", "stages", "what it does"), [(t.name, ", ".join(STAGES), t.statement) for t in TASKS.values()]
     return ("name", "question"), [(name, title(path)) for name, path in analyses().items()]
+
+
+def _fields(given: dict[str, Any]) -> str:
+    """Fields of a loss on one line."""
+    shown = {key: getattr(value, "name", None) or getattr(value, "__name__", None) or value for key, value in given.items()}
+    return ", ".join(
+        f"{key}={'(' + ', '.join(f'{x:.4g}' for x in value) + ')' if isinstance(value, tuple) else value}"
+        for key, value in shown.items()
+    )
 
 
 def _combination(parts: dict[str, float] | None) -> str:

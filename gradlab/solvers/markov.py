@@ -272,7 +272,7 @@ def _objective(target: str, policy: Markov, reference: Markov, sampler: Markov) 
         gap = CATEGORICAL.gaps(policy.table, reference.table)
         rows = {"u": {"u": Step(ref)}, "d": {"d": Step(pi), "u": Step(gap)}}
         return 0.5 * _scalar_moments(rows, ["d"], _emits(policy).expand_as(pi), policy)[0, 0]
-    return targets.TARGETS[target].objective(policy, reference, sampler)
+    return targets.TARGETS.named(target).objective(policy, reference, sampler)
 
 
 def _inverse_length(policy: Markov) -> Tensor:

@@ -76,6 +76,8 @@ def moments(
     by_loss: dict[int, Moments] = {}
     losses = _with_constants(losses, scenario, samples, seed)
     grouped = {e for e, loss in enumerate(losses) if is_grouped(loss)}
+    if is_of(scenario, LanguageModel) and any(isinstance(loss, PolicyLoss) for loss in losses):
+        grouped = set(range(len(losses)))  # one run, so that a target that is estimated has the same draws
     for together in (sorted(grouped), [e for e in range(len(losses)) if e not in grouped]):
         if together:
             run = _run([losses[e] for e in together], scenario, samples, seed, stream)
