@@ -413,3 +413,121 @@ def test_measure_estimates_the_regularised_objective_where_responses_are_too_man
     assert rloo.bias_low == 0
     assert rloo.cosine_high > 0.5
     assert reversed_.cosine < -0.3
+
+
+# ------------------------------------------------------------------------------------------------- routes agree, errors are found
+
+
+@pytest.mark.parametrize("group", [2, 8, 64])
+@pytest.mark.parametrize("advantage", ["leave_one_out", "mean", "mean_batch_std"])
+def test_the_binomial_law_and_the_closed_form_agree(advantage, group):
+    from gradlab import groups
+    from gradlab.estimators.policy_loss import fixed, own_values
+    from gradlab.moments import in_logits
+
+    for seed in (1, 5):
+        world, _, _ = world_of("eos", True, seed=seed)
+        rollout = gl.Rollout.enumerated(world)
+        loss = gl.PolicyLoss(advantage, group, "sequence", regulariser=E("full", "loss+reward", "to_go"), beta=0.2)
+        loss = fixed(loss, rollout)
+        basis = groups.basis_of(loss, rollout)
+        closed = groups._hoeffding(loss, rollout, own_values(loss, rollout), basis, in_logits)
+        found = gl.exact.moments(loss, world)
+        assert (found.method, closed.method) == ("binomial", "closed form")
+        worlds.assert_same(found.mean, closed.mean, tolerance=1e-12)
+        assert found.trace_cov == pytest.approx(closed.trace_cov, rel=1e-10)
+
+
+def test_the_multinomial_law_and_the_closed_form_agree():
+    from gradlab import groups
+    from gradlab.estimators.policy_loss import own_values
+    from gradlab.moments import in_logits
+
+    policy = gl.Tree.random(3, 3, seed=0)
+    world = gl.Scenario(policy, policy.perturbed(kl=0.2), reward=lambda rollout: (rollout.tokens.sum(-1) % 4).double())
+    rollout, loss = gl.Rollout.enumerated(world), gl.PolicyLoss("leave_one_out", 6)
+    levels, classes = torch.unique(own_values(loss, rollout), return_inverse=True)
+    basis = groups.basis_of(loss, rollout)
+    weight = torch.zeros(4, dtype=torch.float64).index_add(0, classes, rollout.weight)
+    listed = groups._of_classes(loss, rollout, classes, groups._law(loss, rollout, levels, weight), basis, in_logits, 4)
+    found = gl.exact.moments(loss, world)
+    assert (listed.method, found.method) == ("multinomial", "closed form")
+    worlds.assert_same(listed.mean, found.mean, tolerance=1e-12)
+    assert listed.trace_cov == pytest.approx(found.trace_cov, rel=1e-11)
+
+
+def test_planted_errors_get_the_verdict_that_is_theirs():
+    """On-policy, one position, binary rewards: each mistake descends exactly what its algebra says."""
+    world, _ = rewarded("bandit", True, seed=1)
+    p, reward, kl = (
+        -gl.exact.objective("reward", world),
+        gl.exact.gradient("reward", world),
+        gl.exact.gradient("reverse_kl", world),
+    )
+    assert 0.05 < p < 0.95
+
+    def mean(advantage="leave_one_out", group=4, **fields):
+        return gl.exact.moments(gl.PolicyLoss(advantage, group, **fields), world).mean
+
+    right = gl.exact.gradient("regularised", world, beta=0.2)
+    k1 = E("k1", "reward", "return")
+    worlds.assert_same(mean(regulariser=k1, beta=0.2, combine="before"), right, tolerance=1e-12)
+    # self-inclusive leave-one-out: three quarters of the whole signal
+    worlds.assert_same(mean("mean", regulariser=k1, beta=0.2, combine="before"), 0.75 * right, tolerance=1e-12)
+    # … and of the reward alone where the KL has a term of its own
+    worlds.assert_same(mean("mean", regulariser=k1, beta=0.2), 0.75 * reward + 0.2 * kl, tolerance=1e-12)
+    # the standard deviation over the wrong axis is a constant: no utility but p
+    spread = (p * (1 - p)) ** 0.5
+    worlds.assert_same(
+        mean(lambda rewards: (rewards - rewards.mean(-1, keepdim=True)) / spread), 0.75 / spread * reward, tolerance=1e-12
+    )
+    slope = gl.utility("group_std", group=4).slope(p)
+    worlds.assert_same(mean("group_std"), slope * reward, tolerance=1e-12)
+    assert abs(slope - 0.75 / spread) > 0.01
+    # combined before instead of after: not the utility's gradient plus that of the KL
+    after = mean("group_std", regulariser=k1, beta=0.2, combine="after")
+    worlds.assert_same(after, slope * reward + 0.2 * kl, tolerance=1e-12)
+    before = mean("group_std", regulariser=k1, beta=0.2, combine="before")
+    assert float((before - after).norm()) > 0.01 * float(after.norm())
+
+
+def arms() -> gl.Scenario:
+    """Six arms, half of them right, drawn from another policy."""
+    policy = gl.Bandit.random(6, seed=0)
+    reward = gl.TableReward(policy, [1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    return gl.Scenario(policy, policy.perturbed(scale=0.7, seed=1), policy.perturbed(scale=0.7, seed=2), reward=reward)
+
+
+def test_planted_errors_of_ratios_are_found_off_policy():
+    world = arms()
+    head = gl.PolicyLoss("leave_one_out", 3, "token", regulariser=E("k1", "reward", "return"), beta=0.3, combine="head")
+    worlds.assert_same(gl.exact.moments(head, world).mean, gl.exact.gradient("regularised", world, beta=0.3), tolerance=1e-12)
+    # the ratio missing on the KL head: the KL's part is E_μ[k1 score]
+    missing = gl.exact.moments(dataclasses.replace(head, combine="separate"), world).mean - gl.exact.moments(head, world).mean
+    plain = gl.exact.moments(E("k1", "reward", "return"), world).mean - gl.exact.gradient("reverse_kl", world)
+    worlds.assert_same(missing, 0.3 * plain, tolerance=1e-12)
+    assert float(plain.norm()) > 0.05
+    # a mask where truncation is meant loses exactly the tokens above the bound
+    bound = 1.1
+    truncated = gl.exact.moments(gl.PolicyLoss("leave_one_out", 3, "token", truncate=bound), world).mean
+    masked = gl.exact.moments(gl.PolicyLoss("leave_one_out", 3, "token", mask=(0.0, bound)), world).mean
+    rollout = gl.Rollout.enumerated(world)
+    above = rollout.log_weight[:, 0].exp() > bound
+    assert 0 < above.sum() < len(above)
+    p = float(rollout.weight @ rollout.rewards)
+    scores = torch.eye(len(above), dtype=torch.float64) - rollout.table.softmax(-1)
+    lost = -(bound * rollout.weight * (rollout.rewards - p) * above) @ scores
+    worlds.assert_same(truncated - masked, lost, tolerance=1e-12)
+
+
+def test_a_clip_on_the_wrong_side_keeps_what_it_should_stop():
+    world = arms()
+    rollout = gl.Rollout.enumerated(world)
+    ratio, p = rollout.log_weight[:, 0].exp(), float(rollout.weight @ rollout.rewards)
+    gain, scores = rollout.rewards - p, torch.eye(len(ratio), dtype=torch.float64) - rollout.table.softmax(-1)
+    stopped = ((gain > 0) & (ratio > 1.1)) | ((gain < 0) & (ratio < 0.9))
+    opposite = ((gain < 0) & (ratio > 1.1)) | ((gain > 0) & (ratio < 0.9))
+    free, clipped = (gl.exact.moments(gl.PolicyLoss("leave_one_out", 3, "token", clip), world).mean for clip in (None, 0.1))
+    worlds.assert_same(clipped - free, (rollout.weight * ratio * gain * stopped) @ scores, tolerance=1e-12)
+    assert stopped.any()
+    assert float(((rollout.weight * ratio * gain * (stopped.double() - opposite.double())) @ scores).norm()) > 1e-3
