@@ -15,6 +15,7 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
     |---|---|---|
     | a `Kernel` | its own | |
     | an `Estimator` | needed | `source`, `on_policy`, `off_policy` (what it descends, as `{"reverse_kl": 1.0}`), `colour` |
+    | a `PolicyLoss`, with its `source` and `target` | needed | |
     | a `Target` | its own | |
     | a policy class | its own, in lower case | |
     | a claim, made by `gl.claims.claim` | its id and scope | |
@@ -33,7 +34,7 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
     """
     from pathlib import Path
 
-    from gradlab.estimators import Estimator
+    from gradlab.estimators import LOSSES, Estimator, PolicyLoss
     from gradlab.estimators.kernels import Kernel
     from gradlab.ledger import Claim
     from gradlab.targets import Target
@@ -47,6 +48,8 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
         KERNELS.add(_own(item.name, name), item)
     elif isinstance(item, Estimator):
         _estimator(item, name, declared)
+    elif isinstance(item, PolicyLoss):
+        LOSSES.add(_needed(name, "a loss"), item)
     elif isinstance(item, Target):
         from gradlab.targets import TARGETS, check_target
 
@@ -73,8 +76,8 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
         ADAPTERS.add(_needed(name, "an audit adapter"), item)
     else:
         raise ValueError(
-            f"cannot register a {type(item).__name__}; what can be is a Kernel, an Estimator, a Target, a policy class, a claim, an "
-            "audit adapter (with PACKAGE, INSTALL and subjects) and the path of an analysis NN_name.py"
+            f"cannot register a {type(item).__name__}; what can be is a Kernel, an Estimator, a PolicyLoss, a Target, a policy class, a "
+            "claim, an audit adapter (with PACKAGE, INSTALL and subjects) and the path of an analysis NN_name.py"
         )
 
 

@@ -30,6 +30,10 @@ from gradlab.rollout import Rollout
 
 #: Advantages of groups that are worked out at most: compositions of the others times pairs of classes.
 LAW = 2**22
+#: Coefficients of single tokens that are held at most for the advantages of a loss whose clip acts on advantage less KL.
+COEFFICIENTS = 2**23
+#: Different values of responses that are told apart at most.
+CLASSES = 2**9
 
 
 def exact_moments(loss: PolicyLoss, rollout: Rollout, pullback: Pullback) -> Moments:
@@ -52,7 +56,7 @@ def _one_prompt(loss: PolicyLoss, rollout: Rollout, pullback: Pullback) -> Momen
         return _hoeffding(loss, rollout, values, basis, pullback)
     levels, classes = torch.unique(values, return_inverse=True)
     assert loss.group is not None
-    if _work(len(levels), loss.group) > LAW:
+    if len(levels) > CLASSES or _work(len(levels), loss.group) > LAW:
         instead = "" if loss.linear else " with an advantage that is not linear"
         raise ValueError(
             f"groups of {loss.group} out of {len(levels)} different values{instead} are too many to list; estimate from samples "
@@ -107,6 +111,10 @@ def _work(classes: int, group: int) -> int:
 
 def compositions(total: int, classes: int) -> Tensor:
     """All ways in which `total` responses fall into classes, `[m, classes]`."""
+    if total == 0:
+        return torch.zeros(1, classes, dtype=torch.long)
+    if total == 1:
+        return torch.eye(classes, dtype=torch.long)
     if classes == 1:
         return torch.tensor([[total]])
     parts = []
@@ -164,13 +172,18 @@ def _of_classes(
     else:
         # A trust region acts on the sum of advantage and KL: each advantage that occurs has a gradient of its own.
         levels = torch.unique(torch.cat([law.single.flatten(), law.pair.flatten()]))
+        if len(levels) * rollout.mask.numel() > COEFFICIENTS:
+            raise ValueError(
+                f"a clip acts on advantage less βk, and {len(levels)} advantages occur: too many for {len(rollout.weight)} responses; "
+                "estimate from samples (samples=…), or take a smaller group or a reward of fewer values"
+            )
         shares, paired = (
             torch.nn.functional.one_hot(torch.searchsorted(levels, each), len(levels)).double()
             for each in (law.single, law.pair)
         )
         rest = alone(loss, rollout)
         parts = [of_advantage(loss, rollout, level.expand_as(rollout.weight)) + rest for level in levels]
-    means, inner = zip(*(_class_sums(parts, rollout, classes == j, pullback) for j in range(count)), strict=True)
+    means, inner = zip(*(_class_sums(parts, rollout, classes == j, pullback, linear) for j in range(count)), strict=True)
     v, n = torch.stack(means), torch.stack(inner)
     single = torch.einsum("jmb,m->jb", shares, law.single_weight)
     own = torch.einsum("jmb,jmc,m,jbc->", shares, shares, law.single_weight, n)
@@ -182,10 +195,15 @@ def _of_classes(
     return Moments(mean, max(size * (second - float(mean @ mean)), 0.0), method=method)
 
 
-def _class_sums(parts: list[Coefficients], rollout: Rollout, rows: Tensor, pullback: Pullback) -> tuple[Tensor, Tensor]:
-    """`Σ w v_b` `[b, p]` and `Σ w ⟨v_b, v_c⟩` `[b, c]` over the responses of a class, by polarisation."""
+def _class_sums(
+    parts: list[Coefficients], rollout: Rollout, rows: Tensor, pullback: Pullback, together: bool
+) -> tuple[Tensor, Tensor]:
+    """`Σ w v_b` `[b, p]` and `Σ w ⟨v_b, v_c⟩` `[b, c]` over the responses of a class, by polarisation.
+
+    together: whether a response's gradient has several parts at once; otherwise products of different ones are not needed, and 0.
+    """
     part, own = rollout.only(rows), [each.only(rows) for each in parts]
-    pairs = [(b, c) for b in range(len(own)) for c in range(b)]
+    pairs = [(b, c) for b in range(len(own)) for c in range(b)] if together else []
     means, squares = pullback(gathered(part, [*own, *(own[b] + own[c] for b, c in pairs)]), part.weight)
     inner = torch.diag(squares[: len(own)])
     for i, (b, c) in enumerate(pairs, len(own)):

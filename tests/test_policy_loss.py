@@ -531,3 +531,37 @@ def test_a_clip_on_the_wrong_side_keeps_what_it_should_stop():
     worlds.assert_same(clipped - free, (rollout.weight * ratio * gain * stopped) @ scores, tolerance=1e-12)
     assert stopped.any()
     assert float(((rollout.weight * ratio * gain * (stopped.double() - opposite.double())) @ scores).norm()) > 1e-3
+
+
+def test_a_registered_loss_is_measured_by_its_name():
+    mine = gl.PolicyLoss("mean", 4, regulariser=K1, beta=0.3, combine="before", source="mine")
+    gl.register(mine, "my-loss")
+    world, _ = rewarded("tree", True)
+    frame = gl.measure("my-loss", world, target="regularised")
+    assert frame.bias[0] == pytest.approx(0.25, rel=1e-10)
+    with pytest.raises(ValueError, match="there is a loss 'grpo' already"):
+        gl.register(mine, "grpo")
+
+
+def test_extreme_groups():
+    """Everything right or wrong: no signal; a pair out of many values: enumerated."""
+    for value in (0.0, 1.0):
+        world = gl.Scenario(BANDIT, BANDIT, reward=lambda rollout, value=value: torch.full((len(rollout.tokens),), value))
+        found = gl.exact.moments(gl.PolicyLoss("group_std", 8, "token", 0.2), world)
+        assert float(found.mean.norm()) == found.trace_cov == 0
+    policy = gl.Bandit.random(120, seed=0)
+    world = gl.Scenario(policy, policy, reward=lambda rollout: rollout.tokens[:, 0].double())
+    loss = gl.PolicyLoss("group_std", 2)  # of two: the sign of the difference
+    p = policy.table.softmax(-1)[0]
+    rank = p.cumsum(0) - p - (1 - p.cumsum(0))
+    truth = -(p * (rank - p @ rank))
+    worlds.assert_same(gl.exact.moments(loss, world).mean, truth, tolerance=1e-10)
+
+
+def test_a_clip_on_the_sum_of_advantage_and_kl_has_limits():
+    policy = gl.Tree.random(4, 6, seed=0)
+    behaviour = policy.perturbed(kl=0.2, seed=2)
+    loss = dataclasses.replace(gl.LOSSES["grpo-combined"], group=8)
+    many = gl.Scenario(policy, policy.perturbed(kl=0.3), behaviour, reward=lambda r: (r.tokens.sum(-1) % 5).double())
+    with pytest.raises(ValueError, match="advantages occur: too many for 4096 responses"):
+        gl.exact.moments(loss, many)

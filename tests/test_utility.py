@@ -123,3 +123,14 @@ def test_why_a_loss_has_none():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_loss_has_the_utility_of_its_advantage_under_conditions():
+    loss = gl.LOSSES["grpo-sample-std"]
+    found = gl.utility(loss)
+    assert found.slope(0.3) == gl.utility("group_std", group=8, std="sample", epsilon=1e-4).slope(0.3)
+    assert found.conditions == gl.estimators.policy_loss.why_no_utility(loss)
+    assert gl.utility(loss, group=4).group == 4
+    assert gl.utility(gl.LOSSES["pkpo"]).name == "pass@4"
+    assert gl.utility(gl.LOSSES["rloo"]) is None
+    assert gl.utility(gl.LOSSES["reinforce++-baseline"]) is None

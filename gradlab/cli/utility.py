@@ -24,22 +24,14 @@ def utility_command(
     from gradlab._common.names import check_name
     from gradlab.estimators import LOSSES, utility
     from gradlab.estimators.advantages import ADVANTAGES
-    from gradlab.estimators.policy_loss import why_no_utility
 
     check_name("loss or advantage", name, [*LOSSES, *ADVANTAGES])
-    loss = LOSSES.get(name)
-    reasons = () if loss is None else why_no_utility(loss)
-    if loss is None:
-        found = utility(name, group=group, k=k)
-    else:
-        kind = loss.advantage
-        own = k if k is not None else loss.k
-        found = utility(kind, group=group or loss.group, k=own, std=loss.std, epsilon=loss.epsilon)
+    found = utility(LOSSES.get(name, name), group=group, k=k)
     if found is None:
         print(
-            f"{name} ascends no utility of the success probability: it divides by the spread of the batch, so a prompt's gradient"
+            f"{name} ascends no utility of the success probability: it divides by the spread of the batch, so that a prompt's"
         )
-        print("depends on the other prompts.")
+        print("gradient depends on the other prompts, or it compares a signal with the KL in it, which is not 0 or 1 any more.")
         return
     print(found)
     table = Table("p", "U(p)", "U'(p)", header_style="bold")
@@ -47,5 +39,5 @@ def utility_command(
         table.add_row(f"{p:g}", f"{found.value(p):.4f}", f"{found.slope(p):.4f}")
     wide_console().print(table)
     print("For rewards of 0 and 1, on-policy, with one weight for all tokens.")
-    for reason in reasons:
-        print(f"No utility where {reason}" if reason.startswith("the ") else f"But {reason}.")
+    for reason in found.conditions:
+        print(f"But {reason}.")

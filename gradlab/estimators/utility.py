@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from gradlab._common.names import check_name
 from gradlab.estimators import advantages
 from gradlab.estimators.advantages import ADVANTAGES, Function
+from gradlab.estimators.policy_loss import PolicyLoss, why_no_utility
 
 Array = npt.NDArray[np.float64]
 
@@ -24,7 +25,8 @@ class Utility:
     """A utility `U(p)` of the success probability, with `U(0) = 0`.
 
     name: where it is known, such as `p` or `pass@4`. jumps: `A(1, c+1) − A(0, c)` for `c` right others, `[G]`: the coefficients of
-    `U'` in Bernstein polynomials of degree `G − 1`; `None` for the limit of large groups.
+    `U'` in Bernstein polynomials of degree `G − 1`; `None` for the limit of large groups. conditions: of a loss, what keeps it from
+    ascending its advantage's utility where it binds.
 
     >>> print(gl.utility("group_std", group=3), "with slope", round(gl.utility("group_std", group=3).slope(0.2), 6))
     U(p) = 1.41421 p (group_std, G = 3) with slope 1.414214
@@ -34,6 +36,7 @@ class Utility:
     advantage: str
     group: int | None
     jumps: tuple[float, ...] | None
+    conditions: tuple[str, ...] = ()
 
     def slope(self, p: float | Array) -> Any:
         """`U'(p) = Σ_c P(c) [A(1, c+1) − A(0, c)]`, `c ~ Bin(G−1, p)`, for one probability or an array of them."""
@@ -55,7 +58,7 @@ class Utility:
 
 
 def utility(
-    advantage: str | Function,
+    advantage: str | Function | PolicyLoss,
     *,
     group: int | None = None,
     k: int | None = None,
@@ -66,11 +69,12 @@ def utility(
 
     `E[(1/G) Σ_i A_i ∇log π(y_i)] = U'(p) ∇p` with `U'(p) = E A(1, c+1) − E A(0, c)`, `c ~ Bin(G−1, p)` the right ones among the
     others: any advantage of the own reward and those of the group ascends one. It holds on-policy, with one weight for all tokens: a
-    normaliser by length, a clip that binds or an importance ratio destroys the form, see `why_no_utility`. An advantage that divides by
-    the spread of the whole batch has none, since a prompt's gradient then depends on the other prompts.
+    normaliser by length, a clip that binds or an importance ratio destroys the form; of a loss, `conditions` says which of them it has.
+    An advantage that divides by the spread of the whole batch has none, since a prompt's gradient then depends on the other prompts, and
+    neither has a KL in the signal that is compared.
 
-    advantage: a name of `gl.PolicyLoss`, or a function of rewards `[…, G]`. group: responses to a prompt; for `group_std` `None` is
-    the limit of large groups. k, std, epsilon: as in `gl.PolicyLoss`.
+    advantage: a name of `gl.PolicyLoss`, a function of rewards `[…, G]`, or a whole loss, with its own fields. group: responses to a
+    prompt; for `group_std` `None` is the limit of large groups. k, std, epsilon: as in `gl.PolicyLoss`.
     Raises `ValueError` for an unknown name, with the nearest, and for a group that is missing or too small.
     Source: derived (identity of the group gradient); 2 arcsin √p: Yao et al., arXiv 2601.10201; pass@k: arXiv 2505.15201.
 
@@ -79,7 +83,16 @@ def utility(
     'p'
     >>> round(gl.utility("group_std", group=8).slope(0.5), 4)
     1.8557
+    >>> len(gl.utility(gl.LOSSES["grpo"]).conditions)
+    3
     """
+    if isinstance(advantage, PolicyLoss):
+        loss = advantage
+        if loss.combine == "before" and loss.beta:
+            return None
+        options = {"k": loss.k if k is None else k, "std": loss.std, "epsilon": loss.epsilon}
+        found = utility(loss.advantage, group=loss.group if group is None else group, **options)  # type: ignore[arg-type]
+        return None if found is None else replace(found, conditions=why_no_utility(loss))
     if not callable(advantage):
         check_name("advantage", advantage, ADVANTAGES)
         if ADVANTAGES[advantage].batch:
