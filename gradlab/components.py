@@ -127,6 +127,8 @@ def _checked(scenarios: Scenario | Iterable[Scenario]) -> list[Scenario]:
     listed: list[Scenario] = several(scenarios)
     for scenario in listed:
         check_scenario(scenario)
+    if not listed:
+        raise ValueError(f"scenarios must hold at least one, got {scenarios!r}")
     return listed
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft, special
 
+from gradlab._common.arguments import checked
 from gradlab._common.names import check_probability
 
 Array = npt.NDArray[np.float64]
@@ -84,6 +85,7 @@ class Batches:
         return np.asarray((self.deviations @ direction[..., None])[..., 0])
 
 
+@checked
 def squared_distance(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Squared distance `∥m − t∥²` of the mean gradient from a known target: right at zero, far from it and in between.
 
@@ -107,6 +109,7 @@ def squared_distance(means: npt.ArrayLike | Batches, target: npt.ArrayLike, leve
     return _squared_norm(_statistics(run, run.mean - target), level)
 
 
+@checked
 def bias(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Relative bias `∥m − t∥ / ∥t∥`: root of `squared_distance`, its estimate floored at 0; NaN for a zero target.
 
@@ -121,6 +124,7 @@ def bias(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0
     return Interval(*(np.sqrt(np.maximum(end, 0)) / size for end in (squared.estimate, squared.low, squared.high)))
 
 
+@checked
 def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Cosine of the angle between the mean gradient and a known target.
 
@@ -153,6 +157,7 @@ def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float =
     return Interval(*(np.where(np.isnan(size), np.nan, end)[()] for end in ends))
 
 
+@checked
 def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batches, level: float = 0.95) -> Interval:
     """Cosine of the angle between two mean gradients, both known from the same batches only: means and others `[..., B, p]`.
 
@@ -189,6 +194,7 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
     return Interval(*(np.where(significant, np.clip(end, -1, 1), default)[()] for end, default in ends))
 
 
+@checked
 def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: npt.ArrayLike, level: float = 0.95) -> Interval:
     """Noise `tr Σ / ∥t∥²` of one sample: over N, the squared relative error of a mean of N. NaN for a zero target.
 
@@ -219,6 +225,7 @@ def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: 
     return Interval(estimate, estimate / factor, estimate * factor)
 
 
+@checked
 def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Interval:
     """Running mean of iid scalars with an interval to look at as often as wanted, from the `start`-th value on.
 
@@ -236,7 +243,7 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
     """
     check_probability("level", level)
     x = _finite("x", x)
-    if x.ndim == 0 or start < 2:
+    if x.ndim == 0 or not x.size or start < 2:
         raise ValueError(f"x must be [..., n] and start at least 2; got shape {x.shape} and start = {start}")
     alpha, k, origin = 1 - level, np.arange(1.0, x.shape[-1] + 1), x[..., :1]
     mean = np.cumsum(x, -1) / k
@@ -249,6 +256,7 @@ def anytime_mean(x: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Inte
     return Interval(mean, mean - half_width, mean + half_width)
 
 
+@checked
 def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level: float = 0.95, start: int = 16) -> Interval:
     """`∥m − t∥²` with an interval to look at after every pair of batches, from the `start`-th pair on.
 
@@ -269,6 +277,7 @@ def anytime_squared_distance(means: npt.ArrayLike, target: npt.ArrayLike, level:
     return Interval(running.estimate, np.maximum(running.low, 0), np.maximum(running.high, 0))
 
 
+@checked
 def effective_dimension(means: npt.ArrayLike | Batches) -> Array:
     """Effective number of noise directions, `(tr Σ)² / tr(Σ²)` in [1, p], from batch means `[..., B, p]`.
 
@@ -282,6 +291,7 @@ def effective_dimension(means: npt.ArrayLike | Batches) -> Array:
     return np.clip(stats.first**2 / stats.second, 1, run.mean.shape[-1])
 
 
+@checked
 def detectable(samples: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> float:
     """Smallest relative bias `∥m − t∥/∥t∥` that a run of `samples` tells from zero (`bias(…).low > 0`) with this power.
 
@@ -306,6 +316,7 @@ def detectable(samples: float, noise: float, dimension: float = 1.0, level: floa
     return float(np.sqrt(noncentrality * noise / (dimension * samples)))
 
 
+@checked
 def samples_needed(effect: float, noise: float, dimension: float = 1.0, level: float = 0.95, power: float = 0.8) -> int:
     """Number of samples that tells a relative bias of `effect` from zero with this power: inverse of `detectable`.
 

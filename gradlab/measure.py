@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradlab import intervals, reliability, targets
+from gradlab._common.arguments import checked
 from gradlab._common.lazy import callable_module
 from gradlab._common.names import check_jobs, check_name, check_probability, check_seed, several
 from gradlab._common.parallel import spread
@@ -170,6 +171,7 @@ def _check_parameters(names: Sequence[str], parameters: Mapping[str, Any], losse
         raise ValueError(f"none of the targets {', '.join(names)} has a parameter {foreign[0]!r}")
 
 
+@checked
 def at_look(level: float, samples: int | None) -> float:
     """The level of the intervals at one of endlessly many looks, at 64, 128, 256, … responses, so that all hold with `level`.
 
@@ -189,19 +191,24 @@ def at_look(level: float, samples: int | None) -> float:
 
 
 def by_name(estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss]) -> dict[str, Loss]:
-    """Estimators under the names they have in frames. Raises `ValueError` for unknown names and for two losses of one name.
+    """Estimators under the names they have in frames. Raises `ValueError` for none, unknown names, two losses of one name.
 
     >>> list(gl.measure.by_name(["k2-loss", gl.Estimator("k3", normalise="mean")]))
     ['k2-loss', 'k3-loss-normalise=mean']
     """
-    if isinstance(estimators, Mapping):
-        return {str(name): _loss(item) for name, item in estimators.items()}
-    items: list[Loss | str] = several(estimators)
     named: dict[str, Loss] = {}
-    for item in items:
-        item = _loss(item)
-        if named.setdefault(name_of(item), item) != item:
-            raise ValueError(f"two different losses are called {name_of(item)!r}; name them with a mapping, {{name: loss, …}}")
+    if isinstance(estimators, Mapping):
+        named = {str(name): _loss(item) for name, item in estimators.items()}
+    else:
+        items: list[Loss | str] = several(estimators)
+        for item in items:
+            item = _loss(item)
+            if named.setdefault(name_of(item), item) != item:
+                raise ValueError(
+                    f"two different losses are called {name_of(item)!r}; name them with a mapping, {{name: loss, …}}"
+                )
+    if not named:
+        raise ValueError(f"no estimators were given, got {estimators!r}")
     return named
 
 

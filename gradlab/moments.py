@@ -41,6 +41,8 @@ def as_losses(given: Loss | Iterable[Loss]) -> list[Loss]:
         if not callable(loss):
             hint = f"; gl.ESTIMATORS[{loss!r}] looks a catalogue name up" if isinstance(loss, str) else ""
             raise ValueError(f"an estimator is a gl.Estimator or a function of a rollout, got {loss!r}{hint}")
+    if not losses:
+        raise ValueError(f"no estimators were given, got {given!r}")
     return losses
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradlab._common.arguments import checked
 from gradlab._common.names import check_name
-from gradlab.policies import Gaussian, LanguageModel, Policy
+from gradlab.policies import Gaussian, LanguageModel, Policy, Tabular
 from gradlab.policies.small import TASKS
 
 if TYPE_CHECKING:
@@ -76,7 +77,12 @@ class TableReward:
     def __init__(self, policy: Policy, table: Tensor | Iterable[Any]) -> None:
         if isinstance(policy, Gaussian | LanguageModel):
             raise ValueError(f"a {type(policy).__name__} has no table of tokens; give a function of a rollout as reward")
-        given = torch.as_tensor(table, dtype=torch.float64)
+        if not isinstance(policy, Tabular):
+            raise ValueError(f"policy must be a table of logits such as gl.Tree, got {policy!r:.60}")
+        try:
+            given = torch.as_tensor(table, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"a table of rewards is an array of numbers, got {table!r:.60}") from None
         rows, v = policy.table.shape
         if given.shape != (rows, v) and not (rows == 1 and given.shape == (v,)):
             raise ValueError(f"a table of rewards has the shape of the policy's, [{rows}, {v}], got {list(given.shape)}")
@@ -91,6 +97,7 @@ class TableReward:
         return self.table[self.policy.contexts(rollout.tokens), rollout.tokens]
 
 
+@checked
 def task_reward(task: str, policy: LanguageModel) -> Reward:
     """The verifiable reward of a task that ships (see `gl.policies.small`) for this policy's prompts: 1 for a solution, else 0.
 

@@ -126,7 +126,7 @@ TARGETS: Registry[Target] = Registry("target", _OWN)
 
 def target(name: str) -> Target | ScenarioTarget:
     """Look a target up, one of three policies or of a whole scenario. Raises `ValueError` for an unknown name, with the nearest."""
-    if name in OBJECTIVES:
+    if isinstance(name, str) and name in OBJECTIVES:
         return OBJECTIVES[name]
     check_name("target", name, [*TARGETS, *OBJECTIVES])
     return TARGETS[name]

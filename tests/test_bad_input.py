@@ -16,6 +16,7 @@ BANDIT = gl.Bandit([0.0, 1.0])
 SCENARIO = gl.Scenario(BANDIT, gl.Bandit([0.0, 0.0]))
 GAUSSIANS = gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(0.1, 1))
 K2, K3 = gl.ESTIMATORS["k2-loss"], gl.ESTIMATORS["k3-loss"]
+WORLD = gl.ascent.World("w", BANDIT, torch.tensor([0.0, 1.0]))
 RECIPE = gl.training.Recipe(steps=2, batch=8, group=4, eval_responses=8, eval_every=1)
 
 
@@ -89,9 +90,9 @@ REFUSED = {
             "a binomial": lambda: gl.language.clopper_pearson(1, 9, 1.5),
             "quotients": lambda: gl.runs.quotient([1.0, 2.0], [2.0, 1.0], 1.5),
             "spreads": lambda: gl.runs.spread([1.0, 2.0, 3.0], [2.0, 1.0, 1.0], 1.5),
-            "runs": lambda: gl.runs.compare(None, level=1.5),
-            "runs of tails": lambda: tails.over_runs(None, [], 1.5),
-            "samples of a claim": lambda: gl.claims.samples_needed(None, 0.0, -1.0, 1.0, 100, 1.5),
+            "runs": lambda: gl.runs.compare(pd.DataFrame(), level=1.5),
+            "runs of tails": lambda: tails.over_runs(pd.DataFrame(), ["mean"], 1.5),
+            "samples of a claim": lambda: gl.claims.samples_needed(gl.claims.CLAIMS[0], 0.0, -1.0, 1.0, 100, 1.5),
             "a power": lambda: gl.intervals.detectable(100, 1.0, level=1.5),
         }.items()
     },
@@ -100,8 +101,11 @@ REFUSED = {
     "claim 3": (lambda: gl.claims.verify({}, only=3), "unknown claim 3"),
     "twins of nothing": (lambda: gl.search.equivalent_estimators(None, SCENARIO), "an estimator is .*got None"),
     "twins in no scenario": (lambda: gl.search.equivalent_estimators({"k2-loss": K2}, None), "a scenario is .*got None"),
-    "worlds": (lambda: gl.fixedpoints.measure("k2-loss", None, [0.1]), "a world is a World, got None"),
-    "coefficient of worlds": (lambda: gl.fixedpoints.measure("k2-loss", [], "a"), "a coefficient must be a number, got 'a'"),
+    "worlds": (lambda: gl.fixedpoints.measure("k2-loss", None, [0.1]), "each of worlds must be a gl.World, got None"),
+    "coefficient of worlds": (
+        lambda: gl.fixedpoints.measure("k2-loss", WORLD, "a"),
+        "each of coefficients must be a number, got 'a'",
+    ),
     "shares of nothing": (lambda: gl.asymmetry.measure("k2-loss", None), "a scenario is .*got None"),
     "seed of shares": (lambda: gl.asymmetry.measure("k2-loss", SCENARIO, seed=1.5), r"seed must be .*got 1\.5"),
     "running in none": (lambda: tails.running("k3", None, [10], 2), "a scenario is .*got None"),
@@ -121,7 +125,7 @@ REFUSED = {
     "std": (lambda: gl.Gaussian(0, "a"), "Gaussian std must be a number, got 'a'"),
     "kl": (lambda: BANDIT.perturbed(kl="a"), "kl must be a number, got 'a'"),
     "kernels": (lambda: gl.values(None, SCENARIO), "unknown kernel None"),
-    "resolution": (lambda: gl.simplex(1.5), r"resolution must be a positive whole number, got 1\.5"),
+    "resolution": (lambda: gl.simplex(1.5), r"resolution must be a whole number, got 1\.5"),
     "coefficient None": (lambda: trained(coefficients=None), "a coefficient must be a number, got None"),
     "coefficient text": (lambda: trained(coefficients="0.1"), "a coefficient must be a number, got '0.1'"),
     "coefficient negative": (lambda: trained(coefficients=np.array([0.1, -1])), "coefficients must be numbers from 0 on"),

@@ -110,6 +110,42 @@ def test_train_prints_and_writes_what_the_library_trains(monkeypatch, capsys, tm
         (("train", "--batch", "10"), "groups of at least 2"),
         (("train", "--coefficient", "nan"), "from 0 on"),
         (("train", "--task", "poetry"), "poetry"),
+        (("train", "--clip", "0.3"), "with --epochs 1 there are none"),
+        (("train", "--steps", "0"), "steps must be a positive whole number, got 0"),
+        (("train", "--rate", "nan"), "rate must be a positive number, got nan"),
+        (("train", "--seeds", "0"), "seeds must be a positive whole number, got 0"),
+        (("train", "--jobs", "0"), "got 0"),
+        (("measure", "--kl", "inf"), "finite kl"),
+        (("measure", "--kl", "nan"), "--kl"),
+        (("measure", "--lag", "-1"), "--lag"),
+        (("measure", "-n", "1.5"), "--samples"),
+        (("measure", "--jobs", "0"), "jobs must be a number of worker processes, or -1 for one per core, got 0"),
+        (("measure", "--scenarios", "0"), "--scenarios"),
+        (("measure", "--seed", "-1"), "--seed"),
+        (("measure", "--vocab", "1"), "--vocab"),
+        (("measure", "--family", "markov", "--vocab", "100000"), "100001 × 100000 logits takes more than"),
+        (("measure", "--family", "markov", "--length", "20", "-n", str(10**12)), "is more than the"),
+        (("measure", "-o", "/nope/x.csv"), "there is no folder /nope"),
+        (("measure", "k2-loss"), "unexpected extra argument"),
+        (("audit",), "say what to audit"),
+        (("audit", "triel"), "did you mean 'trl'"),
+        (("audit", "trl", "--installed"), "say what to audit"),
+        (("audit", "trl", "--bind", "a=log_prob"), "--bind: this is about the arguments of a function of yours"),
+        (("audit", "--installed", "--set", "a=1", "--returns", "rewards"), "--set, --returns: this is about"),
+        (("audit", "a.py:f", "--off-policy"), "give the target with --expect"),
+        (("audit", "a.py:f", "--expect", "reverse"), "did you mean 'reverse_kl'"),
+        (("audit", "a.py:f", "--jobs", "0"), "jobs must be a number of worker processes"),
+        (("audit", "a.py:f", "--group", "0"), "--group"),
+        (("audit", "a.py:f", "--returns", "los"), "--returns"),
+        (("audit", "a.py:f", "--bind", "a"), "--bind takes NAME=VALUE, got 'a'"),
+        (("audit", "a.py:f"), "no file a.py"),
+        (("audit", "nowhere.at_all:f"), "cannot import nowhere"),
+        (("reproduce", "--jobs", "0"), "jobs must be a number of worker processes"),
+        (("reproduce", "--seed", "-1"), "--seed"),
+        (("reproduce", "--check", "--force"), "--force is for a run without it"),
+        (("reproduce", "--check", "--only", "03", "-o", "/nope"), "and there are none"),
+        (("list", "claims", "targets"), "unexpected extra argument"),
+        (("nothing",), "No such command"),
     ],
 )
 def test_a_mistake_is_explained_and_exits_with_2(monkeypatch, capsys, arguments, said):
@@ -117,6 +153,30 @@ def test_a_mistake_is_explained_and_exits_with_2(monkeypatch, capsys, arguments,
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+AUDITED = "def f(logprob, ref_logprob): return (logprob - ref_logprob).sum()\ndef g(what): return what.sum()\nnumber = 3\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("f", "--top-p", "2"), "top_p is the probability of the nucleus"),
+        (("f", "--group", "100"), "groups of 100 responses cannot be enumerated"),
+        (("f", "--only", "zzz"), "no configuration is named like 'zzz'"),
+        (("f", "--bind", "what=log_prob"), "unknown argument of f 'what'; known: logprob, ref_logprob"),
+        (("f", "--bind", "logprob=los"), "unknown role 'los'"),
+        (("f", "--set", "what=1"), "unknown argument of f 'what'"),
+        (("g",), "cannot tell what what is"),
+        (("number",), "is int, not a function"),
+        (("h",), "no function 'h'"),
+    ],
+)
+def test_a_mistake_about_a_loss_of_ones_own_is_explained(monkeypatch, capsys, tmp_path, arguments, said):
+    (tmp_path / "own.py").write_text(AUDITED)
+    name, *options = arguments
+    assert run(monkeypatch, "audit", f"{tmp_path / 'own.py'}:{name}", *options) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_version(monkeypatch, capsys):

@@ -591,7 +591,7 @@ MEANS, TARGET = np.ones((8, 3)), np.ones(3)
         (lambda: intervals.anytime_squared_distance(MEANS[:4], TARGET), "at least 8 batches"),
         (lambda: intervals.effective_dimension(MEANS[:4]), "at least 8 batches"),
         (lambda: intervals.detectable(0, 1.0), "positive"),
-        (lambda: intervals.detectable(10, np.nan), "positive"),
+        (lambda: intervals.detectable(10, np.nan), "noise must be a number"),
         (lambda: intervals.detectable(10, 1.0, dimension=0.5), "at least 1"),
         (lambda: intervals.detectable(10, 1.0, power=0.04), "power above"),
         (lambda: intervals.detectable(10, 1.0, power=1.0), "power"),

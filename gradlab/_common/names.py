@@ -16,9 +16,9 @@ def check_name(what: str, given: object, allowed: Iterable[str]) -> None:
     options = list(allowed)
     if given in options:
         return
-    near = get_close_matches(str(given), options, n=3, cutoff=0.5)
+    near = get_close_matches(str(given), list(map(str, options)), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"unknown {what} {given!r}; {hint}known: {', '.join(options)}")
+    raise ValueError(f"unknown {what} {given!r}; {hint}known: {', '.join(map(str, options))}")
 
 
 def check_whole(what: str, given: object, least: int = 1) -> None:
@@ -52,6 +52,13 @@ def check_real(what: str, given: object) -> None:
     """Raise `ValueError` unless `given` is a number."""
     if isinstance(given, bool) or not isinstance(given, Real):
         raise ValueError(f"{what} must be a number, got {given!r}")
+
+
+def check_positive(what: str, given: object) -> None:
+    """Raise `ValueError` unless `given` is a finite number above 0."""
+    check_real(what, given)
+    if not 0 < float(given) < float("inf"):  # type: ignore[arg-type]
+        raise ValueError(f"{what} must be a finite number above 0, got {given!r}")
 
 
 def check_probability(what: str, given: object) -> None:

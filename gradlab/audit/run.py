@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from gradlab._common.names import several
 from gradlab.audit import checks, curve
 from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
@@ -259,4 +260,8 @@ def frame(audits: Sequence[Audit]) -> pd.DataFrame:
     >>> gl.audit.frame([gl.audit(k1)])[["policy", "verdict"]].values.tolist()
     [['on', 'zero'], ['off', '−behaviour_kl']]
     """
-    return pd.DataFrame([row for audited in audits for row in audited.rows()])
+    listed = several(audits)
+    for audited in listed:
+        if not isinstance(audited, Audit):
+            raise ValueError(f"audits must be what gl.audit(…) returns, got {audited!r}")
+    return pd.DataFrame([row for audited in listed for row in audited.rows()])

@@ -57,13 +57,19 @@ def audit_command(
     import joblib
     from tqdm import tqdm
 
+    from gradlab._common.names import check_jobs
     from gradlab._common.parallel import spread
     from gradlab.audit import candidates, report
     from gradlab.audit.run import Audit
     from gradlab.study.report import ensure_writable
 
+    check_jobs(jobs)
     if expect is not None:
         candidates.check(expect)
+    elif off_policy:
+        raise ValueError(
+            "--off-policy says where the gradient is expected to be that of a target; give the target with --expect"
+        )
     if output is not None:
         ensure_writable(output)
     chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
@@ -113,6 +119,11 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
             "say what to audit: package.module:function, path/to/file.py:function, frameworks "
             f"({', '.join(adapters.ADAPTERS)}), or --installed for all that are here"
         )
+    named = [address for address in given if ":" not in address and not address.endswith(".py") and "." not in address]
+    if (installed or len(named) == len(given)) and (unused := _unused(binds, setting, returns)):
+        raise ValueError(
+            f"{unused}: this is about the arguments of a function of yours; the losses of a framework are bound already"
+        )
     if installed:
         for name, line in adapters.missing().items():
             print(f"{name} is not installed; to audit it: {line}", file=sys.stderr)
@@ -132,6 +143,12 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
             loaded if isinstance(loaded, Subject) else bind(loaded, name=name, roles=roles, settings=settings, returns=returns)
         )
     return found
+
+
+def _unused(binds: list[str], setting: list[str], returns: str) -> str:
+    """The options that say what a function's arguments are, of those that were given."""
+    given = {"--bind": binds, "--set": setting, "--returns": returns != Returns.loss.value}
+    return ", ".join(option for option, value in given.items() if value)
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:

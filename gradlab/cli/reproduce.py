@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradlab._common.names import check_name
+from gradlab._common.names import check_jobs, check_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +77,9 @@ def reproduce(
     from gradlab.study import report
     from gradlab.study.resume import Record, Requirements
 
+    check_jobs(jobs)
+    if check and force:
+        raise ValueError("--check measures every analysis anew and writes nothing; --force is for a run without it")
     started = time.perf_counter()
     scripts, jobs = analyses(), joblib.effective_n_jobs(jobs)
     chosen = _choose(scripts, only)

@@ -37,7 +37,9 @@ def train_command(
     group: Annotated[int, typer.Option("--group", help="Responses that are compared with one another.")] = _DEFAULT.group,
     epochs: Annotated[int, typer.Option("--epochs", help="Optimiser steps per batch.")] = _DEFAULT.epochs,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate of Adam.")] = _DEFAULT.rate,
-    clip: Annotated[float, typer.Option("--clip", help="PPO's clipping range, with several epochs.")] = _DEFAULT.clip,
+    clip: Annotated[
+        float | None, typer.Option("--clip", help=f"PPO's clipping range, with several epochs; {_DEFAULT.clip:g} if not given.")
+    ] = None,
     eval_every: Annotated[
         int, typer.Option("--look", help="Batches between two looks at reward and KL.")
     ] = _DEFAULT.eval_every,
@@ -57,13 +59,17 @@ def train_command(
     from gradlab.study import report
     from gradlab.training import task_reward, train
 
+    if clip is not None and epochs == 1:
+        raise ValueError(
+            "--clip bounds the ratio of later optimiser steps to the policy that drew; with --epochs 1 there are none"
+        )
     recipe = Recipe(
         steps=steps,
         batch=batch,
         group=group,
         epochs=epochs,
         rate=rate,
-        clip=clip,
+        clip=_DEFAULT.clip if clip is None else clip,
         eval_every=eval_every,
         eval_responses=eval_responses,
     )

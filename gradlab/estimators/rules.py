@@ -27,7 +27,9 @@ def check(e: Estimator) -> None:
     _check_names(e)
     for what in ("truncate", "clip", "clamp_log_ratio", "clamp_value"):
         bound = getattr(e, what)
-        if bound is not None and not (isinstance(bound, Real) and 0 < float(bound) < float("inf")):
+        if bound is not None and (
+            isinstance(bound, bool) or not isinstance(bound, Real) or not 0 < float(bound) < float("inf")
+        ):
             raise ValueError(f"{what} must be a positive number or None, got {bound!r}")
     for rules in (_of_credit, _of_kernel, _of_weight, _of_baseline):
         for broken, message in rules(e):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gradlab._common.arguments import checked
 from gradlab._common.names import check_name
 from gradlab.ledger.statements import PUBLISHED, STATEMENTS
 
@@ -135,6 +136,7 @@ def within(column: str, low: float = -float("inf"), high: float = float("inf")) 
     return (Condition(column, within=(low, high)),)
 
 
+@checked
 def claim(
     identifier: str,
     scope: str,

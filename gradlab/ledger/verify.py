@@ -17,7 +17,8 @@ import pandas as pd
 from scipy.special import ndtri
 
 from gradlab._common import frames as files
-from gradlab._common.names import check_name, check_probability, several
+from gradlab._common.arguments import check_columns, checked
+from gradlab._common.names import check_name, check_probability, check_real, check_whole, several
 from gradlab.ledger import CLAIMS, PUBLISHED, STATEMENTS, Claim, Condition, claim
 from gradlab.ledger import claims as all_claims
 from gradlab.ledger.form import Relation
@@ -90,6 +91,7 @@ class Verdict:
     evidence: str = ""
 
 
+@checked
 def ledger(claims: Iterable[Claim] | None = None) -> pd.DataFrame:
     """The claims as a frame: what is tested in which scope, what is published, by whom, and what decides.
 
@@ -132,11 +134,15 @@ def verify(
         raise ValueError(f"frames must be a folder, or a mapping from names to frames, got {frames!r}")
     if isinstance(frames, str | Path):
         frames = _read(Path(frames), {item.frame for item in chosen})
+    for name, frame in frames.items():
+        if not isinstance(frame, pd.DataFrame):
+            raise ValueError(f"frames must be a mapping from names to frames, got {frame!r} for {name}")
     verdicts = [settle(item, frames[item.frame]) if item.frame in frames else Verdict("OPEN") for item in chosen]
     frame_by_name = {field.name: [getattr(verdict, field.name) for verdict in verdicts] for field in fields(Verdict)}
     return ledger(chosen).assign(**frame_by_name).astype({"samples_needed": "Int64"})
 
 
+@checked
 def summary(settled: pd.DataFrame) -> pd.DataFrame:
     """One row per topic of a settled ledger: `id`, what is `published`, and how many scopes came out as each verdict.
 
@@ -144,6 +150,7 @@ def summary(settled: pd.DataFrame) -> pd.DataFrame:
     >>> table.set_index("id")["published"].to_dict()
     {'k3-weaker': 'k3 as loss regularises more weakly than k2 as loss at equal coefficient'}
     """
+    check_columns(settled, "id", "published", "verdict")
     topics = settled["id"].str.split(".").str[0]
     counts = pd.crosstab(topics, settled["verdict"]).reindex(columns=list(get_args(VerdictName)), fill_value=0)
     first = settled.assign(id=topics).drop_duplicates("id").set_index("id")[["published"]]
@@ -161,16 +168,20 @@ def _read(folder: Path, names: set[str]) -> dict[str, pd.DataFrame]:
     return frames
 
 
+@checked
 def load(folder: Path | str, names: Iterable[str]) -> dict[str, pd.DataFrame]:
     """The saved frames of these names that are in the folder. Raises `ValueError` for a damaged one, see `gradlab._common.frames`.
 
     >>> list(gl.claims.load("figures", ["03_tokens"]))
     ['03_tokens']
     """
+    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+        raise ValueError(f"folder must be one that there is, got {folder!r}")
     there = [name for name in sorted(names) if (Path(folder) / f"{name}.csv").is_file()]
     return {name: files.load(Path(folder), name) for name in there}
 
 
+@checked
 def settle(claim: Claim, frame: pd.DataFrame) -> Verdict:
     """Judge one claim on one frame.
 
@@ -223,6 +234,7 @@ def judge(claim: Claim, low: float, high: float) -> VerdictName:
     >>> [gl.claims.judge(claim, low, high) for low, high in ((0.1, 0.2), (0.0, 0.2), (-0.1, 0.0))]
     ['HOLDS', 'UNDECIDED', 'FAILS']
     """
+    _check(claim, low=low, high=high)
     if np.isnan(low) or np.isnan(high):
         return "UNDECIDED"
     yes: VerdictName
@@ -236,6 +248,14 @@ def judge(claim: Claim, low: float, high: float) -> VerdictName:
             low, high, value = -high, -low, -value
         holds, fails = low >= value + margin and low > value + equal, high <= value + equal
     return yes if holds else no if fails else "UNDECIDED"
+
+
+def _check(claim: object, **numbers: object) -> None:
+    """Raise `ValueError` unless these are a claim and numbers, of which a row may lack some (NaN)."""
+    if not isinstance(claim, Claim):
+        raise ValueError(f"claim must be made by gl.claims.claim(…), got {claim!r}")
+    for name, given in numbers.items():
+        check_real(name, given)
 
 
 def _equal(claim: Claim) -> float:
@@ -255,8 +275,10 @@ def samples_needed(
     >>> gl.claims.samples_needed(claim, centre=0.1, low=-0.1, high=0.3, samples=100)
     818
     """
+    _check(claim, centre=centre, low=low, high=high)
     for name, given in (("level", level), ("power", power)):
         check_probability(name, given)
+    check_whole("samples", samples)
     value, margin, tails = claim.value, claim.margin, 1
     if claim.relation in ("=", "≠"):
         thresholds = [value - margin, value + margin]

@@ -41,6 +41,8 @@ def check_policy_class(kind: type) -> None:
 
     >>> gl.policies.check_policy_class(gl.Tree)
     """
+    if not isinstance(kind, type):
+        raise ValueError(f"a class of policies is a gl.policies.Tabular, got {kind!r}")
     name = kind.__name__
     if not issubclass(kind, Tabular):
         raise ValueError(

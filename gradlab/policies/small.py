@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab._common.names import check_name
+from gradlab._common.names import check_name, check_whole, several
 from gradlab._common.streams import generator
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.responses import Responses
@@ -121,6 +121,10 @@ def small(
     """
     check_name("task", task, TASKS)
     check_name("stage", stage, STAGES)
+    if prompts is not None and not all(isinstance(prompt, str) for prompt in several(prompts)):
+        raise ValueError(f"prompts must be texts, got {prompts!r}")
+    if length is not None:
+        check_whole("length", length)
     path = CHECKPOINTS / task / f"{stage}.npz"
     if not path.is_file():
         raise ValueError(
@@ -129,4 +133,4 @@ def small(
     model = network(TASKS[task])
     with np.load(path) as arrays:
         model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
-    return TASKS[task].policy(model.to(precision), prompts, length)
+    return TASKS[task].policy(model.to(precision), None if prompts is None else several(prompts), length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -181,6 +182,8 @@ class Tabular:
 
 def _table(logits: Any, dims: int, what: str) -> Tensor:
     """Check logits: the right number of axes, at least two tokens, finite; return them as float64."""
+    if logits is None:
+        raise ValueError(f"{what} must be an array of numbers, got None")
     try:
         given = logits.detach().cpu() if isinstance(logits, Tensor) else torch.from_numpy(np.array(logits, dtype=np.float64))
         table = given.to(torch.float64, copy=True)
@@ -206,6 +209,11 @@ def _check_shape(length: int, eos: int | None, vocab: int) -> None:
 
 def _random(shape: tuple[int, ...], scale: float, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     check_real("scale", scale)
+    if 8 * math.prod(shape) > ENUMERATION_BYTES:
+        raise ValueError(
+            f"a table of {' × '.join(map(str, shape))} logits takes more than the {ENUMERATION_BYTES / 2**30:g} GiB allowed; "
+            "give fewer tokens"
+        )
     return scale * generator(seed).standard_normal(shape)
 
 

@@ -21,6 +21,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
@@ -89,6 +90,8 @@ def measure(
     """
     losses = {name: _require_scores(name, loss) for name, loss in by_name(estimators).items()}
     listed = several(scenarios)
+    if not listed:
+        raise ValueError(f"scenarios must hold at least one, got {scenarios!r}")
     check_seed(seed)
     check_probability("level", level)
     if samples is not None:
@@ -125,6 +128,7 @@ def measure(
     return pd.DataFrame(rows, columns=columns).astype({"samples": "Int64"})
 
 
+@checked
 def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "reverse_kl") -> pd.DataFrame:
     """What every token of every context contributes, exactly; the rows of one context-token pair are summed over responses.
 
@@ -148,6 +152,7 @@ def per_token(estimator: Estimator | str, scenario: Scenario, target: str = "rev
     )
 
 
+@checked
 def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quantiles: Sequence[float]) -> pd.DataFrame:
     """Quantiles over scenarios: one row per group of `by` × quantile × `quantity` (a column of the frame), in `share`, with the `count`.
 
@@ -156,6 +161,9 @@ def bands(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str], quanti
     >>> gl.asymmetry.bands(frame, ["estimator"], ["under_mass"], [0.1, 0.5, 0.9])["share"].round(6).tolist()
     [0.5, 0.5, 0.5]
     """
+    check_columns(frame, *by, *columns)
+    if not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles must lie between 0 and 1, got {quantiles}")
     rows = []
     for key, part in frame.groupby(list(by), sort=False):
         for column in columns:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from gradlab._common.names import check_whole
+from gradlab._common.arguments import checked
+from gradlab._common.names import check_positive, check_whole
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss, gradients
 from gradlab.policies.families import CATEGORICAL
@@ -28,6 +29,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
+@checked
 def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
     """A triangular grid of three-token policies: grid indices `i`, `j` and probabilities `policy_0 … policy_2`.
 
@@ -38,6 +40,7 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
     >>> len(grid), bool((grid[["policy_0", "policy_1", "policy_2"]].sum(axis=1) - 1).abs().max() < 1e-12)
     (15, True)
     """
+    check_positive("edge", edge)
     check_whole("resolution", resolution)
     i, j = (index.ravel() for index in np.meshgrid(range(resolution + 1), range(resolution + 1), indexing="ij"))
     inside = i + j <= resolution
@@ -47,6 +50,7 @@ def simplex(resolution: int, edge: float = 0.25) -> pd.DataFrame:
     return pd.DataFrame({"i": i, "j": j, **{f"policy_{v}": p[:, v] for v in range(3)}})
 
 
+@checked
 def field(
     estimators: Loss | str | Iterable[Loss | str] | Mapping[str, Loss],
     policies: npt.ArrayLike,
@@ -63,6 +67,7 @@ def field(
     >>> frame.set_index("estimator")["rise"].gt(0).to_dict()
     {'k2-loss': False, 'k3-loss': True}
     """
+    check_positive("step", step)
     p, q = _probabilities("policies", policies, 2), _probabilities("reference", reference, 1)
     m, v = p.shape
     if len(q) != v:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_name, several
 from gradlab.estimators.catalogue import ESTIMATORS
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
-from gradlab.estimators.rules import CREDITS, PLACEMENTS, WEIGHTS
+from gradlab.estimators.rules import BASELINES, CREDITS, PLACEMENTS, WEIGHTS
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss, gradients
 from gradlab.rollout import Rollout
@@ -54,6 +55,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
+@checked
 def compositions(
     kernels: Iterable[str] = (*KERNELS, *VOCABULARY_KERNELS),
     placements: Iterable[str] = PLACEMENTS,
@@ -72,6 +74,16 @@ def compositions(
     >>> [e.name for e in compositions(["k2"], ["loss"], weights=["none"])]
     ['k2-loss', 'k2-loss-sequence']
     """
+    named: list[tuple[str, Iterable[Any], tuple[Any, ...]]] = [
+        ("kernel", kernels, (*KERNELS, *VOCABULARY_KERNELS)),
+        ("placement", placements, PLACEMENTS),
+        ("credit", credits, CREDITS),
+        ("weight", weights, WEIGHTS),
+        ("baseline", baselines := several(baselines), (None, *BASELINES)),
+    ]
+    for what, given, known in named:
+        for name in given:
+            check_name(what, name, known)
     axes = product(kernels, placements, credits, weights, differentiated, baselines)
     for kernel, placement, credit, weight, differentiate, baseline in axes:
         group = 4 if baseline in ("group_mean", "leave_one_out") else None
@@ -83,6 +95,7 @@ def compositions(
                 continue
 
 
+@checked
 def reweighted(
     name: str, weight: str = "none", differentiate: bool = False, truncate: float | None = None, clip: float | None = None
 ) -> dict[str, Estimator]:
@@ -101,6 +114,7 @@ def reweighted(
     return {f"{name}, {'differentiated ' * differentiate}{weight} weight{bound}": replace(ESTIMATORS[name], **options)}
 
 
+@checked
 def described(estimators: Mapping[str, Estimator]) -> pd.DataFrame:
     """The fields of named estimators, one row each: what to group their frames by.
 
@@ -119,7 +133,7 @@ def described(estimators: Mapping[str, Estimator]) -> pd.DataFrame:
         "gradient_kernel",
         "baseline",
     ]
-    rows = [[name, *(getattr(e, column) for column in columns)] for name, e in estimators.items()]
+    rows = [[name, *(getattr(e, column) for column in columns)] for name, e in by_name(estimators).items()]
     return pd.DataFrame(rows, columns=["estimator", *columns]).astype({"truncate": float, "clip": float})
 
 
@@ -144,6 +158,8 @@ def against(
         check_name("goal", goal, GOALS)
     for scenario in scenarios:
         check_scenario(scenario)
+    if not scenarios or not goals:
+        raise ValueError(f"nothing to compare: {len(scenarios)} scenarios, {len(goals)} goals; each must hold at least one")
     parts = []
     for scenario in tqdm(scenarios, desc="search", unit="scenario", disable=None, delay=2):
         with one_thread():
@@ -168,6 +184,7 @@ def against(
     return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
 
 
+@checked
 def worst(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per estimator of a frame of `against`: its largest bias over the scenarios as `bias_<goal>`, for every goal.
 
@@ -179,6 +196,7 @@ def worst(frame: pd.DataFrame) -> pd.DataFrame:
     >>> frame.set_index("estimator")["bias_reverse_kl"].lt(gl.search.UNBIASED).to_dict()
     {'k2-loss': False, 'full-both': True}
     """
+    check_columns(frame, "estimator", "target", "bias")
     table = frame.pivot_table(index="estimator", columns="target", values="bias", aggfunc="max", sort=False)
     return table.add_prefix("bias_").rename_axis(columns=None).reset_index()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from gradlab._common.arguments import checked
 from gradlab._common.names import check_jobs, check_real, several
 from gradlab._common.parallel import spread
 from gradlab.estimators.estimator import Estimator
@@ -48,6 +49,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
+@checked
 def measure(
     estimators: Sequence[str] | Mapping[str, Estimator],
     worlds: World | Sequence[World],

@@ -16,6 +16,8 @@ import scipy
 import torch
 from torch import Tensor
 
+from gradlab._common.arguments import checked
+from gradlab._common.names import check_positive, check_whole
 from gradlab.estimators.estimator import Estimator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Gradients, gradients
@@ -93,7 +95,10 @@ class Ascent:
     [[-0.25, 0.25]]
     """
 
+    @checked
     def __init__(self, world: World, estimator: Estimator | None, coefficient: float) -> None:
+        if not 0 <= coefficient < float("inf"):
+            raise ValueError(f"coefficient must be a finite number from 0 on, got {coefficient!r}")
         if estimator is not None and (estimator.grouped or estimator.normalise == "token_mean"):
             raise ValueError(
                 f"{estimator.name} is no sum over single responses; take the estimator without its baseline or mean"
@@ -144,6 +149,7 @@ class Ascent:
         return jacobian.reshape(-1, flat.size).numpy()
 
 
+@checked
 def ascend(
     world: World,
     estimator: Estimator | str | None,
@@ -167,7 +173,12 @@ def ascend(
     ([0.2689, 0.7311], [0.2689, 0.7311])
     """
     chosen = by_name(estimator).popitem()[1] if isinstance(estimator, str) else estimator
-    assert chosen is None or isinstance(chosen, Estimator)
+    if not (chosen is None or isinstance(chosen, Estimator)):
+        raise ValueError(f"exact ascent differentiates an expectation, which needs a gl.Estimator, got {chosen!r}")
+    check_positive("tolerance", tolerance)
+    check_whole("points", points, least=2)
+    if start is not None and start.signature != world.reference.signature:
+        raise ValueError(f"start must be a policy like the reference, {world.reference.signature}, got {start.signature}")
     ascent = Ascent(world, chosen, coefficient)
     with one_thread(), torch.no_grad():
         begin = (world.reference if start is None else start).table.flatten().numpy().copy()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from gradlab._common.names import check_probability
+from gradlab._common.arguments import check_columns, checked
+from gradlab._common.names import check_name, check_probability, check_whole
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
 from gradlab.estimators.estimator import Estimator, log_ratio
@@ -28,6 +29,7 @@ from gradlab.solvers import exact
 EXTREME = 10.0
 
 
+@checked
 def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollout:
     """All responses of a language model (`samples=None`), or that many drawn ones.
 
@@ -35,11 +37,14 @@ def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollou
     >>> gl.language.rollout_of(gl.Scenario(policy, policy), samples=16).tokens.shape
     torch.Size([16, 2])
     """
+    if not isinstance(scenario.policy, LanguageModel):
+        raise ValueError(f"the policy must be a language model, got a {type(scenario.policy).__name__}")
     if samples is None:
         return Rollout.enumerated(scenario)
     return Rollout.from_sampler(scenario, samples, generator(seed, 12))
 
 
+@checked
 def extremes(
     scenario: Scenario, samples: int | None = None, seed: int = 0, factor: float = EXTREME, level: float = 0.95
 ) -> pd.DataFrame:
@@ -55,6 +60,9 @@ def extremes(
     (['δ → 0', 'δ → ∞'], [False, True])
     """
     check_probability("level", level)
+    if not 1 < factor < np.inf:
+        raise ValueError(f"factor must be a finite number above 1, got {factor!r}")
+    policy: Any = scenario.policy
     with one_thread(), torch.no_grad():
         rollout = rollout_of(scenario, samples, seed)
         rows = []
@@ -69,11 +77,12 @@ def extremes(
                 "responses": share, "responses_low": low, "responses_high": high,
                 "tokens": float(rollout.weight @ beyond.sum(-1).double() / (rollout.weight @ rollout.lengths)),
                 "furthest": sign * float(log_delta[i, t]), "after": text(scenario.policy, rollout, i, t),
-                "token": words(scenario.policy)[int(rollout.tokens[i, t])],
+                "token": words(policy)[int(rollout.tokens[i, t])],
             })  # fmt: skip
     return pd.DataFrame(rows).astype({"samples": "Int64"})
 
 
+@checked
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Exact interval of a probability from `count` successes in `n` independent trials.
 
@@ -83,6 +92,10 @@ def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, flo
     [0.0, 0.3085]
     """
     check_probability("level", level)
+    check_whole("n", n)
+    check_whole("count", count, least=0)
+    if count > n:
+        raise ValueError(f"count must be at most n, got {count} of {n}")
     tail = (1 - level) / 2
     low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
     return low, float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
@@ -133,6 +146,7 @@ def score_norms(policy: LanguageModel, rollout: Rollout) -> Tensor:
     return backprop.pullback(policy, single, rollout.weight).square
 
 
+@checked
 def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, seed: int = 0,
           direction: Tensor | None = None) -> pd.DataFrame:  # fmt: skip
     """What every sampled token contributes to each estimator's gradient: one row per estimator × response × token.
@@ -174,6 +188,7 @@ def parts(names: Sequence[str], scenario: Scenario, samples: int | None = None, 
     return pd.concat(frames, ignore_index=True).assign(scenario=scenario.label, via=_via(samples))
 
 
+@checked
 def sides(frame: pd.DataFrame) -> pd.DataFrame:
     """Shares of `parts` that under-sampled tokens have: `under_probability, under_mass, under_expected, under_pull, under_second`.
 
@@ -182,6 +197,7 @@ def sides(frame: pd.DataFrame) -> pd.DataFrame:
     >>> round(float(shares["under_mass"].iloc[0]), 3)
     0.5
     """
+    check_columns(frame, "via", "scenario", "estimator", "weight", "log_ratio", "mass", "expected", "pull", "second")
     rows = []
     for (scenario, estimator, via), group in frame.groupby(["scenario", "estimator", "via"], sort=False):
         under = group["log_ratio"] < 0
@@ -193,6 +209,7 @@ def sides(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@checked
 def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFrame:
     """The tokens, in their contexts, with the largest shares of a part: rows of `parts` summed over responses, `count` per estimator.
 
@@ -201,6 +218,9 @@ def tokens(frame: pd.DataFrame, count: int = 8, by: str = "second") -> pd.DataFr
     >>> len(frame), bool(frame["second"].is_monotonic_decreasing)
     (3, True)
     """
+    check_columns(frame, "after", "token", "scenario", "estimator", "weight", "log_ratio", "mass", "expected", "pull", "second")
+    check_whole("count", count)
+    check_name("part", by, ("mass", "expected", "pull", "second"))
     key = ["scenario", "estimator", "after", "token"]
     summed = frame.groupby(key, sort=False).agg(
         {"weight": "sum", "log_ratio": "mean", "mass": "sum", "expected": "sum", "pull": "sum", "second": "sum"}
@@ -225,7 +245,8 @@ def text(policy: Any, rollout: Rollout, i: int, t: int) -> str:
     return "".join(prompt + [names[k] for k in rollout.tokens[i, :t].tolist()])
 
 
-def words(policy: Any) -> list[str]:
+@checked
+def words(policy: LanguageModel) -> list[str]:
     """A string for every token of the policy's vocabulary.
 
     >>> gl.language.words(gl.policies.small("addition"))

@@ -11,10 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from gradlab._common.arguments import checked
+from gradlab._common.names import check_positive
 from gradlab.estimators.estimator import Estimator
-from gradlab.measure import ZERO_TOLERANCE, one_thread
+from gradlab.measure import ZERO_TOLERANCE, by_name, one_thread
 from gradlab.moments import Moments
-from gradlab.policies import Markov, Tree
+from gradlab.policies import Bandit, Markov, Tree
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 from gradlab.solvers import exact
@@ -41,7 +43,8 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def expected_length(policy: Markov | Tree) -> Tensor:
+@checked
+def expected_length(policy: Bandit | Markov | Tree) -> Tensor:
     """`E[L]` in tokens, a scalar that is differentiable in the policy's table.
 
     >>> policy = gl.Markov([0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]], length=3, eos=1)  # ends with probability ½ at every step
@@ -51,7 +54,8 @@ def expected_length(policy: Markov | Tree) -> Tensor:
     return policy.occupancy().sum()
 
 
-def length_gradient(policy: Markov | Tree) -> Tensor:
+@checked
+def length_gradient(policy: Bandit | Markov | Tree) -> Tensor:
     """`∇E[L]` with respect to the policy's parameters, `[p]`.
 
     >>> policy = gl.Tree.random(vocab=2, length=2, seed=0, eos=1)
@@ -65,7 +69,8 @@ def length_gradient(policy: Markov | Tree) -> Tensor:
     return derivative
 
 
-def length_distribution(policy: Markov | Tree) -> Tensor:
+@checked
+def length_distribution(policy: Bandit | Markov | Tree) -> Tensor:
     """Probability of every length `0 … T`, `[T + 1]`.
 
     >>> policy = gl.Markov([0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]], length=3, eos=1)  # ends with probability ½ at every step
@@ -89,6 +94,7 @@ def length_distribution(policy: Markov | Tree) -> Tensor:
     return torch.stack([*ended, state.sum()])
 
 
+@checked
 def batch_factor(distribution: Tensor, batch: int) -> Tensor:
     """Expected factor on a response of length `L` when a batch of `batch` responses is divided by all of its tokens, `[T + 1]`.
 
@@ -112,6 +118,7 @@ def batch_factor(distribution: Tensor, batch: int) -> Tensor:
     return torch.from_numpy(np.concatenate([[0.0], found]))
 
 
+@checked
 def token_mean_of(estimator: Estimator, scenario: Scenario, batch: int) -> Callable[[Rollout], Tensor]:
     """The estimator under one mean over all tokens of a batch of `batch` responses, exactly in expectation.
 
@@ -135,6 +142,7 @@ def token_mean_of(estimator: Estimator, scenario: Scenario, batch: int) -> Calla
     return loss
 
 
+@checked
 def normalisers(
     estimators: Mapping[str, Estimator], scenarios: Sequence[Scenario], batches: Sequence[int] = (), step: float = STEP
 ) -> pd.DataFrame:
@@ -149,6 +157,8 @@ def normalisers(
     >>> frame["normaliser"].tolist()
     ['sum', 'mean', 'token_mean', 'fixed']
     """
+    check_positive("step", step)
+    named = _estimators(estimators)
     rows: list[dict[str, Any]] = []
     for scenario in scenarios:
         with one_thread():
@@ -160,12 +170,19 @@ def normalisers(
             common = {"scenario": scenario.label, "via": "exact", "kl": scenario.kl(), "mean_length": mean}
             common |= {"length_spread": relative_std, "variable": relative_std > 1e-9}
             slope, inverse = length_gradient(policy), exact.gradient("inverse_length", scenario)
-            for name, estimator in estimators.items():
+            for name, estimator in named.items():
                 found = _under_each(estimator, scenario, batches)
                 for normaliser, moments in found.items():
                     errors = _effect(moments, found["sum"], slope, inverse, policy, mean, step)
                     rows.append({**common, "estimator": name, "normaliser": normaliser, **errors})
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _estimators(given: Mapping[str, Estimator]) -> dict[str, Estimator]:
+    named = {name: loss for name, loss in by_name(given).items() if isinstance(loss, Estimator)}
+    if len(named) < len(given):
+        raise ValueError(f"a normaliser belongs to a gl.Estimator, got {given!r:.200}")
+    return named
 
 
 def _under_each(estimator: Estimator, scenario: Scenario, batches: Sequence[int]) -> dict[str, Moments]:

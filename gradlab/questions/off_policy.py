@@ -11,6 +11,8 @@ import scipy
 import torch
 from torch import Tensor
 
+from gradlab._common.arguments import check_columns, checked
+from gradlab._common.names import check_positive, check_whole
 from gradlab.estimators.estimator import Estimator
 from gradlab.policies import Bandit, Markov, Tree
 from gradlab.rollout import Rollout
@@ -52,6 +54,7 @@ def _shipped() -> dict[str, tuple[Estimator, str]]:
 SHIPPED: dict[str, tuple[Estimator, str]] = _shipped()
 
 
+@checked
 def at_lag(policy: P, lag: float, seed: int = 0) -> P:
     """A behaviour policy at `KL(behaviour ‖ policy) = lag` nats, whole responses, along one random direction per seed.
 
@@ -62,6 +65,8 @@ def at_lag(policy: P, lag: float, seed: int = 0) -> P:
     >>> round(gl.Scenario(policy, policy, behaviour).lag(), 6)
     0.2
     """
+    if not isinstance(policy, Bandit | Tree | Markov):
+        raise ValueError(f"policy must be a gl.Bandit, a gl.Tree or a gl.Markov, got {policy!r:.60}")
     if not (np.isfinite(lag) and lag > 0):
         raise ValueError(f"lag is KL(behaviour ‖ policy) in nats and positive; got {lag!r} (on-policy: behaviour=None)")
     noise = policy.perturbed(scale=1.0, seed=seed).parameters - policy.parameters
@@ -80,6 +85,7 @@ def at_lag(policy: P, lag: float, seed: int = 0) -> P:
     return policy.moved(float(np.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-14))) * noise)
 
 
+@checked
 def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> Tensor:
     """Exact `(E_μ[w])² / E_μ[w²]` of the prefix weights `w_t = Π_{u ≤ t} ρ_u`, `[T]`: the share of a batch that is left.
 
@@ -91,6 +97,8 @@ def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> 
     >>> gl.off_policy.effective_sample_size(gl.Scenario(policy, policy, behaviour)).round(decimals=4).tolist()
     [0.7864]
     """
+    if truncate is not None:
+        check_positive("truncate", truncate)
     policy, sampler = scenario.policy, scenario.sampler
     if not is_of(scenario, Markov):
         with torch.no_grad():
@@ -110,6 +118,7 @@ def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> 
     return torch.stack(found)
 
 
+@checked
 def repulsion(scenarios: Sequence[Scenario], step: float = 0.1) -> pd.DataFrame:
     """What k1 as loss, without a weight, does off-policy: `E_μ[∇k1] = −∇KL(μ ‖ π)`, so descending it runs from the behaviour.
 
@@ -121,6 +130,7 @@ def repulsion(scenarios: Sequence[Scenario], step: float = 0.1) -> pd.DataFrame:
     >>> bool(frame["repulsion"].max() < 1e-9), bool(frame["lag_change"].min() > 0)
     (True, True)
     """
+    check_positive("step", step)
     rows = []
     estimator = Estimator("k1")
     for scenario in scenarios:
@@ -138,6 +148,7 @@ def repulsion(scenarios: Sequence[Scenario], step: float = 0.1) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+@checked
 def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
     """Root mean squared error `√(bias² + noise/N)` of every estimator for batches of `N` responses, over the draws.
 
@@ -150,6 +161,9 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
     >>> gl.off_policy.errors(frame, [16, 1024])[["batch", "estimator", "rmse"]].round(3).values.tolist()
     [[16, 'quiet', 0.269], [16, 'unbiased', 0.5], [1024, 'quiet', 0.105], [1024, 'unbiased', 0.062]]
     """
+    check_columns(frame, "bias", "noise", "estimator", *by)
+    for batch in batches:
+        check_whole("a batch", batch)
     parts = []
     for batch in batches:
         log_error = 0.5 * np.log(frame["bias"] ** 2 + frame["noise"] / batch)
@@ -161,6 +175,7 @@ def errors(frame: pd.DataFrame, batches: Sequence[int], by: Sequence[str] = ("pa
     return rmse[[*by, "batch", "estimator", "rmse", "regret"]]
 
 
+@checked
 def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.DataFrame:
     """The rows of `errors` with the smallest error, and `runner_up` with the regret of taking it instead.
 
@@ -169,6 +184,7 @@ def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.Da
     >>> gl.off_policy.winners(gl.off_policy.errors(frame, [16, 1024]))["estimator"].tolist()
     ['quiet', 'unbiased']
     """
+    check_columns(ranked, "rmse", "regret", "batch", "estimator", *by)
     # Errors that agree to rounding are equal, and the estimator named first wins: a bound that never binds wins nothing.
     order = np.log(ranked["rmse"]).round(9)
     ordered = ranked.assign(order=order).sort_values("order", kind="stable").drop(columns="order")
@@ -178,6 +194,7 @@ def winners(ranked: pd.DataFrame, by: Sequence[str] = ("panel", "lag")) -> pd.Da
     return best.sort_values([*by, "batch"], kind="stable", ignore_index=True)
 
 
+@checked
 def regrets(found: pd.DataFrame, by: Sequence[str] = ("panel",)) -> pd.DataFrame:
     """How much worse than the best an estimator is over the lags and batches of `errors`: `median` and `worst` ratio.
 
@@ -186,6 +203,7 @@ def regrets(found: pd.DataFrame, by: Sequence[str] = ("panel",)) -> pd.DataFrame
     >>> gl.off_policy.regrets(gl.off_policy.errors(frame, [16, 1024]))[["estimator", "worst"]].round(3).values.tolist()
     [['quiet', 1.676], ['unbiased', 1.857]]
     """
+    check_columns(found, "regret", "estimator", *by)
     table = found.groupby([*by, "estimator"], sort=False)["regret"].agg(median="median", worst="max").reset_index()
     # Regrets that agree to rounding are equal, and the estimator named first comes first.
     order = table.assign(worst=np.log(table["worst"]).round(9)).sort_values([*by, "worst"], kind="stable").index

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 
+from gradlab._common.arguments import checked, numbers
 from gradlab._common.names import check_name
 from gradlab.policies import Bandit, Tree
 from gradlab.rollout import Rollout
@@ -28,6 +29,7 @@ DIVERGENCES: dict[str, str] = {
 }
 
 
+@checked
 def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, divergence: str = "reverse_kl") -> Array:
     """Distribution `[n]` that maximises `Σ p r − β D(p, ref)`; see `DIVERGENCES`. `Λ` is found by bracketing.
 
@@ -37,11 +39,15 @@ def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, 
     [0.2689, 0.7311]
     """
     check_name("divergence", divergence, DIVERGENCES)
-    r, ref = np.asarray(reward, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    if r.shape != ref.shape or r.ndim != 1:
+    r, ref = numbers("reward", reward), numbers("reference", reference)
+    if r.shape != ref.shape:
         raise ValueError(f"reward and reference must be vectors [n] of one length, got {list(r.shape)} and {list(ref.shape)}")
-    if not coefficient > 0:
-        raise ValueError(f"coefficient must be positive, got {coefficient}; without a divergence the best response takes all")
+    if not 0 < coefficient < np.inf:
+        raise ValueError(
+            f"coefficient must be positive and finite, got {coefficient}; without a divergence the best response takes all"
+        )
+    if (ref < 0).any() or abs(ref.sum() - 1) > 1e-6:
+        raise ValueError(f"reference must be probabilities that sum to 1, got {ref.tolist()!r:.80}")
     r = r - r.max()
     if divergence == "reverse_kl":
         p = ref * np.exp(r / coefficient)
@@ -64,6 +70,7 @@ def tilted(reward: npt.ArrayLike, reference: npt.ArrayLike, coefficient: float, 
     return np.asarray(weight * np.maximum(0, base - levels[support]))
 
 
+@checked
 def optimum(
     reference: Bandit | Tree,
     reward: npt.ArrayLike,
@@ -83,7 +90,9 @@ def optimum(
     """
     check_name("credit", credit, ("sequence", "token"))
     rollout = Rollout.enumerated(Scenario(reference, reference))
-    r, ref = np.asarray(reward, dtype=np.float64), rollout.weight.numpy()
+    r, ref = numbers("reward", reward), rollout.weight.numpy()
+    if r.shape != ref.shape:
+        raise ValueError(f"reward must be one number per response, [{len(ref)}], got [{len(r)}]: {reward!r:.80}")
     if credit == "sequence":
         return tilted(r, ref, coefficient, divergence)
     rows, tokens, mask = rollout.contexts.numpy(), rollout.tokens.numpy(), rollout.mask.numpy()

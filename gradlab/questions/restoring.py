@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradlab._common.arguments import check_columns, checked, numbers
+from gradlab._common.names import check_name, check_positive, check_whole
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.questions.bandits import expected_gradients
@@ -37,14 +39,27 @@ COLUMNS: dict[str, str] = {
 }
 
 
+def _probabilities(reference: npt.ArrayLike, token: int) -> npt.NDArray[np.float64]:
+    """The reference as an array; `ValueError` where it is no distribution with that token."""
+    q = numbers("reference", reference)
+    if len(q) < 2 or (q <= 0).any() or abs(q.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"reference must be positive probabilities of at least two tokens that sum to 1, got {reference!r:.80}"
+        )
+    if not 0 <= token < len(q):
+        raise ValueError(f"token must be between 0 and {len(q) - 1}, got {token}")
+    return q
+
+
+@checked
 def shifted(reference: npt.ArrayLike, token: int, shifts: npt.ArrayLike) -> Tensor:
     """Logits `[m, v]` of the reference's probabilities `[v]` with the logit of one token shifted by each of `shifts` `[m]`.
 
     >>> gl.restoring.odds(gl.restoring.shifted([0.5, 0.5], 0, [-2.0, 3.0]), 0).round(decimals=6).tolist()
     [-2.0, 3.0]
     """
-    logits = torch.from_numpy(np.log(np.asarray(reference, dtype=np.float64)))
-    d = torch.from_numpy(np.atleast_1d(np.asarray(shifts, dtype=np.float64)))
+    logits = torch.from_numpy(np.log(_probabilities(reference, token)))
+    d = torch.from_numpy(numbers("shifts", np.atleast_1d(np.asarray(shifts, dtype=np.float64))))
     return (logits + d[:, None] * (torch.arange(len(logits)) == token)).log_softmax(-1)
 
 
@@ -67,6 +82,7 @@ def descent(losses: Mapping[str, Loss], table: Tensor, reference: Tensor, step: 
         at = at - step * found[range(e), range(e)].reshape(-1, v)
 
 
+@checked
 def times(
     estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
     reference: npt.ArrayLike,
@@ -85,13 +101,11 @@ def times(
     >>> frame.set_index("estimator")["steps"].to_dict()
     {'k2-loss': 82, 'k3-loss': 13}
     """
-    losses, q = by_name(estimators), np.asarray(reference, dtype=np.float64)
-    d = np.atleast_1d(np.asarray(shifts, dtype=np.float64))
-    if not 0 <= token < len(q):
-        raise ValueError(f"token must be between 0 and {len(q) - 1}, got {token}")
+    losses, q = by_name(estimators), _probabilities(reference, token)
+    d = numbers("shifts", np.atleast_1d(np.asarray(shifts, dtype=np.float64)))
     if (np.abs(d) <= np.log(FACTOR)).any():
         raise ValueError(f"a shift of log-odds within ±{np.log(FACTOR):.3g} nats counts as restored; got {d.tolist()}")
-    if not step > 0 or limit < 1:
+    if not 0 < step < np.inf or limit < 1:
         raise ValueError(f"step and limit must be positive, got {step} and {limit}")
     start, ref, steps = shifted(q, token, d), torch.from_numpy(np.log(q)), np.full((len(losses), len(d)), -1)
     with one_thread(), torch.no_grad():
@@ -112,6 +126,7 @@ def times(
     return pd.concat(rows, ignore_index=True)
 
 
+@checked
 def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Add ratios of times to a frame of `times`: against another estimator, and of a dropped token against an inflated one.
 
@@ -123,6 +138,8 @@ def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     >>> gl.restoring.compared(frame, "k2-loss").groupby("estimator")["versus_k2"].first().round(2).to_dict()
     {'k2-loss': 1.0, 'k3-loss': 0.16}
     """
+    check_columns(frame, "estimator", "reference", "shift", "time", "restored")
+    check_name("estimator of the frame", baseline, frame["estimator"].unique())
     keys = ["estimator", "reference", "shift"]
     took = frame.set_index(keys)[["time", "restored"]]
     found = frame.copy()
@@ -136,6 +153,7 @@ def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return found
 
 
+@checked
 def paths(
     estimators: Loss | str | Sequence[Loss | str] | Mapping[str, Loss],
     reference: npt.ArrayLike,
@@ -153,7 +171,10 @@ def paths(
     >>> bool(frame["kl"].iloc[-1] < 0.1 * frame["kl"].iloc[0])
     True
     """
-    losses, q = by_name(estimators), np.asarray(reference, dtype=np.float64)
+    losses, q = by_name(estimators), _probabilities(reference, token)
+    check_positive("step", step)
+    check_whole("steps", steps)
+    check_whole("points", points)
     kept = np.unique(np.concatenate([[0], np.geomspace(1, steps, points).round()]).astype(int))
     start, ref, rows = shifted(q, token, [shift]), torch.from_numpy(np.log(q)), []
     with one_thread(), torch.no_grad():

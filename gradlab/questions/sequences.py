@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gradlab._common.names import check_name
+from gradlab._common.arguments import check_columns, checked
+from gradlab._common.names import check_name, check_whole, is_several
 from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import CATALOGUE
 from gradlab.measure import by_name
@@ -34,6 +35,7 @@ GAP_COLUMNS: dict[str, str] = {
 }
 
 
+@checked
 def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scale: float = 1.0) -> Markov:
     """A chain whose relaxation time is `memory` tokens: at every step it repeats the last token or draws a fresh one.
 
@@ -45,6 +47,7 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     >>> round(gl.sequences.relaxation_time(policy), 6)
     10.0
     """
+    check_whole("vocab", vocab, least=2)
     if not (np.isfinite(memory) and memory >= 1):
         raise ValueError(f"memory is a relaxation time in tokens: a finite number of at least 1, got {memory!r}")
     rng = generator(seed, 5)
@@ -53,6 +56,7 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     return Markov(np.log(p), np.log((1 - 1 / memory) * np.eye(vocab) + p / memory), length=length)
 
 
+@checked
 def relaxation_time(policy: Markov) -> float:
     """How many tokens a chain remembers: `1 / (1 − |λ₂|)`, with `λ₂` the second largest eigenvalue of the transition matrix.
 
@@ -63,6 +67,7 @@ def relaxation_time(policy: Markov) -> float:
     return float(1 / (1 - min(eigenvalues[-2], 1 - 1e-12)))
 
 
+@checked
 def shortened(scenario: Scenario, length: int, name: str | None = None) -> Scenario:
     """The same chains with another number of tokens. Raises `ValueError` for policies that are not `Markov`.
 
@@ -80,6 +85,7 @@ def shortened(scenario: Scenario, length: int, name: str | None = None) -> Scena
     return Scenario(cut(scenario.policy), cut(scenario.reference), behaviour, name)
 
 
+@checked
 def expected_gradient(name: str, scenario: Scenario) -> Tensor:
     """Expected on-policy gradient `[p]` of a catalogue estimator, from the objectives it is known to descend.
 
@@ -100,6 +106,7 @@ def expected_gradient(name: str, scenario: Scenario) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
+@checked
 def gap(names: Sequence[str], scenarios: Sequence[Scenario], target: str = "reverse_kl") -> pd.DataFrame:
     """How far the expected gradients of catalogue estimators are from a target's, on chains.
 
@@ -124,6 +131,7 @@ def gap(names: Sequence[str], scenarios: Sequence[Scenario], target: str = "reve
     return pd.DataFrame(rows, columns=list(GAP_COLUMNS))
 
 
+@checked
 def exponents(
     frame: pd.DataFrame, by: Sequence[str], x: str, y: str, low: float = -np.inf, high: float = np.inf
 ) -> pd.DataFrame:
@@ -138,6 +146,7 @@ def exponents(
     >>> gl.sequences.exponents(frame, ["kind"], "x", "y")["exponent"].round(6).tolist()
     [2.0]
     """
+    check_columns(frame, *by, x, y)
     rows = []
     for key, part in frame[frame[x].between(low, high)].groupby(list(by), sort=False):
         part = part[(part[y] > 0) & np.isfinite(part[y])].sort_values(x)
@@ -155,6 +164,7 @@ def exponents(
     return pd.DataFrame(rows, columns=[*by, "exponent", "exponent_error", "last", "curvature", "points", "from", "to"])
 
 
+@checked
 def compared(
     pairs: Sequence[tuple[Loss | str, Loss | str]], scenario: Scenario, samples: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
@@ -169,6 +179,8 @@ def compared(
     >>> frame["difference"].lt(1e-9).tolist()
     [True, False]
     """
+    if not is_several(pairs) or not pairs or any(not is_several(pair) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"pairs must be pairs of estimators, at least one, got {pairs!r}")
     if samples is None:
         rollout = Rollout.enumerated(scenario)
     else:
@@ -186,6 +198,7 @@ def compared(
     return pd.DataFrame(rows, columns=columns).astype({"samples": "Int64"})
 
 
+@checked
 def with_reward(rewards: Mapping[str, Tensor], scenario: Scenario, coefficients: Sequence[float]) -> pd.DataFrame:
     """What adding `β·k1` as loss does to the policy gradient of a reward, on responses that can be enumerated.
 
@@ -202,6 +215,8 @@ def with_reward(rewards: Mapping[str, Tensor], scenario: Scenario, coefficients:
     >>> frame[["shift", "noise_ratio"]].round(6).values.tolist()
     [[0.0, 0.0]]
     """
+    if not isinstance(rewards, Mapping):
+        raise ValueError(f"rewards must be a mapping from names to rewards [n], got {rewards!r}")
     rollout = Rollout.enumerated(scenario)
     rows = []
     for name, reward in rewards.items():

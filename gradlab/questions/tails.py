@@ -18,6 +18,7 @@ import scipy
 import torch
 from tqdm import tqdm
 
+from gradlab._common.arguments import check_columns, checked, numbers
 from gradlab._common.names import check_jobs, check_name, check_probability, check_seed, check_whole, several
 from gradlab._common.parallel import spread
 from gradlab._common.streams import generator
@@ -42,6 +43,7 @@ VALUES: dict[str, Callable[[Array], Array]] = {
 }
 
 
+@checked
 def k3_variance(scenario: Scenario) -> float:
     """`Var k3 = χ²(ref‖π) + Var ℓ − 2 [KL(π‖ref) + KL(ref‖π)]`, one step; the closed form beside `exact.value_moments`.
 
@@ -63,6 +65,7 @@ def k3_variance(scenario: Scenario) -> float:
     return found if found == np.inf or found > CANCELLED * ratios else exact.value_moments("k3", scenario).variance
 
 
+@checked
 def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:
     """Exact share of `E[k3] = KL(π‖ref)` on events rarer than 1/n: `A = {δ > t}` with `π(A) = 1/n`.
 
@@ -154,6 +157,8 @@ def running(
         raise ValueError(f"running() draws from a gl.Gaussian, got {type(scenario.policy).__name__}")
     for kernel in kernels:
         check_name("kernel", kernel, VALUES)
+    if not kernels:
+        raise ValueError(f"kernels must hold at least one, got {kernels!r}")
     if not sizes or sizes[0] < 2 or (np.diff(sizes) <= 0).any():
         raise ValueError(f"sizes must increase from at least 2, got {list(sizes)}")
     tasks = (
@@ -193,6 +198,7 @@ def _run(
     return rows
 
 
+@checked
 def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) -> pd.DataFrame:
     """Median of `columns` over runs, per scenario, kernel and number of samples, with what a single run may give.
 
@@ -205,6 +211,7 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     >>> frame["runs"].tolist(), bool((frame["mean_low"] <= frame["mean_high"]).all())
     ([8, 8], True)
     """
+    check_columns(frame, "scenario", "kernel", "samples", "kl", *columns)
     check_probability("level", level)
     rows = []
     for (scenario, kernel, samples), part in frame.groupby(["scenario", "kernel", "samples"], sort=False):
@@ -227,6 +234,7 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     return pd.DataFrame(rows)
 
 
+@checked
 def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, seed: int = 0) -> pd.DataFrame:
     """The sample mean of k3 over its expectation when a bandit's k3 takes two values: one rare token against all the rest.
 
@@ -240,6 +248,10 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
     >>> frame["mean_ratio"].round(2).tolist()
     [0.18, 1.0]
     """
+    for size in sizes:
+        check_whole("each of sizes", size)
+    if runs is not None:
+        check_whole("runs", runs)
     if not is_of(scenario, Bandit):
         raise ValueError(f"dropped() needs a gl.Bandit, got {type(scenario.policy).__name__}")
     p, _, value = _tokens(scenario)
@@ -268,6 +280,7 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
 # ---- χ² and what it predicts -----------------------------------------------------------------------------------------------
 
 
+@checked
 def chi2(scenario: Scenario) -> float:
     """`χ²(ref‖π)` summed over the steps of a response, prefixes from the policy: `E_π Σ_t Var[δ_t | s_t]`; may be `inf`.
 
@@ -278,6 +291,7 @@ def chi2(scenario: Scenario) -> float:
     return 2 * float(policy.occupancy() @ policy.family.chi2(reference.table, policy.table))
 
 
+@checked
 def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.DataFrame:
     """χ²(ref‖π) beside what it is said to predict: the variance of the coefficient and of the gradient of k3 as loss.
 
@@ -289,6 +303,7 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
     >>> frame["chi2"].item() > 0.1, abs(round(frame["trace_cov"].item(), 12))  # no variance of the gradient for two equal tokens
     (True, 0.0)
     """
+    check_name("estimator", estimator, ESTIMATORS)
     loss, rows = ESTIMATORS[estimator], []
     with one_thread(), torch.no_grad():
         for scenario in scenarios:
@@ -317,6 +332,7 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
     return pd.DataFrame(rows)
 
 
+@checked
 def rank_correlations(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ("trace_cov", "noise")) -> pd.DataFrame:
     """Spearman's rank correlation of `chi2` with each column among the scenarios of a group: `rank_trace_cov`, …; `scenarios`.
 
@@ -325,6 +341,7 @@ def rank_correlations(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[
     >>> gl.tails.rank_correlations(frame, ["kind"])[["kind", "scenarios"]].values.tolist()
     [['bandit', 8]]
     """
+    check_columns(frame, "chi2", *by, *columns)
     rows = []
     for key, part in frame.groupby(list(by), sort=False):
         ranks = {f"rank_{column}": float(scipy.stats.spearmanr(part["chi2"], part[column]).statistic) for column in columns}
@@ -335,6 +352,7 @@ def rank_correlations(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[
 # ---- tail indices ----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def hill(values: Sequence[float] | Array, k: int) -> float:
     """Hill's estimate of the tail index `α`, `P(x > t) ~ t^{−α}`, from the `k` largest of the values' magnitudes.
 
@@ -346,7 +364,7 @@ def hill(values: Sequence[float] | Array, k: int) -> float:
     >>> abs(index - 2) < 0.1
     True
     """
-    magnitude = np.abs(np.asarray(values, dtype=np.float64))
+    magnitude = np.abs(numbers("values", values))
     magnitude = magnitude[magnitude > 0]
     if not 1 <= k < len(magnitude):
         raise ValueError(
@@ -356,6 +374,7 @@ def hill(values: Sequence[float] | Array, k: int) -> float:
     return float(1 / np.mean(np.log(top[1:] / top[0])))
 
 
+@checked
 def tail_index(scenario: Scenario) -> float:
     """Exact tail index `α` of `δ = ref/π` under a Gaussian policy, `P(δ > t) ~ t^{−α}` up to powers of `log t`.
 

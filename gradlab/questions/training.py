@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy
 
-from gradlab._common.names import check_probability
+from gradlab._common.arguments import check_columns, checked
+from gradlab._common.names import check_name, check_probability
 from gradlab.training import NONE
 
 #: Names of what differs between comparisons besides the regulariser.
@@ -52,6 +54,7 @@ class Ratio(NamedTuple):
 UNKNOWN = Ratio(np.nan, np.nan, np.nan)
 
 
+@checked
 def ends(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per run of a frame of `gl.train`: `reward` and `kl` at the end, traces summed along the run; missing if it diverged.
 
@@ -61,6 +64,7 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     >>> gl.runs.ends(frame)[["estimator", "seed"]].values.tolist()
     [['none', 0], ['none', 1], ['k2-loss', 0], ['k2-loss', 1]]
     """
+    check_columns(frame, "estimator", "coefficient", "epochs", "seed", "step", "reward", "kl", "trace_cov", "trace_cov_none")
     late = frame[frame["step"] >= frame["step"].max() / 2]
     key = ["estimator", "coefficient", "epochs", "seed"]
     found = late.groupby(key, sort=False)[["reward", "kl"]].mean()
@@ -71,7 +75,8 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     return together.reset_index()
 
 
-def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
+@checked
+def quotient(x: npt.ArrayLike, y: npt.ArrayLike, level: float = 0.95) -> Ratio:
     """Geometric mean of `x/y` over pairs `[n]`, with the interval of a t-test on `log(x/y)`.
 
     Unknown where a value is not positive, as a mean reward may be, and without an interval for fewer than two pairs. Raises
@@ -81,7 +86,7 @@ def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
     2.8284
     """
     check_probability("level", level)
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    x, y = _pairs(x, y)
     if not len(x) or not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
         return UNKNOWN
     logs = np.log(x) - np.log(y)
@@ -92,7 +97,8 @@ def quotient(x: Any, y: Any, level: float = 0.95) -> Ratio:
     return Ratio(*(float(np.exp(end)) for end in (centre, centre - half_width, centre + half_width)))
 
 
-def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
+@checked
+def spread(x: npt.ArrayLike, y: npt.ArrayLike, level: float = 0.95) -> Ratio:
     """Quotient of the standard deviations of pairs `[n]`, normal and correlated, with Pitman's interval.
 
     With `w` the quotient of variances and `r` the correlation its ends are `w (K ± √(K² − 1))`, `K = 1 + 2(1 − r²)t²/(n − 2)`.
@@ -103,7 +109,7 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     0.5
     """
     check_probability("level", level)
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    x, y = _pairs(x, y)
     n = len(x)
     if n < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or x.std() == 0 or y.std() == 0:
         return UNKNOWN
@@ -113,6 +119,14 @@ def spread(x: Any, y: Any, level: float = 0.95) -> Ratio:
     return Ratio(*(float(np.sqrt(w * factor)) for factor in (1.0, k - half_width, k + half_width)))
 
 
+def _pairs(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    one, other = (np.atleast_1d(np.asarray(side, dtype=float)) for side in (x, y))
+    if one.shape != other.shape:
+        raise ValueError(f"pairs need as many of one as of the other, got {x!r:.40} and {y!r:.40}")
+    return one, other
+
+
+@checked
 def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> pd.DataFrame:
     """Compare every regulariser of a frame of `gl.train` with no regulariser and with `base`, see `COLUMNS`.
 
@@ -127,6 +141,8 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
     >>> frame["estimator"].unique().tolist()
     ['k2-loss', 'k3-loss']
     """
+    ends(frame)
+    check_name("estimator of the frame", base, frame["estimator"].unique())
     check_probability("level", level)
     found = ends(frame)
     runs: dict[tuple[str, float, int], pd.DataFrame] = {}
@@ -161,6 +177,7 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
+@checked
 def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
     """Runs of two regularisers with the same seed, coefficient and epochs, as a frame of `gl.train` has them.
 
@@ -174,6 +191,9 @@ def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
     >>> len(gl.runs.pairs(frame, "k1-reward", "k2-loss-sequence"))
     2
     """
+    ends(frame)
+    for name in (estimator, other):
+        check_name("estimator of the frame", name, frame["estimator"].unique())
     found = ends(frame)
     key = ["coefficient", "epochs", "seed"]
     one, two = (found[found["estimator"] == name].set_index(key)["kl"] for name in (estimator, other))

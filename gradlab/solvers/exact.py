@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradlab import groups, targets
+from gradlab._common.arguments import checked
 from gradlab._common.names import is_several
 from gradlab.estimators.closed_form import loss_coefficients
 from gradlab.estimators.estimator import Estimator, kernel_values
@@ -188,6 +189,7 @@ def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Momen
     return [found[e] for e in range(len(losses))]
 
 
+@checked
 def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
     """Exact covariance matrix of one sample's gradient, `[p, p]`: the variance of every parameter, and what they share.
 
@@ -199,6 +201,9 @@ def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
     >>> gl.exact.covariance(gl.ESTIMATORS["k1-loss"], scenario).round(decimals=6).tolist()
     [[0.25, -0.25], [-0.25, 0.25]]
     """
+    if is_several(estimator):
+        raise ValueError(f"the covariance is of one estimator, got {estimator!r}")
+    as_losses(estimator)
     if is_grouped(estimator):
         assert isinstance(estimator, Estimator | PolicyLoss)
         raise ValueError(
@@ -245,6 +250,7 @@ class ValueMoments:
     variance: float
 
 
+@checked
 def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> ValueMoments:
     """Exact moments of the *value* `Σ_t k(ℓ_t)` (credit `token`) or `k(S)` (`sequence`) under the sampler.
 
@@ -360,6 +366,7 @@ def enumerated(losses: Sequence[Loss], scenario: Scenario) -> Rollout:
     return Rollout.enumerated(scenario, sorted(ratios), sorted(weights))
 
 
+@checked
 def kinks(e: Estimator | PolicyLoss, kl: float) -> tuple[list[float], list[float]]:
     """Levels of the log-ratio `ℓ` and of `log ρ` at which a coefficient has a kink or a jump.
 

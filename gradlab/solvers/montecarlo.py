@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab._common.arguments import checked
 from gradlab._common.names import check_whole, is_several
 from gradlab._common.streams import generator
 from gradlab.estimators.estimator import Estimator
@@ -114,6 +115,7 @@ def replicates(estimator: Loss, scenario: Scenario, samples: int, replicates: in
     check_scenario(scenario)
     check_samples(samples)
     check_samples(replicates, "replicates")
+    (estimator,) = as_losses(estimator)
     if not _countable(scenario) or is_grouped(estimator):
         raise ValueError(
             f"replicates() counts draws, for which {scenario.label} would need a list of at most {COUNTED_RESPONSES} "
@@ -175,12 +177,15 @@ def _run(losses: Sequence[Loss], scenario: Scenario, samples: int, seed: int, st
     ]  # fmt: skip
 
 
+@checked
 def shared(samples: int, batches: int) -> list[int]:
     """Sizes of batches that differ by at most one, the larger ones first.
 
     >>> gl.montecarlo.shared(10, 4)
     [3, 3, 2, 2]
     """
+    check_whole("batches", batches)
+    check_whole("samples", samples, least=0)
     return [samples // batches + (b < samples % batches) for b in range(batches)]
 
 
@@ -250,6 +255,7 @@ def _blocks(shares: list[int], portion: int, block: int) -> Iterator[tuple[list[
     yield batches, counts
 
 
+@checked
 def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
     """Estimate of `KL(policy ‖ reference)` of a language model's whole responses, nats: `Σ_t w_{<t} KL_t` from `samples` responses.
 
@@ -260,6 +266,7 @@ def kl(scenario: Scenario, samples: int, seed: int = 0) -> float:
     return _distances(scenario, samples, seed)[0]
 
 
+@checked
 def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
     """Estimate of `KL(behaviour ‖ policy)` of a language model's whole responses, nats, from `samples` responses; 0 on-policy.
 
@@ -267,6 +274,7 @@ def lag(scenario: Scenario, samples: int, seed: int = 0) -> float:
     >>> gl.montecarlo.lag(gl.Scenario(policy, policy, behaviour), samples=64) > 0.1
     False
     """
+    check_samples(samples)
     return 0.0 if scenario.behaviour is None else _distances(scenario, samples, seed)[1]
 
 
@@ -352,13 +360,15 @@ def check_samples(samples: int, what: str = "samples") -> None:
         raise ValueError(f"{what} must be at most 2^53, up to which double precision counts exactly, got {samples}")
 
 
+@checked
 def check_reach(samples: int, scenario: Scenario, losses: Iterable[Loss]) -> None:
     """Raise `ValueError` when `moments` of the losses would have to draw so many responses one by one that it takes days.
 
     >>> scenario = gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1]))
     >>> gl.montecarlo.check_reach(10**12, scenario, [gl.ESTIMATORS["k2-loss"]])
     """
-    if not _countable(scenario) or any(map(is_grouped, losses)):
+    check_samples(samples)
+    if not _countable(scenario) or any(map(is_grouped, as_losses(losses))):
         _check_drawn(samples, scenario)
 
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradlab._common import frames
+from gradlab._common.arguments import check_columns, checked
 from gradlab._common.console import wide_console
 from gradlab._common.files import atomic_write as atomic_write
 from gradlab._common.files import ensure_writable as ensure_writable
@@ -26,6 +27,9 @@ from gradlab.ledger import verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: Columns of a settled ledger that are read here.
+SETTLED = ("id", "scope", "frame", "statement", "published", "source", "verdict")
 
 T = TypeVar("T")
 
@@ -111,6 +115,7 @@ class Study:
         return settled
 
 
+@checked
 def verdict_summary(settled: pd.DataFrame) -> str:
     """A settled ledger as a Markdown list, one item per claim: `* value-k2 HOLDS (Gaussian; bandit), FAILS (…)`.
 
@@ -118,6 +123,7 @@ def verdict_summary(settled: pd.DataFrame) -> str:
     >>> print(gl.report.verdict_summary(settled[settled["frame"] == "02_coefficients"]))
     * `k3-weaker` HOLDS (over-sampled token (δ < 1)), FAILS (under-sampled token (δ > 1))
     """
+    check_columns(settled, *SETTLED)
     items = []
     for name, rows in settled.groupby("id", sort=False):
         in_scope = [f"{verdict} ({'; '.join(part['scope'])})" for verdict, part in rows.groupby("verdict", sort=False)]
@@ -125,6 +131,7 @@ def verdict_summary(settled: pd.DataFrame) -> str:
     return "\n".join(items)
 
 
+@checked
 def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
     """The one value of a column in rows with these values, for a caption. Raises `ValueError` unless there is exactly one.
 
@@ -132,6 +139,7 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
     >>> float(round(gl.report.cell(frame, "kl", estimator="k2-loss"), 6))
     0.5
     """
+    check_columns(frame, column, *where)
     rows = frame
     for key, value in where.items():
         rows = rows[rows[key] == value]
@@ -141,6 +149,7 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
     return found.iloc[0]
 
 
+@checked
 def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The estimators whose `bias` is 0 to rounding in every row of a target, for each target that has some.
 
@@ -148,6 +157,7 @@ def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
     >>> gl.report.unbiased(gl.measure(["k2-loss", "k3-loss", "k1-reward"], scenario))
     {'reverse_kl': ['k2-loss', 'k1-reward']}
     """
+    check_columns(frame, "target", "estimator", "bias")
     worst = frame.groupby(["target", "estimator"], sort=False)["bias"].max()
     zero = worst[worst < verify.EQUALITY_TOLERANCE].reset_index()
     return {str(target): list(names) for target, names in zero.groupby("target", sort=False)["estimator"]}
@@ -172,6 +182,7 @@ def study(script: str) -> Study:
 _COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "OPEN": "dim"}
 
 
+@checked
 def show_verdicts(settled: pd.DataFrame) -> None:
     """Print a settled ledger on one screen: a line for every topic, with how many of its scopes came out how, and the sum.
 
@@ -180,6 +191,7 @@ def show_verdicts(settled: pd.DataFrame) -> None:
     clamp  clamping the log-ratio or the kernel is harmless      2      3
     5 verdicts: 2 HOLDS, 3 FAILS. `gradlab claims ID` tells the scopes and the evidence.
     """
+    check_columns(settled, *SETTLED)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("claim", no_wrap=True)
     table.add_column("published", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -196,6 +208,7 @@ def show_verdicts(settled: pd.DataFrame) -> None:
     )
 
 
+@checked
 def show_claims(settled: pd.DataFrame) -> None:
     """Print a settled ledger in full: every claim's sentence, and for each scope its verdict, what decides, and the row that did.
 
@@ -203,6 +216,7 @@ def show_claims(settled: pd.DataFrame) -> None:
     clamp: clamping the log-ratio or the kernel is harmless (implied by common defaults of training frameworks)
     ...
     """
+    check_columns(settled, *SETTLED)
     console = wide_console()
     for topic, rows in settled.groupby(settled["id"].str.split(".").str[0], sort=False):
         first = rows.iloc[0]
