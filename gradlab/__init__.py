@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gradlab.questions import gradient_flow as ascent
     from gradlab.questions import training as runs
     from gradlab.questions.bandits import field, simplex
-    from gradlab.records import Records
+    from gradlab.records import Recorder, Records, read_rollouts
     from gradlab.rewards import TableReward
     from gradlab.rollout import Rollout
     from gradlab.scenario import Scenario
@@ -60,6 +60,7 @@ __all__ = [
     "Moments",
     "Policy",
     "PolicyLoss",
+    "Recorder",
     "Records",
     "Rollout",
     "Scenario",
@@ -85,6 +86,7 @@ __all__ = [
     "optima",
     "plots",
     "policies",
+    "read_rollouts",
     "register",
     "report",
     "restoring",
@@ -107,9 +109,9 @@ _HOMES = {
     **dict.fromkeys(["field", "simplex"], "questions.bandits"),
     "Kernel": "estimators.kernels",
     "Moments": "moments",
-    "Records": "records",
     "OBJECTIVES": "objectives",
     "TableReward": "rewards",
+    **dict.fromkeys(["Recorder", "Records", "read_rollouts"], "records"),
     "Rollout": "rollout",
     "Scenario": "scenario",
     "TARGETS": "targets",

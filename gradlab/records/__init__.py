@@ -9,13 +9,22 @@ from gradlab._common.lazy import attach
 
 if TYPE_CHECKING:
     from gradlab.records.checks import Finding, check
+    from gradlab.records.readers import read_rollouts
+    from gradlab.records.recorder import Recorder
     from gradlab.records.responses import Responses
     from gradlab.records.schema import COLUMNS
     from gradlab.records.table import Records
 
-__all__ = ["COLUMNS", "Finding", "Records", "Responses", "check"]
+__all__ = ["COLUMNS", "Finding", "Recorder", "Records", "Responses", "check", "read_rollouts"]
 
-_HOMES = {"COLUMNS": "schema", "Finding": "checks", "Records": "table", "Responses": "responses", "check": "checks"}
+_HOMES = {
+    **dict.fromkeys(["Finding", "check"], "checks"),
+    "COLUMNS": "schema",
+    "Recorder": "recorder",
+    "Records": "table",
+    "Responses": "responses",
+    "read_rollouts": "readers",
+}
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = attach(__name__, __all__, _HOMES)

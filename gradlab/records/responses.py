@@ -165,7 +165,7 @@ def _is_tensor(values: Any) -> bool:
     return hasattr(values, "detach") and hasattr(values, "cpu")
 
 
-def _array(values: Any) -> Any:
+def plain(values: Any) -> Any:
     """A tensor as an array, bfloat16 as float32, which holds it exactly."""
     if not _is_tensor(values):
         return values
@@ -175,22 +175,22 @@ def _array(values: Any) -> Any:
 
 def _is_scalar(values: Any) -> bool:
     """Whether a column has one number for each response."""
-    array = _array(values)
+    array = plain(values)
     if isinstance(array, np.ndarray) and array.dtype != object:
         return array.ndim == 1
-    return all(item is None or np.ndim(_array(item)) == 0 for item in array)
+    return all(item is None or np.ndim(plain(item)) == 0 for item in array)
 
 
 def _rows(name: str, values: Any) -> list[Any]:
     """One sequence per response, or `None`."""
-    array = _array(values)
+    array = plain(values)
     if isinstance(array, np.ndarray) and array.dtype != object:
         if array.ndim == (3 if COLUMNS[name].per == "top" else 2) or (name == "advantage" and array.ndim == 1):
             return list(array)
         raise ValueError(f"{name} is [n, t], or one sequence per response; got an array of shape {list(array.shape)}")
     if isinstance(array, str | bytes) or not isinstance(array, Iterable):
         raise ValueError(f"{name} is [n, t], or one sequence per response; got {type(values).__name__}")
-    rows = [None if item is None or (isinstance(item, float) and np.isnan(item)) else _array(item) for item in array]
+    rows = [None if item is None or (isinstance(item, float) and np.isnan(item)) else plain(item) for item in array]
     if name != "advantage" and any(row is not None and np.ndim(row) == 0 for row in rows):
         raise ValueError(f"{name} has one number for each token of a response, got one number for a whole response")
     return rows
@@ -218,7 +218,7 @@ def _lengths(ragged: Mapping[str, Sequence[Any]]) -> npt.NDArray[np.int64]:
 
 
 def _of_response(name: str, values: Any, n: int) -> Array:
-    array = _array(values)
+    array = plain(values)
     array = np.full(n, array) if np.ndim(array) == 0 else np.asarray(array)
     if array.shape != (n,):
         raise ValueError(f"{name} has one entry for each of the {n} responses, got shape {list(array.shape)}")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from gradlab._common.names import check_name
+from gradlab.records import formats
 from gradlab.records.responses import Responses
 from gradlab.records.schema import COLUMNS, POLICIES
 
@@ -95,6 +96,16 @@ class Records:
         if rollout.prompts is not None:
             own |= {"prompt_id": rollout.prompts.tolist(), "group_id": rollout.prompts.tolist()}
         return cls.from_arrays(**own | columns)
+
+    @classmethod
+    def from_dump(cls, payload: Any, format: str, step: int | None = None) -> Records:
+        """Records of what a framework's file holds, loaded by you: `slime`, `skyrl`, `nemo-rl`, `prime-rl` or `verl`.
+
+        For the converter of a pickle, run where it was written, and for hooks: `Records.from_dump(batch, "verl", step=step)`.
+        Raises `ValueError` for an unknown format, and for what is not of that format.
+        """
+        check_name("format", format, [*formats.ROWS, *formats.BATCHES])
+        return cls.of([formats.of_dump(payload, format, step)], format)
 
     @classmethod
     def of(cls, blocks: Sequence[Responses], format: str = "arrays", source: str = "") -> Records:
