@@ -1,6 +1,6 @@
 """Records: what a training run wrote of its rollouts, read, checked and looked into.
 
-The way of the data: reader → `Records` (blocks of `Responses`) → checks → statistics → page.
+The way of the data: reader → `Records` (goes through in `Block`s) → checks → statistics → page.
 """
 
 from typing import TYPE_CHECKING
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 from gradlab._common.lazy import attach
 
 if TYPE_CHECKING:
+    from gradlab.records.block import Block
     from gradlab.records.checks import Finding, check
     from gradlab.records.readers import read_rollouts
     from gradlab.records.recorder import Recorder
-    from gradlab.records.responses import Responses
     from gradlab.records.schema import COLUMNS
     from gradlab.records.table import Records
 
-__all__ = ["COLUMNS", "Finding", "Recorder", "Records", "Responses", "check", "read_rollouts"]
+__all__ = ["COLUMNS", "Block", "Finding", "Recorder", "Records", "check", "read_rollouts"]
 
 _HOMES = {
     **dict.fromkeys(["Finding", "check"], "checks"),
     "COLUMNS": "schema",
     "Recorder": "recorder",
     "Records": "table",
-    "Responses": "responses",
+    "Block": "block",
     "read_rollouts": "readers",
 }
 

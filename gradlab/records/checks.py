@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from gradlab.records.block import Block
 from gradlab.records.gaps import Gap, gap
-from gradlab.records.responses import Responses
 from gradlab.records.schema import NAMES
 from gradlab.records.survey import BUCKETS, LIKELY, PLACES, SHIFTS, Survey, survey
 from gradlab.records.table import Records
@@ -48,7 +48,7 @@ class Finding:
     rows: pd.DataFrame
 
 
-def check(records: Records | Iterable[Responses]) -> list[Finding]:
+def check(records: Records | Iterable[Block]) -> list[Finding]:
     """Every fault found in the records, the serious ones first; none for records that are as they should be.
 
     Faults: `padding`, `shifted`, `prompt`, `not finite`, `positive`, `missing`, `twice`, `cut`, `tempered`, `reference`, `rounded`,

@@ -1,4 +1,4 @@
-"""What frameworks call the columns of the canonical table: one function for each, from what they write to `Responses`.
+"""What frameworks call the columns of the canonical table: one function for each, from what they write to `Block`.
 
 | format | written by | log-probabilities of |
 |---|---|---|
@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradlab.records.responses import Responses, plain
+from gradlab.records.block import Block, plain
 from gradlab.records.schema import COLUMNS, POLICIES
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
 
 
-def gathered(rows: Sequence[Row]) -> Responses:
+def gathered(rows: Sequence[Row]) -> Block:
     """A block from one dictionary of canonical columns per response; a column that one of them lacks is null there."""
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     whole = [name for name in names if COLUMNS[name].kind == "whole" and COLUMNS[name].per == "response"]
@@ -36,7 +36,7 @@ def gathered(rows: Sequence[Row]) -> Responses:
     columns = {name: [row.get(name) for row in rows] for name in names if name not in partial}
     if not any(name in POLICIES for name in columns):
         raise ValueError(f"these rows hold no log-probabilities: none of {', '.join(POLICIES)}")
-    return Responses.of(columns)
+    return Block.of(columns)
 
 
 def nemo_rl(line: Mapping[str, Any], step: int | None) -> Row:
@@ -98,7 +98,7 @@ def slime(sample: Mapping[str, Any], step: int | None) -> Row:
     }  # fmt: skip
 
 
-def skyrl(batch: Mapping[str, Any], step: int | None) -> Responses:
+def skyrl(batch: Mapping[str, Any], step: int | None) -> Block:
     """SkyRL's training batch: `[n, t]`, padded on the left, responses only."""
     names = {
         "mask": "loss_mask", "logprob": "action_log_probs", "ref_logprob": "base_action_log_probs", "advantage": "advantages",
@@ -114,10 +114,10 @@ def skyrl(batch: Mapping[str, Any], step: int | None) -> Responses:
     metadata = getattr(batch, "metadata", None) or batch.get("metadata") or {}
     if metadata.get("uids") is not None and len(metadata["uids"]) == len(found["token_id"]):
         found["group_id"] = list(metadata["uids"])
-    return Responses.of(found | ({} if step is None else {"step": step}))
+    return Block.of(found | ({} if step is None else {"step": step}))
 
 
-def verl(batch: Any, step: int | None) -> Responses:
+def verl(batch: Any, step: int | None) -> Block:
     """verl's `DataProto` (or its `batch`), as the trainer has it before the actor's update: `[n, t]`, right-padded responses."""
     tensors = getattr(batch, "batch", batch)
     extra = getattr(batch, "non_tensor_batch", {})
@@ -131,15 +131,15 @@ def verl(batch: Any, step: int | None) -> Responses:
         found["reward"] = plain(tensors["token_level_scores"]).sum(-1)
     if "uid" in extra:
         found["group_id"] = [str(uid) for uid in extra["uid"]]
-    return Responses.of(found | ({} if step is None else {"step": step}))
+    return Block.of(found | ({} if step is None else {"step": step}))
 
 
 #: Formats whose files hold one response after the other, and those that hold a batch.
 ROWS: dict[str, Callable[[Mapping[str, Any], int | None], Row]] = {"nemo-rl": nemo_rl, "prime-rl": prime_rl, "slime": slime}
-BATCHES: dict[str, Callable[[Any, int | None], Responses]] = {"skyrl": skyrl, "verl": verl}
+BATCHES: dict[str, Callable[[Any, int | None], Block]] = {"skyrl": skyrl, "verl": verl}
 
 
-def of_dump(payload: Any, format: str, step: int | None) -> Responses:
+def of_dump(payload: Any, format: str, step: int | None) -> Block:
     """What a framework's file holds, once it is loaded, as a block. Raises `ValueError` for a payload that is not of that format."""
     try:
         if format in BATCHES:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gradlab._common.files import atomic_write
-from gradlab.records.responses import Responses
+from gradlab.records.block import Block
 from gradlab.records.schema import COLUMNS, FORMAT, LAYOUT, VERSION
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def schema(columns: Sequence[str]) -> pa.Schema:
     return pa.schema(fields, metadata={FORMAT: VERSION, LAYOUT: "response"})
 
 
-def table(block: Responses, columns: Sequence[str]) -> pa.Table:
+def table(block: Block, columns: Sequence[str]) -> pa.Table:
     """A block as an arrow table with these columns, null where it has none."""
     pa = arrow()
     form = schema(columns)
     return pa.table([_column(pa, block, field) for field in form], schema=form)
 
 
-def _column(pa: Any, block: Responses, field: Any) -> Any:
+def _column(pa: Any, block: Block, field: Any) -> Any:
     name = field.name
     if name not in block:
         return pa.nulls(len(block), field.type)
@@ -67,7 +67,7 @@ def _column(pa: Any, block: Responses, field: Any) -> Any:
     return pa.ListArray.from_arrays(offsets, pa.array(values, field.type.value_type), mask=null)
 
 
-def write(blocks: Iterable[Responses], columns: Sequence[str], path: Path, rows: int) -> Path:
+def write(blocks: Iterable[Block], columns: Sequence[str], path: Path, rows: int) -> Path:
     """Write blocks to one file, a row group for every `rows` responses at most; the file is whole or not there."""
     pa = arrow()
     with atomic_write(path) as part, pa.parquet.ParquetWriter(part, schema(columns), compression="zstd") as writer:
@@ -82,7 +82,7 @@ def columns_of(paths: Iterable[Path]) -> tuple[tuple[str, ...], list[str]]:
     return tuple(name for name in COLUMNS if name in names), sorted(names - set(COLUMNS))
 
 
-def blocks(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[Responses]:
+def blocks(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[Block]:
     """The responses of parquet files, of one row per response or one per token, a row group at a time."""
     for path in paths:
         yield from _blocks(path, columns)
@@ -99,7 +99,7 @@ def _file(path: Path) -> Any:
         ) from None
 
 
-def _blocks(path: Path, columns: Sequence[str]) -> Iterator[Responses]:
+def _blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
     pa, file = arrow(), _file(path)
     there = [name for name in columns if name in file.schema_arrow.names]
     lists = any(
@@ -116,7 +116,7 @@ def _blocks(path: Path, columns: Sequence[str]) -> Iterator[Responses]:
         raise ValueError(f"{path} is damaged: {str(error).strip().splitlines()[0]}") from None
 
 
-def of_table(read: pa.Table) -> Responses:
+def of_table(read: pa.Table) -> Block:
     """A block from an arrow table of one row per response."""
     columns: dict[str, Any] = {}
     for name in (name for name in COLUMNS if name in read.column_names):
@@ -125,7 +125,7 @@ def of_table(read: pa.Table) -> Responses:
             columns[name] = _rows(values)
         elif COLUMNS[name].per != "response" or values.null_count < len(values):
             columns[name] = values.to_pylist()
-    return Responses.of(columns)
+    return Block.of(columns)
 
 
 def _rows(values: Any) -> list[Any]:
@@ -136,7 +136,7 @@ def _rows(values: Any) -> list[Any]:
     return [flat[a:b] if ok else None for a, b, ok in zip(ends[:-1].tolist(), ends[1:].tolist(), valid.tolist(), strict=True)]
 
 
-def _joined(batches: Iterator[Any]) -> Iterator[Responses]:
+def _joined(batches: Iterator[Any]) -> Iterator[Block]:
     """Blocks from rows of tokens: the last response of a batch is kept for the next, which may go on with it."""
     rest: pd.DataFrame | None = None
     for batch in batches:
@@ -146,6 +146,6 @@ def _joined(batches: Iterator[Any]) -> Iterator[Responses]:
         last = (frame[keys] == frame[keys].iloc[-1]).all(axis=1) if keys else pd.Series(True, index=frame.index)
         rest = frame[last]
         if not last.all():
-            yield Responses.of_tokens({str(name): frame.loc[~last, name] for name in frame.columns})
+            yield Block.of_tokens({str(name): frame.loc[~last, name] for name in frame.columns})
     if rest is not None and len(rest):
-        yield Responses.of_tokens({str(name): rest[name] for name in rest.columns})
+        yield Block.of_tokens({str(name): rest[name] for name in rest.columns})

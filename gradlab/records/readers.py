@@ -16,12 +16,12 @@ import torch
 
 from gradlab._common.names import check_name
 from gradlab.records import formats, parquet
-from gradlab.records.responses import Responses
+from gradlab.records.block import Block
 from gradlab.records.schema import COLUMNS, POLICIES
 from gradlab.records.table import Records
 
 FORMATS = ("parquet", "nemo-rl", "prime-rl", "slime", "skyrl")
-#: Responses, and bytes of text, that are read together from a file of lines.
+#: Block, and bytes of text, that are read together from a file of lines.
 ROWS, BYTES = 256, 2**26
 #: Dumps of text and rewards, by the keys of a line.
 TEXTS = {
@@ -57,7 +57,7 @@ def read_rollouts(path: str | Path, format: str | None = None, allow_pickle: boo
     return _lazily(lambda: (block for file in files for block in _lines(file, known)), known, path)
 
 
-def _lazily(blocks: Callable[[], Iterator[Responses]], format: str, path: Path) -> Records:
+def _lazily(blocks: Callable[[], Iterator[Block]], format: str, path: Path) -> Records:
     first = next(iter(blocks()), None)
     if first is None:
         raise ValueError(f"there are no responses in {path}")
@@ -145,7 +145,7 @@ def _no_log_probabilities(path: Path, keys: set[str]) -> NoReturn:
 # ---- lines ------------------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: Path, format: str) -> Iterator[Responses]:
+def _lines(file: Path, format: str) -> Iterator[Block]:
     rows: list[formats.Row] = []
     size, number = 0, 0
     with file.open("rb") as lines:

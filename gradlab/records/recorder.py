@@ -10,9 +10,9 @@ from typing import Any, Self
 from gradlab._common.files import writable
 from gradlab._common.names import check_whole
 from gradlab.records import parquet
+from gradlab.records.block import plain
 from gradlab.records.formats import digest
 from gradlab.records.readers import read_rollouts
-from gradlab.records.responses import plain
 from gradlab.records.table import Records
 
 #: Files of one step, in the order of steps, ranks and calls.

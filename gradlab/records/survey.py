@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradlab.records.responses import Responses
+from gradlab.records.block import Block
 from gradlab.records.schema import POLICIES
 from gradlab.records.table import Records
 
@@ -100,7 +100,7 @@ class Thinned:
         return np.concatenate(self._parts) if self._parts else np.zeros((0, self.width))
 
 
-def survey(records: Records | Iterable[Responses], policies: tuple[str, ...] | None = None) -> Survey:
+def survey(records: Records | Iterable[Block], policies: tuple[str, ...] | None = None) -> Survey:
     """Go through all records once. Raises `ValueError` where there is none."""
     names = policies if policies is not None else (records.policies if isinstance(records, Records) else POLICIES)
     found = Survey(names, records.columns if isinstance(records, Records) else ())
@@ -111,7 +111,7 @@ def survey(records: Records | Iterable[Responses], policies: tuple[str, ...] | N
     return found
 
 
-def _look(found: Survey, block: Responses) -> None:
+def _look(found: Survey, block: Block) -> None:
     n, mask = len(block), block.mask
     found.add("", "live", block.live)
     found.add("", "step", block["step"] if "step" in block else np.zeros(n, dtype=np.int64))
@@ -134,7 +134,7 @@ def _look(found: Survey, block: Responses) -> None:
     found.add("", "chance", total)
 
 
-def _of_column(found: Survey, block: Responses, name: str, names: list[str], prompt: Array) -> None:
+def _of_column(found: Survey, block: Block, name: str, names: list[str], prompt: Array) -> None:
     x, mask, owner = block[name], block.mask, block.owner
     null = block.absent.get(name, np.zeros(len(block), dtype=bool))
     live = mask & ~null[owner]
@@ -167,7 +167,7 @@ def _of_column(found: Survey, block: Responses, name: str, names: list[str], pro
     found.add(name, "mirrored", _mirrored(block, finite & (x != 0), 0.9))
 
 
-def _mirrored(block: Responses, support: Array, share: float) -> Array:
+def _mirrored(block: Block, support: Array, share: float) -> Array:
     """Responses whose numbers stand where the mask would be if it were padded on the other side."""
     mask, mirror = block.mask, _mirror(block)
     here, there = mask & ~mirror, mirror & ~mask
@@ -175,7 +175,7 @@ def _mirrored(block: Responses, support: Array, share: float) -> Array:
     return (wide >= 2) & (block.sums(here & ~support) > 0.9 * wide) & (block.sums(there & support) > share * wide)
 
 
-def _mirrored_tokens(found: Survey, block: Responses) -> None:
+def _mirrored_tokens(found: Survey, block: Block) -> None:
     if "token_id" not in block or bool(block.mask.all()):
         found.add("token_id", "mirrored", np.zeros(len(block), dtype=bool))
         return
@@ -191,13 +191,13 @@ def _mirrored_tokens(found: Survey, block: Responses) -> None:
     found.add("token_id", "mirrored", turned & some)
 
 
-def _mirror(block: Responses) -> Array:
+def _mirror(block: Block) -> Array:
     """The mask of every response from its end to its beginning."""
     ends = block.offsets
     return np.asarray(block.mask[(ends[:-1] + ends[1:] - 1)[block.owner] - np.arange(len(block.mask))])
 
 
-def _of_pair(found: Survey, block: Responses, base: str, other: str) -> None:
+def _of_pair(found: Survey, block: Block, base: str, other: str) -> None:
     """Products of two columns, as they stand and with one of them shifted; where they are equal; their gaps."""
     a, b = block[base], block[other]
     usable = block.mask & np.isfinite(a) & np.isfinite(b)
@@ -223,7 +223,7 @@ def _beside(marked: Array, owner: Array, shift: int) -> Array:
     return np.asarray(found)
 
 
-def _of_tokens(found: Survey, block: Responses, mask: Array) -> None:
+def _of_tokens(found: Survey, block: Block, mask: Array) -> None:
     """Sums by token, as it stands and shifted, and where in a response k3 lies."""
     x, bucket = block[found.base], block["token_id"] % BUCKETS
     good = mask & np.isfinite(x)
@@ -262,7 +262,7 @@ def _of_tokens(found: Survey, block: Responses, mask: Array) -> None:
 # ---- responses to one prompt ------------------------------------------------------------------------------------------------
 
 
-def _prompts(found: Survey, block: Responses, names: list[str]) -> Array:
+def _prompts(found: Survey, block: Block, names: list[str]) -> Array:
     """Mark live tokens `[N]` that are the prompt's, and count them; on the way, compare responses to one prompt.
 
     They are where `prompt_length` says so; where the engine has a run of zeros at the beginning, since engines report nothing
@@ -292,7 +292,7 @@ def _prompts(found: Survey, block: Responses, names: list[str]) -> Array:
     return np.asarray(mask & (block.place < length[owner]))
 
 
-def _compare(found: Survey, block: Responses, names: list[str]) -> tuple[Array, Array]:
+def _compare(found: Survey, block: Block, names: list[str]) -> tuple[Array, Array]:
     """Responses to one prompt in the order of their tokens: where neighbours part they have emitted two tokens at one prefix.
 
     Returns how many tokens each response shares with all others of its group where that could not be chance, and the logarithm of
@@ -338,11 +338,11 @@ def _compare(found: Survey, block: Responses, names: list[str]) -> tuple[Array, 
 LIKELY = -25.0
 
 
-def _live_rows(block: Responses, name: str) -> list[Array]:
+def _live_rows(block: Block, name: str) -> list[Array]:
     return np.split(block[name][block.mask], np.cumsum(block.live)[:-1])
 
 
-def _groups(block: Responses) -> Iterator[Array]:
+def _groups(block: Block) -> Iterator[Array]:
     """Numbers of the responses of every group of at least two, of one step and run."""
     keys = [block[name] for name in ("run", "step", "group_id" if "group_id" in block else "prompt_id") if name in block]
     members: dict[Any, list[int]] = {}
@@ -359,13 +359,13 @@ def _common(a: Array, b: Array) -> int:
     return int(differ[0]) if len(differ) else least
 
 
-def _digests(block: Responses) -> Array:
+def _digests(block: Block) -> Array:
     """A number for each response that is the same for the same tokens (or, without them, log-probabilities) of one step."""
     name = "token_id" if "token_id" in block else next(name for name in POLICIES if name in block)
     return _hashed(block, [row.tobytes() for row in _live_rows(block, name)])
 
 
-def _names(block: Responses) -> Array:
+def _names(block: Block) -> Array:
     """A number for each response that is the same for one name in one step; 0 for those without a name."""
     if "response_id" not in block:
         return np.zeros(len(block), dtype=np.uint64)
@@ -374,7 +374,7 @@ def _names(block: Responses) -> Array:
     return np.where([name is not None for name in named], found, np.uint64(0))
 
 
-def _hashed(block: Responses, contents: list[bytes]) -> Array:
+def _hashed(block: Block, contents: list[bytes]) -> Array:
     keys = zip(*(block[name].tolist() for name in ("run", "step") if name in block), strict=True)
     owners = [repr(key).encode() for key in keys] or [b""] * len(block)
     return np.array(

@@ -12,7 +12,7 @@ import pandas as pd
 
 from gradlab._common.names import check_name
 from gradlab.records import formats
-from gradlab.records.responses import Responses
+from gradlab.records.block import Block
 from gradlab.records.schema import COLUMNS, POLICIES
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Records:
     """What a run wrote of its rollouts: log-probabilities of the drawn tokens under the policies, rewards, masks.
 
-    `for block in records` gives `Responses`, each time from the beginning; files are read a part at a time, so records may be
+    `for block in records` gives `Block`, each time from the beginning; files are read a part at a time, so records may be
     larger than memory. `columns` are those of `gradlab.records.COLUMNS` that are there. Made by `gl.read_rollouts`,
     `Records.from_arrays`, `Records.from_frame` and `Records.from_rollout`.
 
@@ -35,12 +35,12 @@ class Records:
     [[0.0, 0.0, -0.693], [0.0, 1.0, -1.609], [1.0, 0.0, -0.105]]
     """
 
-    blocks: Callable[[], Iterator[Responses]]
+    blocks: Callable[[], Iterator[Block]]
     columns: tuple[str, ...]
     format: str = "arrays"
     source: str = ""
 
-    def __iter__(self) -> Iterator[Responses]:
+    def __iter__(self) -> Iterator[Block]:
         first = 0
         for block in self.blocks():
             if len(block):
@@ -62,7 +62,7 @@ class Records:
         Give `mask` where rows are padded, and leave the padding as it is: the checks look at it.
         Raises `ValueError` for an unknown column, columns that do not fit together, and no log-probability at all.
         """
-        return cls.of([Responses.of(columns)])
+        return cls.of([Block.of(columns)])
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Records:
@@ -81,7 +81,7 @@ class Records:
             )
         if any(np.ndim(item) > 0 for name in policies for item in known[name].to_list()):
             return cls.from_arrays(**{name: column.to_list() for name, column in known.items()})
-        return cls.of([Responses.of_tokens(known)])
+        return cls.of([Block.of_tokens(known)])
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, **columns: Any) -> Records:
@@ -108,7 +108,7 @@ class Records:
         return cls.of([formats.of_dump(payload, format, step)], format)
 
     @classmethod
-    def of(cls, blocks: Sequence[Responses], format: str = "arrays", source: str = "") -> Records:
+    def of(cls, blocks: Sequence[Block], format: str = "arrays", source: str = "") -> Records:
         """Records of blocks that are held in memory."""
         columns = tuple(name for name in COLUMNS if any(name in block for block in blocks))
         return cls(lambda: iter(blocks), columns, format, source)
@@ -124,7 +124,7 @@ class Records:
             for name, value in values.items()
         }
 
-        def blocks() -> Iterator[Responses]:
+        def blocks() -> Iterator[Block]:
             for block in self.blocks():
                 kept = np.ones(len(block), dtype=bool)
                 for name, some in allowed.items():

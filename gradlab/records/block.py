@@ -20,7 +20,7 @@ _TYPES = {"whole": np.int64, "real": np.float64, "truth": np.bool_, "text": np.o
 
 
 @dataclass(frozen=True, eq=False)
-class Responses:
+class Block:
     """Some responses and what was written of them.
 
     lengths `[n]`: positions of each row, masked ones included. columns: `[n]` of a response, `[N]` of the tokens of all rows, one
@@ -34,7 +34,7 @@ class Responses:
     first: int = 0
 
     @classmethod
-    def of(cls, columns: Mapping[str, Any], first: int = 0) -> Responses:
+    def of(cls, columns: Mapping[str, Any], first: int = 0) -> Block:
         """Build a block from columns as people have them: `[n, t]` arrays or tensors, or one sequence per response; `None` is null.
 
         Without a mask every position counts; an advantage may be one per response. Raises `ValueError` for an unknown column,
@@ -71,7 +71,7 @@ class Responses:
         return cls(lengths, found, absent, first)
 
     @classmethod
-    def of_tokens(cls, columns: Mapping[str, Any]) -> Responses:
+    def of_tokens(cls, columns: Mapping[str, Any]) -> Block:
         """Build a block from columns of one entry per token, as in a data frame; a response's are told by `response_id`.
 
         Raises `ValueError` where there is no `response_id`.
@@ -138,7 +138,7 @@ class Responses:
             found &= self.sums(self.mask & ~np.isfinite(self[name])) == 0
         return found
 
-    def take(self, kept: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Responses:
+    def take(self, kept: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Block:
         """Some of the responses, by a mask or by numbers; their numbers in all records are lost."""
         index = np.flatnonzero(kept) if kept.dtype == bool else kept
         if len(index) == len(self) and bool((index == np.arange(len(self))).all()):
