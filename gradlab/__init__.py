@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gradlab._common.lazy import attach
 
 if TYPE_CHECKING:
-    from gradlab import intervals, plots, policies, testing, training
+    from gradlab import intervals, plots, policies, records, testing, training
     from gradlab._common.provenance import __version__ as __version__
     from gradlab.audit import called as audit
     from gradlab.components import called as components
@@ -87,6 +87,7 @@ __all__ = [
     "plots",
     "policies",
     "read_rollouts",
+    "records",
     "register",
     "report",
     "restoring",

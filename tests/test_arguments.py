@@ -393,6 +393,7 @@ ELSEWHERE = {
     "Kernel",
     "LanguageModel",
     "Moments",
+    "Recorder",
     "Records",
     "Rollout",
     "Target",
@@ -428,6 +429,10 @@ ELSEWHERE = {
     "measure.one_thread",
     "montecarlo.distances",
     "report.Study",
+    "read_rollouts",
+    "records.Block",
+    "records.Finding",
+    "records.check",
     "report.study",
     "restoring.descent",
     "restoring.odds",
@@ -612,6 +617,9 @@ ALIASES = {
     "policies.Gaussian",
     "policies.Markov",
     "policies.Tree",
+    "records.Recorder",
+    "records.Records",
+    "records.read_rollouts",
 }
 
 

@@ -21,7 +21,8 @@ COMMANDS = [
 ]
 
 
-def test_the_python_of_the_readme_runs_and_shows_what_it_says():
+def test_the_python_of_the_readme_runs_and_shows_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) >= 4

@@ -26,6 +26,10 @@ class Block:
     lengths `[n]`: positions of each row, masked ones included. columns: `[n]` of a response, `[N]` of the tokens of all rows, one
     row behind the other (`N = Σ lengths`), `[N, k]` of the likeliest tokens; a log-probability that is not a number is NaN or
     infinite. absent: for a column, the responses `[n]` that it is null for. first: number of the first response in all records.
+
+    >>> block = gl.records.Block.of({"logprob": [[-1.0, -0.5], [-2.0]]})
+    >>> block.lengths.tolist(), block.owner.tolist(), block.sums(block["logprob"]).tolist()
+    ([2, 1], [0, 0, 1], [-1.5, -2.0])
     """
 
     lengths: npt.NDArray[np.int64]

@@ -39,6 +39,10 @@ class Finding:
     """A fault: its name, the columns it spoils, whether these cannot be right, a sentence, and the responses that show it.
 
     rows: numbers of responses in the records, and how many tokens of each (`response`, `tokens`).
+
+    >>> found = gl.records.check(gl.Records.from_arrays(logprob=[[-1.0, 0.5]], ref_logprob=[[-1.0, -0.5]]))
+    >>> [(finding.fault, finding.columns, finding.serious) for finding in found]
+    [('positive', ('logprob',), True)]
     """
 
     fault: str
@@ -53,6 +57,9 @@ def check(records: Records | Iterable[Block]) -> list[Finding]:
 
     Faults: `padding`, `shifted`, `prompt`, `not finite`, `positive`, `missing`, `twice`, `cut`, `tempered`, `reference`, `rounded`,
     `template`. A column that a fault explains is not asked for others. Raises `ValueError` where there are no responses.
+
+    >>> gl.records.check(gl.Records.from_arrays(logprob=[[-1.0, float("nan")]], ref_logprob=[[-1.0, -0.5]]))[0].sentence
+    'logprob is NaN, infinite or null at 1 token of 1 of 1 responses, the first number 0; no mean over them exists'
     """
     return found(survey(records))
 

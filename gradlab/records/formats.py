@@ -118,7 +118,7 @@ def skyrl(batch: Mapping[str, Any], step: int | None) -> Block:
 
 
 def verl(batch: Any, step: int | None) -> Block:
-    """verl's `DataProto` (or its `batch`), as the trainer has it before the actor's update: `[n, t]`, right-padded responses."""
+    """The `DataProto` of verl (or its `batch`), as the trainer has it before the actor's update: `[n, t]`, right-padded responses."""
     tensors = getattr(batch, "batch", batch)
     extra = getattr(batch, "non_tensor_batch", {})
     names = {

@@ -39,6 +39,12 @@ def read_rollouts(path: str | Path, format: str | None = None, allow_pickle: boo
 
     Raises `ValueError` for a path that is not there, an unknown format, files that are damaged or hold no log-probabilities, and
     pickles without consent. The formats are told in `gradlab.records.formats`.
+
+    >>> import tempfile, gradlab as gl
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = gl.Records.from_arrays(logprob=[[-1.0, -0.5]], ref_logprob=[[-1.2, -0.4]]).write(folder + "/run.parquet")
+    >>> gl.read_rollouts(folder).columns
+    ('mask', 'logprob', 'ref_logprob')
     """
     path = Path(path)
     if not path.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gradlab._common.files import writable
+from gradlab._common.files import ensure_writable
 from gradlab._common.names import check_whole
 from gradlab.records import parquet
 from gradlab.records.block import plain
@@ -43,7 +43,7 @@ class Recorder:
         check_whole("rank", rank, least=0)
         check_whole("every", every)
         parquet.arrow()
-        self.folder, self.run, self.rank, self.every = writable(Path(folder)), run, rank, every
+        self.folder, self.run, self.rank, self.every = ensure_writable(Path(folder)), run, rank, every
         self._parts: dict[int, int] = {}
 
     def add(self, *, step: int, **columns: Any) -> Path | None:
