@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("01_value_versus_gradient")
 KERNELS = ("k1", "k2", "k3")
 
 # %% [markdown]

@@ -15,7 +15,7 @@ import torch
 import gradlab as gl
 from gradlab.estimators.coefficients import coefficients
 
-study = gl.report.study(__file__)
+study = gl.report.study("02_coefficient_curves")
 
 # %% [markdown]
 # ## Measure

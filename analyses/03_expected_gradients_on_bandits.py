@@ -10,7 +10,7 @@ import pandas as pd
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("03_expected_gradients_on_bandits")
 
 # %% [markdown]
 # ## Four tokens

@@ -12,7 +12,7 @@ import gradlab as gl
 from gradlab.questions import distance
 from gradlab.solvers import markov
 
-study = gl.report.study(__file__)
+study = gl.report.study("04_bias_and_noise_against_distance")
 REVERSE, FROZEN = "reverse_kl", "reverse_kl_frozen_prefix"
 BIAS_FLOOR = distance.BIAS_FLOOR
 

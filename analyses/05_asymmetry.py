@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("05_asymmetry")
 NAMES = ["k2-loss", "k3-loss", "mse-sampled-loss"]
 
 # %% [markdown]

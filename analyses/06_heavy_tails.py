@@ -11,7 +11,7 @@ import pandas as pd
 import gradlab as gl
 from gradlab.questions import distance, tails
 
-study = gl.report.study(__file__)
+study = gl.report.study("06_heavy_tails")
 
 # %% [markdown]
 # ## A Gaussian pair, drawn for as long as one likes

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("07_sequences")
 E = gl.Estimator
 
 # %% [markdown]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("08_off_policy")
 seed = study.seed
 at_lag, variant = gl.off_policy.at_lag, gl.search.reweighted
 TRUNCATIONS = (1, 2, 5, 10)

@@ -12,7 +12,7 @@ import torch
 
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("09_fixed_points")
 rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(11,)))
 
 # %% [markdown]

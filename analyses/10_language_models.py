@@ -21,7 +21,7 @@ from gradlab.policies import behaviour, small
 from gradlab.policies.small import pairs
 from gradlab.questions import language, log_ratios
 
-study = gl.report.study(__file__)
+study = gl.report.study("10_language_models")
 seed = study.seed
 STEPS = {"few": 5, "some": 30, "many": 400}
 STAGES = study.pick(full=list(STEPS), quick=["many"])

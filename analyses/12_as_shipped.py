@@ -16,7 +16,7 @@ from gradlab.ledger.shipped import CLAIMS
 REQUIRES = ["trl", "verl", "openrlhf", "torchrl", "liger-kernel", "trinity-rft", "tinker-cookbook"]
 INSTALL = "pip install 'gradlab-kl[audit]' && pip install --no-deps verl openrlhf trinity-rft tinker-cookbook"
 
-study = gl.report.study(__file__)
+study = gl.report.study("12_as_shipped")
 
 # %% [markdown]
 # ## Measure

@@ -15,7 +15,7 @@ from gradlab import training
 from gradlab.policies import small
 from gradlab.questions import training as runs
 
-study = gl.report.study(__file__)
+study = gl.report.study("13_training")
 policy = small("names", precision=torch.float64)
 reward = training.task_reward("names", policy)
 steps, seeds, watch = study.pick(full=48, quick=4), study.pick(full=6, quick=3), study.pick(full=128, quick=64)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradlab.estimators.kernels import Kernel
     from gradlab.extensions import register
     from gradlab.ledger import verify as claims
+    from gradlab.lessons import lesson
     from gradlab.measure import called as measure
     from gradlab.moments import Moments
     from gradlab.objectives import OBJECTIVES
@@ -80,6 +81,7 @@ __all__ = [
     "intervals",
     "language",
     "lengths",
+    "lesson",
     "measure",
     "montecarlo",
     "off_policy",
@@ -118,6 +120,7 @@ _HOMES = {
     "TARGETS": "targets",
     "Target": "targets",
     "__version__": "_common.provenance",
+    "lesson": "lessons",
     "register": "extensions",
     "train": "training",
     "values": "components",

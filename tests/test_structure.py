@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def test_a_question_has_one_name_everywhere(script):
     assert not asked.is_file() or test.is_file(), f"{asked} has no test of its name"
     claims = importlib.import_module(f"gradlab.ledger.{name}").CLAIMS
     assert {claim.frame[:2] for claim in claims} == {script.stem[:2]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_analysis_begins_in_a_notebook_as_it_does_on_the_command_line(script, monkeypatch):
+    """A notebook has no `__file__`, and its command line is the kernel's."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
+    cells = re.split(r"^# %%.*\n", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    first = next(cell for cell in cells if "import gradlab" in cell)
+    names: dict[str, object] = {}
+    exec(compile(first.split("study = ")[0], script.name, "exec"), names)
+    (call,) = re.findall(r"^study = gl\.report\.study\(.*\)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    exec(call, names)
+    assert names["study"].name == script.stem
+    assert not names["study"].quick
 
 
 def test_a_forward_import_is_caught(tmp_path):

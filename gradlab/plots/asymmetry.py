@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import PAGE, TRUTH, VIA, dots, handle, number, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, dots, handle, number, panels, style_of, styled
 
 #: What the columns of the bands are called on paper.
 TITLES = {

@@ -6,10 +6,9 @@ import textwrap
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gradlab.plots.style import PAGE, TRUTH, panels, styled
+from gradlab.plots.style import PAGE, TRUTH, Figure, panels, styled
 
 #: Distinct curves that one panel can hold, and how they are told apart.
 CURVES = 8

@@ -9,12 +9,11 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.tri import Triangulation
 
-from gradlab.plots.style import COLUMN, PAGE, TRUTH, dots, handle, number, panels, style_of, styled
+from gradlab.plots.style import COLUMN, PAGE, TRUTH, Figure, dots, handle, number, panels, style_of, styled
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import PAGE, TRUTH, VIA, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, panels, style_of, styled
 
 #: Backgrounds of the two sides: under-sampled tokens (π < ref) and over-sampled ones (π > ref).
 UNDER, OVER = "#F2F2F2", "white"

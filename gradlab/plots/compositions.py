@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from gradlab.plots.off_policy import CODES, LAG, ZERO, field_look
-from gradlab.plots.style import PAGE, Style, panels, styled
+from gradlab.plots.style import PAGE, Figure, Style, panels, styled
 
 
 def _goals(columns: Sequence[str], narrow: bool = False) -> list[str]:

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gradlab.plots.style import COLUMN, NEUTRAL, PAGE, TRUTH, dots, handle, panels, style_of, styled
+from gradlab.plots.style import COLUMN, NEUTRAL, PAGE, TRUTH, Figure, dots, handle, panels, style_of, styled
 
 DISTANCE = "KL(policy ‖ reference), nats"
 #: A relative bias below this is rounding.

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradlab.plots.bandits import CORNERS
-from gradlab.plots.style import PAGE, TRUTH, VIA, handle, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, handle, panels, style_of, styled
 
 _CLOSED: dict[str, Any] = {"color": "black", "linestyle": VIA["closed form"], "linewidth": 1.0}
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradlab.plots.off_policy import field_look
-from gradlab.plots.style import PAGE, TRUTH, VIA, Style, dots, handle, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, Style, dots, handle, panels, style_of, styled
 
 #: Lower edge of a logarithmic axis of biases, where 0 is drawn.
 FLOOR = 0.003

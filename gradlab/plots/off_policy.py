@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradlab.estimators.estimator import Estimator
-from gradlab.plots.style import PAGE, TRUTH, VIA, Style, look_of, panels, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, Style, look_of, panels, styled
 
 #: How an importance weight is written in a cell.
 CODES = {"none": "–", "token": "T", "prefix": "P", "sequence": "S"}

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, dots, handle, panels, style_of, styled
+from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, Figure, dots, handle, panels, style_of, styled
 from gradlab.plots.values import _via_handles as via_handles
 
 #: How targets are written on an axis.

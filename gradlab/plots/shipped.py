@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gradlab.plots.style import PAGE, panels, styled
+from gradlab.plots.style import PAGE, Figure, panels, styled
 
 #: Objectives shown, with a name short enough for a column.
 TARGETS = {

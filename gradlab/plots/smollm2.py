@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import HUES, NEUTRAL, PAGE, TRUTH, handle, panels, style_of, styled
+from gradlab.plots.style import HUES, NEUTRAL, PAGE, TRUTH, Figure, handle, panels, style_of, styled
 
 #: Letters that would not show.
 SEEN = {"\n": "↵", " ": "␣"}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -15,16 +14,16 @@ import numpy as np
 import pandas as pd
 from matplotlib import colors
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gradlab.estimators.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import KERNELS
+from gradlab.plots.canvas import STYLESHEET
+from gradlab.plots.canvas import Figure as Figure
 
 #: Widths in inches of a column and of a page.
 COLUMN, PAGE = 3.3, 6.9
-STYLESHEET = Path(__file__).parent.parent / "gradlab.mplstyle"
 
 #: Hue = kernel: the Okabe–Ito palette, safe for colour-blind readers; its yellow is darkened until it reads as brown.
 HUES: dict[str, str] = {

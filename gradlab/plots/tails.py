@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gradlab.plots.style import COLUMN, HUES, NEUTRAL, PAGE, TRUTH, panels, styled
+from gradlab.plots.style import COLUMN, HUES, NEUTRAL, PAGE, TRUTH, Figure, panels, styled
 
 _MEDIAN: dict[str, Any] = {"linestyle": "--", "marker": "o", "markerfacecolor": "white", "markersize": 3, "linewidth": 1}
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from gradlab.plots.style import PAGE, TRUTH, dots, handle, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, Figure, dots, handle, panels, style_of, styled
 
 _WITHOUT = "none"
 

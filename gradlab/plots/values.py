@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import HUES, PAGE, TRUTH, VIA, dots, number, panels, style_of, styled
+from gradlab.plots.style import HUES, PAGE, TRUTH, VIA, Figure, dots, number, panels, style_of, styled
 
 _TICK: dict[str, Any] = {"marker": "|", "color": "black", "linestyle": "none", "markersize": 11, "markeredgewidth": 0.9}
 

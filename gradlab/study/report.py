@@ -164,12 +164,14 @@ def unbiased(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def study(script: str) -> Study:
-    """The `Study` of an analysis script, from its file name and the command line (`--quick --jobs --seed --output`).
+    """The `Study` of an analysis script, from its name or file and the command line (`--quick --jobs --seed --output`).
 
-    >>> gl.report.study("analyses/20_mine.py").name
+    A notebook knows no file of its own, so that a script which is opened as one gives its name.
+
+    >>> gl.report.study("20_mine").name
     '20_mine'
     """
-    parser = argparse.ArgumentParser(description=f"Run the analysis {Path(script).stem}.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=f"Run the analysis {Path(script).stem}.")
     parser.add_argument("--quick", action="store_true", help="a smaller version that finishes in seconds")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
     parser.add_argument("--seed", type=int, default=0, help="entropy of every draw")

@@ -4,7 +4,7 @@
 # %%
 import gradlab as gl
 
-study = gl.report.study(__file__)
+study = gl.report.study("20_huber")
 bandit = gl.Bandit.random(vocab=5, seed=study.seed, scale=2)
 scenario = gl.Scenario(bandit, bandit.perturbed(kl=0.5, seed=1))
 frame = gl.measure(["k2-loss", "huber-loss"], scenario, ["reverse_kl", "squared_kl"])
