@@ -217,7 +217,7 @@ def text_of(markup: str) -> str:
 
 def table_of(markup: str) -> list[list[str]]:
     """The cells of the rows of a piece of a page."""
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", markup, re.S)]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", markup, re.S)]
     return [[text_of(cell) for cell in row] for row in rows if row]
 
 
@@ -257,7 +257,7 @@ def test_every_cell_of_the_page_is_what_was_audited(tmp_path, several):
         name = f"{subject.name} {subject.package} {subject.version}".strip()
         assert row == [name, on.name, shown[0], shown[1], off.name, shown[2], ", ".join(failed) or "none"]
         (anchor,) = re.findall(rf'<a href="#(\w+)">{subject.name}</a>', summary)
-        assert piece.startswith(f' id="{anchor}">')
+        assert piece.startswith(f' id="{anchor}"')
         assert f"<summary>{subject.name}</summary>" in piece
         words = f"On-policy the expected gradient {on.text}. Off-policy it {off.text}. "
         words += f"Response by response it is {audited.form.name} . " if audited.form else ""

@@ -230,13 +230,18 @@ def test_no_composition_without_a_prefix_or_sequence_weight_is_unbiased(runs: di
 
 
 def test_the_folder_of_figures_is_complete() -> None:
-    """What is committed is what the gallery shows: every picture has its data, caption and PDF, and the page holds it."""
+    """What is committed is what the pages show: every picture has its data, caption and PDF, and is shown, not stored again."""
     folder = ROOT / "figures"
     page = (folder / "index.html").read_text(encoding="utf-8")
     pictures = sorted(path.stem for path in folder.glob("*.png"))
     assert len(pictures) >= 39
     for name in pictures:
         assert f'href="{name}.csv"' in page
+        (chapter,) = folder.glob(f"{name[:2]}_*.html")
+        assert f'src="{name}.png"' in chapter.read_text(encoding="utf-8")
         assert all((folder / f"{name}.{suffix}").is_file() for suffix in ("csv", "md", "pdf"))
+    assert not any(
+        "data:image" in path.read_text(encoding="utf-8") for path in [folder / "index.html", *folder.glob("[0-9]*.html")]
+    )
     for number in {name[:2] for name in pictures}:
         assert list(Path(ROOT / "analyses").glob(f"{number}_*.py"))

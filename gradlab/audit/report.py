@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,11 +126,22 @@ def write(audits: Sequence[Audit], folder: Path) -> Path:
         part.write_text(to_json(audits) + "\n", encoding="utf-8")
     values = {
         "audits": [(audited, *audited.rows()) for audited in audits],
+        "choices": {
+            "package": _distinct(audited.subject.package for audited in audits),
+            "on": _distinct(audited.on_policy.name for audited in audits),
+            "off": _distinct(audited.off_policy.name for audited in audits),
+            "failures": _distinct(probe.name for audited in audits for probe in audited.failures),
+        },
+        "script": pages.script(),
         "curves": _picture(audited_curves(curves(audits))),
         "heat": _picture(matches(heat(audits))),
         "versions": versions(),
     }
     return pages.write(folder / "audit.html", "gradlab.audit", "page.html", values, {"number": number})
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return sorted(filter(None, set(values)))
 
 
 def _picture(figure: Figure) -> str:

@@ -63,7 +63,8 @@ def reproduce(
 
     Runs the numbered analyses, `--jobs` of them at a time. Each writes its results when it has them, so an interrupted run keeps
     what is finished, and the next run skips what is unchanged; an analysis that needs packages which are not installed is skipped,
-    too. Writes the claims ledger as these results settle it, `claims.csv`, and `index.html`, one page that shows everything.
+    too. Writes the claims ledger as these results settle it, `claims.csv`, and `index.html`, which leads to a page for each
+    analysis and to the claims with a filter.
 
     With `--check` the data in the output folder are measured again elsewhere and compared column by column. Between processors an
     exact number may differ by 1e-6 of itself, one of a network in single precision by 1e-3, a sampled one by a tenth of its
@@ -117,7 +118,9 @@ def reproduce(
     changed = _changed(before, settled)
     for line in changed:
         print(line)
-    print(f"pictures, data and captions are in {output}; {output / 'index.html'} shows them all, `gradlab claims` the ledger")
+    print(
+        f"pictures, data and captions are in {output}; {output / 'index.html'} leads to them all, `gradlab claims` is the ledger"
+    )
     said = f"{len(settled)} verdicts, {len(changed)} changed" if before is not None else f"{len(settled)} verdicts"
     print(f"{said}; {_counted(len(todo), 'measured')}, {len(unchanged)} unchanged; {_duration(time.perf_counter() - started)}")
 

@@ -84,7 +84,7 @@ def matches(frame: pd.DataFrame) -> Figure:
             corner = targets.index(row["target"]) - 0.5, names.index(row["subject"]) - 0.5
             ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.4))
         ax.set_xticks(range(len(targets)), [target.replace("_", " ") for target in targets], rotation=90)
-        ax.tick_params(length=0)
+        ax.tick_params(length=0, labeltop=len(names) > 20)  # a long one is read from both ends
         ax.set_title(f"{policy}-policy")
         ax.spines[:].set_visible(False)
     axes[0].set_yticks(range(len(names)), [textwrap.shorten(name, 60, placeholder="…") for name in names])

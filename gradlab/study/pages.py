@@ -27,3 +27,8 @@ def write(
     with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
+
+
+def script() -> str:
+    """The script that filters long tables, `filter.js`."""
+    return (Path(__file__).parent / "filter.js").read_text(encoding="utf-8")
