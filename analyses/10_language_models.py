@@ -28,7 +28,7 @@ STAGES = study.pick(full=list(STEPS), quick=["many"])
 TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix"]
 
 # Sums that none of the checkpoints has been shown.
-held_out = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(20,))).permutation(pairs(held_out=True))
+held_out = study.rng("sums").permutation(pairs(held_out=True))
 prompts = [f"{a:02d}+{b:02d}=" for a, b in held_out[: study.pick(full=3, quick=1)]]
 
 
@@ -129,7 +129,9 @@ largest = named[named["scenario"] == last.label].drop(columns=["expected", "seco
 
 # %%
 tree = gl.Tree.random(2, 3, seed)
-tree_case = gl.Scenario(tree, tree.perturbed(kl=0.5, seed=seed + 1), tree.perturbed(scale=0.5, seed=seed + 2))
+tree_case = gl.Scenario(
+    tree, tree.perturbed(kl=0.5, seed=study.child("reference")), tree.perturbed(scale=0.5, seed=study.child("behaviour"))
+)
 tried = {name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
 searched = gl.search.against(tried, [tree_case], [TARGETS[0]])
 known = sorted(searched.loc[searched["bias"] < gl.search.UNBIASED, "estimator"], key=lambda name: name not in gl.ESTIMATORS)
@@ -182,7 +184,7 @@ for kind, engine in ENGINES.items():
     lost = 0.0 if engine is None else behaviour.missing_support_probability(policy, engine).value
     frames.append(gl.measure(ALL, case, TARGETS).assign(behaviour=kind, lost_mass=lost))
     if kind in ("bfloat16 engine", "stale weights"):
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(21,)))
+        rng = study.rng("engines")
         drawn_responses = gl.Rollout.from_sampler(case, many, rng)
         steps_of_engine.append(
             pd.DataFrame({"engine": kind, "log_ratio": drawn_responses.log_weight[drawn_responses.mask].numpy()})

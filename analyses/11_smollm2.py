@@ -31,7 +31,7 @@ TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix"]
 # the output projection of the last block's attention; everything below it is frozen, and its activations are computed once.
 
 # %%
-rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(13,)))
+rng = study.rng("questions")
 trained = [q for task in smollm2.TASKS for q in smollm2.questions(task, study.pick(full=6, quick=1), rng)]
 answers = [q.answer for q in trained]
 reference = network.policy([q.prompt for q in trained], smollm2.LENGTH, smollm2.ACTIONS, trainable=[MATRIX])
@@ -189,7 +189,7 @@ mismatch["excess"] = (
 # %%
 trainer = free.with_parameters(weights[late].float())
 number = study.pick(full=64, quick=8)
-rng = np.random.default_rng(np.random.SeedSequence(study.seed, spawn_key=(15,)))
+rng = study.rng("engines")
 prompts = torch.from_numpy(rng.integers(len(trained), size=number))
 uniforms = torch.from_numpy(rng.random((number, trainer.length)))
 parts = []

@@ -185,7 +185,7 @@ def _value_batches(estimators: list[Estimator], scenario: Scenario, samples: int
     means, variances = [], []
     with torch.no_grad():
         for batch, size in enumerate(parts):
-            rng = generator(seed, 3, index, batch)
+            rng = generator(seed, "components.values", index, batch)
             rollout = Rollout.from_sampler(scenario, size, rng)
             kernel_sums = np.stack([kernel_values(estimator, rollout).sum(-1).numpy() for estimator in estimators])
             means.append(kernel_sums.mean(-1))

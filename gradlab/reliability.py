@@ -194,7 +194,7 @@ def _one_step_ahead(losses: Sequence[Estimator], scenario: Scenario, samples: in
     summed = [replace(loss, normalise="sum", baseline=None, group=None) for loss in losses]
     v, t = policy.vocab, policy.length
     count = 1 if t == 1 and not is_of(scenario, LanguageModel) else max(8, min(STEPS, TOKENS // (v * t)))
-    rng = generator(seed, 16)
+    rng = generator(seed, "reliability")
     sampled = Rollout.from_sampler(scenario, min(count, samples), rng)
     lengths = sampled.mask.sum(-1)
     steps = torch.from_numpy(rng.integers(0, lengths.numpy()))

@@ -122,7 +122,7 @@ def _run(
     start: Scenario, reward: Reward, name: str, loss: Loss | None, coefficient: float, recipe: Recipe, seed: int, number: int
 ) -> list[dict[str, Any]]:
     """Rows of one run. Draws of batches and of looks have streams of their own, so that looking changes nothing."""
-    batch_rng, evaluation_rng = (generator(seed, 13, number, k) for k in (0, 1))
+    batch_rng, evaluation_rng = (generator(seed, "training", number, k) for k in (0, 1))
     rows = []
     with one_thread():
         for step, scenario in _steps(start, reward, loss, coefficient, recipe, batch_rng):

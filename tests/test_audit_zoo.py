@@ -263,9 +263,10 @@ ZOO = [
     Case(
         padding_in_the_return, None, None, None,
         {
-            **UNWEIGHTED, "rest": MOVED, "mask": "what stands in the padding changes the gradient of live tokens",
+            **UNWEIGHTED, "stationary_at_reference": MOVED, "mask": "what stands in the padding changes the gradient of live tokens",
             "padding": "the gradient depends on how far the batch is padded",
-            "length": "the pull of a token depends on the length of its response", "asymmetry": "",
+            "length": "the pull of a token depends on the length of its response",
+         "asymmetry": "",
         },
     ),
     Case(
@@ -287,7 +288,8 @@ ZOO = [
     Case(
         per_length_k1, {"inverse_length": 1.0}, {"behaviour_kl": -0.5}, "k1-loss-by-length", off_scope="equal lengths",
         failures={
-            **UNWEIGHTED, "rest": MOVED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios",
+            **UNWEIGHTED, "stationary_at_reference": MOVED, "reference": NO_REFERENCE,
+            "sign": "minimising it raises the KL in some scenarios",
             "length": "every response is weighted by 1/L",
         },
     ),
@@ -302,13 +304,13 @@ ZOO = [
         k1_as_loss, {"zero": 1.0}, {"behaviour_kl": -1.0}, "k1-loss",
         {
             **UNWEIGHTED, "reference": NO_REFERENCE, "sign": NOTHING_MOVES,
-            "action": "every token of a prefix is pulled alike, whatever was drawn: the pulls cancel",
+            "depends_on_sample": "every token of a prefix is pulled alike, whatever was drawn: the pulls cancel",
         },
     ),
     Case(
         action_independent, {"zero": 1.0}, None, "full-reward",
         {
-            **UNWEIGHTED, "sign": NOTHING_MOVES, "action": "every token of a prefix is pulled alike, whatever was drawn",
+            **UNWEIGHTED, "sign": NOTHING_MOVES, "depends_on_sample": "every token of a prefix is pulled alike, whatever was drawn",
             "asymmetry": "",
         },
     ),
@@ -332,12 +334,13 @@ ZOO = [
     Case(
         forgotten_reference, {"entropy_frozen_prefix": -1.0}, None, None,
         {
-            **UNWEIGHTED, "rest": MOVED, "reference": NO_REFERENCE, "sign": "minimising it raises the KL in some scenarios",
+            **UNWEIGHTED, "stationary_at_reference": MOVED, "reference": NO_REFERENCE,
+            "sign": "minimising it raises the KL in some scenarios",
             "asymmetry": "",
         },
     ),
     Case(wrong_direction, FORWARD, FORWARD, None, {"asymmetry": ""}),
-    Case(pointwise_kl_div, None, None, None, {**UNWEIGHTED, "rest": MOVED, "asymmetry": GROWING}),
+    Case(pointwise_kl_div, None, None, None, {**UNWEIGHTED, "stationary_at_reference": MOVED, "asymmetry": GROWING}),
     Case(absolute_value, {"total_variation_frozen_prefix": 2.0}, None, "abs-loss", UNWEIGHTED),
     Case(
         half_precision, FORWARD, None, "k3-loss", {**UNWEIGHTED, "finite": "NaN or infinite for ℓ below -11.09", "asymmetry": GROWING},
@@ -358,7 +361,8 @@ ZOO = [
     Case(group_standard_deviation, None, None, None, {**UNWEIGHTED, "batch": "a group baseline"}),
     Case(
         length_penalty, {"reverse_kl": 1.0, "length": 0.3}, None, None,
-        {**UNWEIGHTED, "rest": MOVED, "length": "the pull of a token depends on the length of its response", "asymmetry": ""},
+        {**UNWEIGHTED, "stationary_at_reference": MOVED, "length": "the pull of a token depends on the length of its response",
+         "asymmetry": ""},
     ),
 ]  # fmt: skip
 

@@ -174,7 +174,7 @@ def test_the_dropped_mode_by_hand(runs: dict[str, Run]) -> None:
 def test_the_share_of_k3_that_no_sample_sees_by_quadrature(runs: dict[str, Run]) -> None:
     """E[k3; events rarer than 1/n] on a fine grid, where the analysis has it in closed form or by its own quadrature."""
     frame = runs["06"].frame("06_shares")
-    seen = frame[frame["std"] == 0.2].set_index("samples")["seen"]
+    seen = frame[frame["std"] == 0.2].set_index("samples")["truncated_mean"]
     x = np.linspace(-6, 6, 1_200_001)
     p, log_ratio = stats.norm.pdf(x, 0.1, 0.2), stats.norm.logpdf(x, 0.1, 0.2) - stats.norm.logpdf(x)
     delta = np.exp(-log_ratio)

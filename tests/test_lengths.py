@@ -88,7 +88,7 @@ def test_k1_under_one_over_length_lengthens_whatever_the_reference(policy):
         frame = lengths.normalisers({"k1-loss": gl.ESTIMATORS["k1-loss"]}, [world(policy, kl)]).set_index("normaliser")
         assert frame.loc["mean", "inverse_length"] < 1e-12
         assert (frame.loc[["sum", "fixed", "token_mean"], "gradient_norm"] < 1e-14).all()
-        assert frame["misdirection"].isna().all()
+        assert frame["sin_angle"].isna().all()
         changes.append(frame.loc["mean", "length_change"])
     assert changes[0] > 0.001
     assert changes[0] == pytest.approx(changes[1], rel=1e-12)
@@ -112,13 +112,13 @@ def test_normalisers_rescale_or_misdirect():
     frame = lengths.normalisers(estimators, [world()], batches=(1, 400)).set_index(["estimator", "normaliser"])
     for name in estimators:
         rows = frame.loc[name]
-        assert (rows.loc[["sum", "token_mean", "fixed"], "misdirection"] < 1e-12).all()
+        assert (rows.loc[["sum", "token_mean", "fixed"], "sin_angle"] < 1e-12).all()
         assert rows.loc["token_mean", "scale"] == pytest.approx(1)
         assert rows.loc["fixed", "scale"] == pytest.approx(rows["mean_length"].iloc[0] / 3)
-        assert rows.loc["mean", "misdirection"] > 0.02
-        assert rows.loc["token_mean of 1", "misdirection"] == pytest.approx(rows.loc["mean", "misdirection"])
-        assert rows.loc["token_mean of 400", "misdirection"] < 0.01 * rows.loc["mean", "misdirection"]
+        assert rows.loc["mean", "sin_angle"] > 0.02
+        assert rows.loc["token_mean of 1", "sin_angle"] == pytest.approx(rows.loc["mean", "sin_angle"])
+        assert rows.loc["token_mean of 400", "sin_angle"] < 0.01 * rows.loc["mean", "sin_angle"]
     equal = lengths.normalisers(estimators, [world(gl.Tree.random(3, 3, 2))])
     assert not equal["variable"].any()
-    assert (equal["misdirection"] < 1e-12).all()
+    assert (equal["sin_angle"] < 1e-12).all()
     assert equal["length_cosine"].isna().all()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import gradlab as gl
+from gradlab._common.streams import STREAMS
 
 ROOT = Path(__file__).parents[1]
 MODULES = ["gradlab", *(module.name for module in pkgutil.walk_packages(gl.__path__, "gradlab."))]
@@ -167,3 +168,25 @@ def test_what_the_modules_hold_is_reached_through_the_package():
 
 def test_public_names_are_sorted_and_complete():
     assert list(gl.__all__) == sorted(set(gl.__all__), key=lambda name: (not name.isupper(), name[0].islower(), name))
+
+
+def test_a_stream_of_random_numbers_has_one_user():
+    """Keys differ, every registered stream is drawn from in one place, and nothing else makes generators or adds to seeds."""
+    sources = {
+        path: path.read_text(encoding="utf-8") for folder in ("gradlab", "analyses") for path in (ROOT / folder).rglob("*.py")
+    }
+    assert len(set(STREAMS.values())) == len(STREAMS)
+    registry = ROOT / "gradlab" / "_common" / "streams.py"
+    for name in STREAMS:
+        users = [
+            path
+            for path, text in sources.items()
+            if path != registry and re.search(rf'(generator|sequence)\([^()]*"{name}"', text)
+        ]
+        assert len(users) == (name != "child"), (name, users)
+    others = {
+        path.name
+        for path, text in sources.items()
+        if re.search(r"spawn_key|SeedSequence\(|default_rng\(|\bseed \+|\+ seed\b", text)
+    }
+    assert others <= {"streams.py", "tails.py"}  # workers of `running` are sent the sequence of their stream

@@ -59,7 +59,7 @@ def test_share_of_rare_events_of_a_gaussian_pair(n):
         low, high = (middle, high) if p.sf(centre + middle) + p.cdf(centre - middle) > 1 / n else (low, middle)
     beyond = quad(k3, centre + low, 40)[0] + quad(k3, -40, centre - low)[0]
     assert found["share"] == pytest.approx(beyond / 1.1344379124341, rel=1e-6)
-    assert found["seen"] == pytest.approx(1.1344379124341 - beyond, rel=1e-6)
+    assert found["truncated_mean"] == pytest.approx(1.1344379124341 - beyond, rel=1e-6)
     assert found["reference_probability"] == pytest.approx(q.sf(centre + low) + q.cdf(centre - low), rel=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_dropped_token_exact_quantiles_match_counted_samples():
     assert inside.all()
     assert exact["mean_ratio"].iloc[0] < 0.2
     assert exact["mean_ratio"].iloc[-1] == pytest.approx(1, abs=0.02)
-    np.testing.assert_allclose(exact["unmet"], [(1 - 2e-3) ** n for n in sizes], rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(exact["p_never_sampled"], [(1 - 2e-3) ** n for n in sizes], rtol=1e-9, atol=1e-300)
 
 
 @pytest.mark.parametrize(

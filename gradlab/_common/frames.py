@@ -30,7 +30,7 @@ NOISE = 1e-12
 
 #: Numbers that are small in their own right: probabilities and the coefficients and ratios made of them.
 _SMALL = re.compile(
-    r"(^|_)(probability|policy|reference|vocabulary|after|mass|unseen|unmet|rarest|log_ratio|coefficient|plain|principled|magnitude)(_|$)"
+    r"(^|_)(probability|policy|reference|vocabulary|after|mass|unseen|p_never_sampled|rarest|log_ratio|coefficient|plain|principled|magnitude)(_|$)"
 )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gradlab._common.streams import generator
 from gradlab.audit.batch import Batch
 from gradlab.policies import Tree
 from gradlab.rollout import Rollout
@@ -47,7 +47,7 @@ class AuditScenario:
         rollout = self.rollout
         n, t = rollout.tokens.shape
         # Behind the end every column gets numbers of its own, so that no leak can cancel.
-        noise = torch.from_numpy(np.random.default_rng(0).normal(size=(3, n, t + padding, rollout.table.shape[1])))
+        noise = torch.from_numpy(generator(0, "audit.padding").normal(size=(3, n, t + padding, rollout.table.shape[1])))
         mask = torch.zeros(n, t + padding, dtype=torch.bool)
         mask[:, :t] = rollout.mask
         tokens = torch.zeros(n, t + padding, dtype=torch.long)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradlab._common.streams import child
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
@@ -86,7 +88,7 @@ def measure_command(
     sizes = _sizes(family, {"vocab": vocab, "length": length, "eos": eos})
     if output is not None:
         report.ensure_writable_file(output)
-    cases = [_scenario(family, sizes, kl, lag, seed * 1_000_003 + i) for i in range(scenarios)]
+    cases = [_scenario(family, sizes, kl, lag, child(seed, "scenario", i)) for i in range(scenarios)]
     chosen = target or ("regularised" if loss else "reverse_kl")
     own = beta if "regularised" in chosen else None
     frame = measure(names, cases, target=chosen, samples=samples, seed=seed, jobs=jobs, beta=own)
@@ -144,10 +146,10 @@ def _scenario(family: str, sizes: dict[str, int | None], kl: float, lag: float, 
     from gradlab.scenario import Scenario
 
     policy = POLICIES[family].random(**sizes, seed=seed)
-    behaviour = policy.perturbed(kl=lag, seed=seed + 2) if lag else None
+    behaviour = policy.perturbed(kl=lag, seed=child(seed, "behaviour")) if lag else None
     # The engine and the trainer's weights when it drew disagree by a tenth of the lag.
-    old = behaviour.perturbed(kl=lag / 10, seed=seed + 3) if behaviour is not None else None
-    return Scenario(policy, policy.perturbed(kl=kl, seed=seed + 1), behaviour, reward=Even(), old=old)
+    old = behaviour.perturbed(kl=lag / 10, seed=child(seed, "old")) if behaviour is not None else None
+    return Scenario(policy, policy.perturbed(kl=kl, seed=child(seed, "reference")), behaviour, reward=Even(), old=old)
 
 
 class Even:

@@ -23,7 +23,7 @@ def _same(scope: str, estimator: str, other: str) -> Claim:
 
 def _length(scope: str, estimator: str, normaliser: str, variable: bool) -> Claim:
     where = {"estimator": estimator, "normaliser": normaliser, "variable": variable}
-    return claim("length", scope, "07_normalisers", "misdirection", "=", 0, EXACT, **where)  # type: ignore[arg-type]
+    return claim("length", scope, "07_normalisers", "sin_angle", "=", 0, EXACT, **where)  # type: ignore[arg-type]
 
 
 def _inverse(identifier: str, scope: str, statistic: str, relation: Relation, margin: float = 0.0) -> Claim:

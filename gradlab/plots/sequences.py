@@ -194,9 +194,9 @@ def baselines(frame: pd.DataFrame) -> Figure:
 
 @styled
 def normalisers(frame: pd.DataFrame) -> Figure:
-    """What 1/L does: misdirection, pull on the length before and after, and what is left of it in a finite batch.
+    """What 1/L does: sin_angle, pull on the length before and after, and what is left of it in a finite batch.
 
-    Reads `scenario, variable, estimator, normaliser, misdirection, length_cosine`.
+    Reads `scenario, variable, estimator, normaliser, sin_angle, length_cosine`.
 
     >>> frame = gl.claims.load("figures", ["07_normalisers"])["07_normalisers"]
     >>> len(gl.plots.normalisers(frame).axes)
@@ -209,7 +209,7 @@ def normalisers(frame: pd.DataFrame) -> Figure:
     for y, name in enumerate(names):
         part = whole[whole["estimator"] == name]
         mean = part[part["normaliser"] == "mean"]
-        dots(axes[0], mean["misdirection"], np.full(len(mean), y), name, alpha=0.8, markersize=3.5)
+        dots(axes[0], mean["sin_angle"], np.full(len(mean), y), name, alpha=0.8, markersize=3.5)
         plain = part[part["normaliser"] == "sum"].set_index("scenario")["length_cosine"].reindex(mean["scenario"])
         for i, (before, after) in enumerate(zip(plain, mean["length_cosine"], strict=True)):
             at = y + (i / max(len(mean) - 1, 1) - 0.5) * 0.62
@@ -217,7 +217,7 @@ def normalisers(frame: pd.DataFrame) -> Figure:
                 axes[1].plot([before, after], [at, at], color=style_of(name).colour, linewidth=0.7)
                 dots(axes[1], [before], [at], name, markersize=2, alpha=0.5)
             dots(axes[1], [after], [at], name, markersize=3)
-        if mean["misdirection"].isna().all():
+        if mean["sin_angle"].isna().all():
             axes[0].text(0.03, y, "no direction without 1/L", fontsize=7, va="center")
     for ax in axes[:2]:
         ax.axvline(0, **TRUTH)
@@ -229,10 +229,10 @@ def normalisers(frame: pd.DataFrame) -> Figure:
     axes[1].set_yticks(range(len(names)), [])
     axes[1].set(title="1/L, length", xlabel="cos(−E g, ∇E[L]), longer →", xlim=(-1, 1))
     finite = frame[frame["normaliser"].str.startswith("token_mean of")]
-    for name in [n for n in names[::-1] if finite.loc[finite["estimator"] == n, "misdirection"].notna().any()]:
+    for name in [n for n in names[::-1] if finite.loc[finite["estimator"] == n, "sin_angle"].notna().any()]:
         part, look = finite[finite["estimator"] == name], style_of(name)
         batch = part["normaliser"].str.extract(r"(\d+)$")[0].astype(int)
-        axes[2].plot(batch, part["misdirection"], VIA["exact"], color=look.colour, marker=look.marker, markersize=3)
+        axes[2].plot(batch, part["sin_angle"], VIA["exact"], color=look.colour, marker=look.marker, markersize=3)
     axes[2].set(title="token mean of a batch", xlabel="responses in the batch", xscale="log", yscale="log")
     axes[2].set_ylabel("sine of the angle")
     axes[2].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from gradlab._common.registry import Registry
+from gradlab._common.streams import generator
 from gradlab.policies.gaussian import Gaussian
 from gradlab.policies.language import LanguageModel
 from gradlab.policies.responses import Responses
@@ -54,7 +54,7 @@ def check_policy_class(kind: type) -> None:
     try:
         policy = kind.random(seed=0)  # type: ignore[attr-defined]
         clone = policy.with_parameters(policy.parameters)
-        drawn = policy.sample(8, np.random.default_rng(0)).tokens
+        drawn = policy.sample(8, generator(0, "check")).tokens
         found = policy.occupancy()
         listed = policy.enumerate()
         tokens, mask = listed.tokens, listed.mask

@@ -103,7 +103,7 @@ def missing_support_probability(
             return Estimate(probability, probability, probability)
         check_whole("samples", samples)
         check_held(samples, 1)
-        rng = generator(seed, 11)
+        rng = generator(seed, "behaviour.missing_support")
         weights = []
         for part in np.array_split(np.arange(samples), max(1, samples // 64)):
             responses = behaviour.sample(len(part), rng)

@@ -42,7 +42,7 @@ def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) ->
     assert size is not None
     if not (np.isfinite(size) and size >= 0):
         raise ValueError(f"perturbed() needs a finite {'kl' if scale is None else 'scale'} of at least 0, got {size!r}")
-    rng = generator(seed, 1)
+    rng = generator(seed, "policies.perturbed")
     noise = torch.from_numpy(rng.standard_normal(len(policy.parameters)))
     if scale is not None or size == 0:
         return policy.moved(size * noise)

@@ -244,7 +244,7 @@ def _statistics(sums: Array) -> dict[str, Any]:
 
 def _batch_weights(rollout: Rollout, samples: int, seed: int, index: int) -> Tensor:
     """Weights of independent batches of counted draws, `[b, n]`; their mean is the weight of the whole run."""
-    rng = generator(seed, 9, index)
+    rng = generator(seed, "asymmetry", index)
     batches = max(1, min(montecarlo.BATCHES, samples // 16))
     if samples % batches:
         raise ValueError(f"samples must be a multiple of the {batches} batches that error bars come from, got {samples}")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_name, several
+from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import ESTIMATORS
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import KERNELS, VOCABULARY_KERNELS
@@ -220,7 +221,7 @@ def equivalent_estimators(estimators: Mapping[str, Estimator], scenario: Scenari
         if not loss.grouped:
             ungrouped[name] = loss
     rollout = Rollout.enumerated(scenario)
-    rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(9,)))
+    rng = generator(0, "compositions")
     directions = torch.from_numpy(rng.standard_normal((rollout.table.numel(), 2)))
     representative, fingerprints = {name: name for name in named}, dict[str, Tensor]()
     with torch.no_grad(), one_thread():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_probability, check_seed, check_whole
-from gradlab._common.streams import generator
+from gradlab._common.streams import child, generator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Gaussian, Markov, Tabular, Tree
@@ -39,7 +39,7 @@ def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed
     """
     walks = enumerate(policies.items())
     return [
-        Scenario(policy, policy.perturbed(kl=float(kl), seed=seed + index), name=name)
+        Scenario(policy, policy.perturbed(kl=float(kl), seed=child(seed, "sweep", index)), name=name)
         for index, (name, policy) in walks
         for kl in kls
     ]
@@ -50,7 +50,7 @@ def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular
 
     Logits are Gaussian with a standard deviation between 0.5 and 2. Raises `ValueError` for another family.
     """
-    rng = generator(seed, 10, *family.encode())
+    rng = generator(seed, "distance.random_policies", family)
     policies: dict[str, Tabular | Gaussian] = {}
     for index in range(count):
         own_seed, scale, name = int(rng.integers(2**31)), float(rng.uniform(0.5, 2)), f"random {family} {index}"
@@ -186,7 +186,7 @@ def sampled_rmse(
     check_whole("replicates", replicates)
     check_probability("level", level)
     losses, rows = by_name(estimators), []
-    rng = generator(seed, 11)
+    rng = generator(seed, "distance.bootstrap")
     resampled = rng.integers(replicates, size=(400, replicates))
     with one_thread():
         truths = [exact.gradient(target, scenario) for scenario in scenarios]
@@ -194,7 +194,7 @@ def sampled_rmse(
             for size in sizes:
                 errors = np.stack(
                     [
-                        _squared_errors(loss, scenario, truth, size, replicates, seed + index)
+                        _squared_errors(loss, scenario, truth, size, replicates, child(seed, "rmse", index))
                         for index, (scenario, truth) in enumerate(zip(scenarios, truths, strict=True))
                     ]
                 )

@@ -41,7 +41,7 @@ def rollout_of(scenario: Scenario, samples: int | None, seed: int = 0) -> Rollou
         raise ValueError(f"the policy must be a language model, got a {type(scenario.policy).__name__}")
     if samples is None:
         return Rollout.enumerated(scenario)
-    return Rollout.from_sampler(scenario, samples, generator(seed, 12))
+    return Rollout.from_sampler(scenario, samples, generator(seed, "language"))
 
 
 @checked

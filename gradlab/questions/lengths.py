@@ -34,7 +34,7 @@ COLUMNS: dict[str, str] = {
     "mean_length": "E[L], tokens",
     "length_spread": "standard deviation of L over E[L]",
     "gradient_norm": "‖E g‖, nats per unit of parameter",
-    "misdirection": "sine of the angle to the expected gradient under `sum`: relative bias left after the best rescaling; "
+    "sin_angle": "sine of the angle to the expected gradient under `sum`: relative bias left after the best rescaling; "
     "missing where that gradient is zero",
     "scale": "projection on the expected gradient under `sum` over its norm, times E[L]: 1 for a division by E[L]",
     "inverse_length": "‖E g − ∇E[1/L]‖ / ‖∇E[1/L]‖",
@@ -200,11 +200,11 @@ def _effect(
     zero = size <= ZERO_TOLERANCE * (moments.trace_cov**0.5 + size)
     plain_norm = float(plain.mean.norm())
     no_gradient = plain_norm <= ZERO_TOLERANCE * (plain.trace_cov**0.5 + plain_norm)
-    columns = {"gradient_norm": size, "misdirection": nan, "scale": nan, "inverse_length": nan}
+    columns = {"gradient_norm": size, "sin_angle": nan, "scale": nan, "inverse_length": nan}
     columns |= {"length_cosine": nan, "length_change": nan}
     if not no_gradient:
         along = float(g @ plain.mean) / plain_norm
-        columns["misdirection"] = float((g - along * plain.mean / plain_norm).norm()) / size
+        columns["sin_angle"] = float((g - along * plain.mean / plain_norm).norm()) / size
         columns["scale"] = along / plain_norm * mean
     if float(inverse.norm()) > ZERO_TOLERANCE:
         columns["inverse_length"] = float((g - inverse).norm() / inverse.norm())

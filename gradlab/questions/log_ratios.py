@@ -154,7 +154,7 @@ def _counts(logits: Tensor, reference_logits: Tensor, cuts: Tensor, mask: Tensor
 def _sampled_counts(scenario: Scenario[LanguageModel], cuts: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """`_counts` of the prefixes of sampled responses, a bounded number of them at a time, and the responses' lengths."""
     policy, reference = scenario.policy, scenario.reference
-    responses = policy.sample(samples, generator(seed, 14))
+    responses = policy.sample(samples, generator(seed, "log_ratios"))
     size = max(1, CHUNK // (policy.length * policy.vocab))
     counts = []
     for start in range(0, samples, size):

@@ -50,7 +50,7 @@ def lazy_chain(vocab: int, length: int, memory: float = 1.0, seed: int = 0, scal
     check_whole("vocab", vocab, least=2)
     if not (np.isfinite(memory) and memory >= 1):
         raise ValueError(f"memory is a relaxation time in tokens: a finite number of at least 1, got {memory!r}")
-    rng = generator(seed, 5)
+    rng = generator(seed, "sequences.lazy_chain")
     p = np.exp(scale * rng.standard_normal(vocab))
     p /= p.sum()
     return Markov(np.log(p), np.log((1 - 1 / memory) * np.eye(vocab) + p / memory), length=length)
@@ -184,7 +184,7 @@ def compared(
     if samples is None:
         rollout = Rollout.enumerated(scenario)
     else:
-        rng = generator(seed, 6)
+        rng = generator(seed, "sequences.differences")
         rollout = Rollout.from_sampler(scenario, samples, rng)
     rows = []
     for pair in pairs:

@@ -95,7 +95,7 @@ def reinforce(
     """
     if len(answers) != len(policy.prompts):
         raise ValueError(f"{len(policy.prompts)} prompts need as many answers, got {len(answers)}")
-    rng = generator(seed, 12)
+    rng = generator(seed, "smollm2.reinforce")
     theta = policy.parameters.detach().clone().requires_grad_(True)
     optimiser = torch.optim.Adam([theta], lr=rate)
     reward = rewards(policy, answers)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gradlab._common.arguments import check_columns, checked, numbers
 from gradlab._common.names import check_jobs, check_name, check_probability, check_seed, check_whole, several
 from gradlab._common.parallel import spread
-from gradlab._common.streams import generator
+from gradlab._common.streams import generator, sequence
 from gradlab.estimators.catalogue import ESTIMATORS
 from gradlab.estimators.coefficients import coefficients
 from gradlab.measure import one_thread
@@ -70,7 +70,7 @@ def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:
     """Exact share of `E[k3] = KL(π‖ref)` on events rarer than 1/n: `A = {δ > t}` with `π(A) = 1/n`.
 
     For a Gaussian narrower than its reference, where `A = {|x − c| > r}`, or a bandit, whose tokens are taken in the order of `δ`
-    (the last one in part). Returns `scenario, kl, samples` (n), `share`, `reference_probability` (`ref(A)`) and `seen`, the
+    (the last one in part). Returns `scenario, kl, samples` (n), `share`, `reference_probability` (`ref(A)`) and `truncated_mean`, the
     part of the expectation in nats on everything else. Raises `ValueError` for other policies and for n < 2.
 
     >>> frame = gl.tails.rare_share(gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1)), [1e3, 1e6])
@@ -83,7 +83,7 @@ def rare_share(scenario: Scenario, sizes: Sequence[float]) -> pd.DataFrame:
     kl, rows = scenario.kl(), []
     for n in sizes:
         value, reference = share_of(scenario, 1 / n)
-        row = {"samples": n, "share": value / kl, "reference_probability": reference, "seen": kl - value}
+        row = {"samples": n, "share": value / kl, "reference_probability": reference, "truncated_mean": kl - value}
         rows.append({"scenario": scenario.label, "via": "exact", "kl": kl, **row})
     return pd.DataFrame(rows)
 
@@ -162,7 +162,7 @@ def running(
     if not sizes or sizes[0] < 2 or (np.diff(sizes) <= 0).any():
         raise ValueError(f"sizes must increase from at least 2, got {list(sizes)}")
     tasks = (
-        joblib.delayed(_run)(kernels, scenario, sizes, np.random.SeedSequence(seed, spawn_key=(12, run)))
+        joblib.delayed(_run)(kernels, scenario, sizes, sequence(seed, "tails.running", run))
         for run in tqdm(range(runs), desc="running means", unit="run", disable=None, delay=2)
     )
     found = spread(tasks, jobs)
@@ -240,7 +240,7 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
 
     The rare token is met a binomial number of times, so quantiles over runs are exact (`runs=None`); or `runs` multinomial
     samples are counted. Returns `scenario, kl, probability` (of the rare token), `samples, via`, the median `mean_ratio`,
-    its quantiles `_q10, _q90`, in sampled rows `_low, _high`, and `unmet`, the probability of never meeting the token.
+    its quantiles `_q10, _q90`, in sampled rows `_low, _high`, and `p_never_sampled`, the probability of never meeting the token.
     Raises `ValueError` unless k3 takes exactly two values.
 
     >>> scenario = gl.Scenario(gl.Bandit([-8.0, 0.0, 0.0]), gl.Bandit([0.0, 0.0, 0.0]))
@@ -269,11 +269,11 @@ def dropped(scenario: Scenario, sizes: Iterable[int], runs: int | None = None, s
             )
             row |= {"via": "exact", "runs": pd.NA}
         else:
-            rng = generator(seed, 13, int(n))
+            rng = generator(seed, "tails.dropped", int(n))
             means = rng.multinomial(n, p / p.sum(), size=runs) @ value / n
             drawn = pd.DataFrame({"scenario": scenario.label, "kernel": "k3", "kl": kl, "samples": n, "mean_ratio": means / kl})
             row |= {str(key): value for key, value in over_runs(drawn, ["mean_ratio"]).iloc[0].items()}
-        rows.append({**row, "unmet": float(np.exp(n * np.log1p(-probability)))})
+        rows.append({**row, "p_never_sampled": float(np.exp(n * np.log1p(-probability)))})
     return pd.DataFrame(rows)
 
 

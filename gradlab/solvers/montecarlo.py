@@ -343,7 +343,7 @@ def _countable(scenario: Scenario) -> bool:
 
 
 def _rng(seed: int, key: tuple[int, ...]) -> np.random.Generator:
-    return generator(seed, 2, *key)
+    return generator(seed, "montecarlo", *key)
 
 
 def check_samples(samples: int, what: str = "samples") -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.box import SIMPLE_HEAD
@@ -23,6 +24,7 @@ from gradlab._common.files import ensure_writable as ensure_writable
 from gradlab._common.files import ensure_writable_file as ensure_writable_file
 from gradlab._common.names import check_name
 from gradlab._common.provenance import versions
+from gradlab._common.streams import child, generator
 from gradlab.ledger import verify
 
 if TYPE_CHECKING:
@@ -61,6 +63,14 @@ class Study:
     def pick(self, full: T, quick: T) -> T:
         """Return the size for this run: `quick` under `--quick`, else `full`."""
         return quick if self.quick else full
+
+    def rng(self, *key: int | str) -> np.random.Generator:
+        """A stream of this analysis, one for each key."""
+        return generator(self.seed, "analysis", self.name.split("_")[0], *key)
+
+    def child(self, *key: int | str) -> int:
+        """A seed of this analysis, one for each key, where a function takes a whole number."""
+        return child(self.seed, self.name.split("_")[0], *key)
 
     @property
     def command(self) -> str:

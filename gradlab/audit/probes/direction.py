@@ -80,7 +80,7 @@ def depends_on_sample(s: Setting) -> Probe:
     spread = scale = 0.0
     for f in (f for f in s.on_policy if f.finite):
         if f.cotangents.shape[1] != 1:
-            return Probe("action", None, "only asked of losses that do not couple responses", "")
+            return Probe("depends_on_sample", None, "only asked of losses that do not couple responses", "")
         rollout, p = f.case.rollout, f.case.rollout.table.softmax(-1)
         t = rollout.tokens.shape[1]
         # On log π the cotangent is c (onehot − p): at a drawn token c (1 − p).
@@ -91,22 +91,29 @@ def depends_on_sample(s: Setting) -> Probe:
             coefficients_of_row = c[rollout.mask & (rollout.contexts == row)]
             spread = max(spread, float(coefficients_of_row.max() - coefficients_of_row.min()))
     if scale == 0:
-        return Probe("action", None, "there is no gradient to compare", "")
+        return Probe("depends_on_sample", None, "there is no gradient to compare", "")
     if spread <= s.precision.slack * scale:
         finding = "every token of a prefix is pulled alike, whatever was drawn: the pulls cancel"
-        return Probe("action", False, finding, f"coefficient {scale:.4g}")
-    return Probe("action", True, "the pull depends on the token drawn", f"coefficients of one prefix differ by {spread:.4g}")
+        return Probe("depends_on_sample", False, finding, f"coefficient {scale:.4g}")
+    return Probe(
+        "depends_on_sample", True, "the pull depends on the token drawn", f"coefficients of one prefix differ by {spread:.4g}"
+    )
 
 
 def stationary_at_reference(s: Setting) -> Probe:
     """Is a policy that equals the reference left where it is?"""
     gradient_norm, scale = float(s.at_reference.mean.norm()), s.on_policy[1].size
     if not scale:
-        return Probe("rest", None, "there is no gradient at all", "")
+        return Probe("stationary_at_reference", None, "there is no gradient at all", "")
     example = f"π = ref: expected gradient of norm {gradient_norm:.2g}"
     if gradient_norm <= s.precision.slack * scale:
-        return Probe("rest", True, "a policy that equals the reference stays there", example)
-    return Probe("rest", False, "even a policy that equals the reference is moved: no divergence from it does that", example)
+        return Probe("stationary_at_reference", True, "a policy that equals the reference stays there", example)
+    return Probe(
+        "stationary_at_reference",
+        False,
+        "even a policy that equals the reference is moved: no divergence from it does that",
+        example,
+    )
 
 
 def dtype(s: Setting, kind: torch.dtype) -> Probe:
