@@ -148,6 +148,7 @@ gradients = pd.concat(
     ],
     ignore_index=True,
 ).drop(columns="kernel")
+gradients["variances"] = gradients["scenario"].map({toys[0].label: "equal", toys[1].label: "unequal"})
 gradients["std_of_mean"] = gradients["std"] / published**0.5  # standard error of a mean of 50,000 samples over the truth
 
 # %% [markdown]

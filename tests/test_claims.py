@@ -427,3 +427,9 @@ def test_a_planted_change_flips_the_verdict(identifier: str) -> None:
     )
     assert before["bandit"] == "HOLDS"
     assert set(after) == {"FAILS"}
+
+
+def test_no_claim_hangs_on_the_label_of_a_scenario():
+    """Labels are for people and may be reworded; scopes are told by columns of their own."""
+    keyed = {rule.id for rule in CLAIMS for condition in rule.where if condition.column == "scenario"}
+    assert not keyed

@@ -2,7 +2,6 @@
 
 from gradlab.ledger.form import EXACT, MATTERS, Claim, Condition, Relation, claim, within
 
-EQUAL, UNEQUAL = "N(0, 1) ‖ N(1, 1)", "N(0, 1) ‖ N(1, std 1.1)"
 BOTH = ("mean", "std")
 
 
@@ -48,21 +47,21 @@ def _component(
     **columns: str | tuple[str, ...],
 ) -> Claim:  # fmt: skip
     """A component of an expected gradient in the Gaussian toys, compared with 0."""
-    where: dict[str, str | tuple[str, ...]] = {"via": "exact", "parameter": BOTH, "scenario": UNEQUAL, **columns}
+    where: dict[str, str | tuple[str, ...]] = {"via": "exact", "parameter": BOTH, "variances": "unequal", **columns}
     return claim(identifier, scope, "01_gradients", statistic, relation, 0, margin, estimator=estimator, **where)  # type: ignore[arg-type]
 
 
 _GRADIENT = (
-    _component("value-implies-gradient", "k3, Gaussian, equal variances, mean", "k3-loss", scenario=EQUAL, parameter="mean"),
+    _component("value-implies-gradient", "k3, Gaussian, equal variances, mean", "k3-loss", variances="equal", parameter="mean"),
     _component("value-implies-gradient", "k3, Gaussian, unequal variances", "k3-loss"),
     _component("value-implies-gradient", "k1, Gaussian, unequal variances", "k1-loss"),
-    _component("k1-loss-zero", "on-policy, Gaussian", "k1-loss", statistic="expected", scenario=(EQUAL, UNEQUAL)),
+    _component("k1-loss-zero", "on-policy, Gaussian", "k1-loss", statistic="expected", variances=("equal", "unequal")),
     _component("target", "Gaussian", "k1-reward"),
     _component("k2-unbiased", "Gaussian", "k2-loss"),
     _component("k3-both", "k3, Gaussian", "k3-both"),
-    _component("k3-biased", "Gaussian, equal variances, mean", "k3-loss", "≠", MATTERS, scenario=EQUAL, parameter="mean"),
+    _component("k3-biased", "Gaussian, equal variances, mean", "k3-loss", "≠", MATTERS, variances="equal", parameter="mean"),
     _component("k3-biased", "Gaussian, equal variances, std: a pull where the true gradient is 0", "k3-loss", "≠", MATTERS, "expected",
-               scenario=EQUAL, parameter="std"),
+               variances="equal", parameter="std"),
     _component("k3-biased", "Gaussian, unequal variances", "k3-loss", "≠", MATTERS),
     _component("k3-biased", "Gaussian, unequal variances, 50,000 samples", "k3-loss", "≠", MATTERS, via="sampled"),
 )  # fmt: skip
