@@ -96,9 +96,8 @@ def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple[float, flo
     check_whole("count", count, least=0)
     if count > n:
         raise ValueError(f"count must be at most n, got {count} of {n}")
-    tail = (1 - level) / 2
-    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
-    return low, float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+    ends = scipy.stats.binomtest(count, n).proportion_ci(level, method="exact")
+    return float(ends.low), float(ends.high)
 
 
 def along(policy: LanguageModel, rollout: Rollout, direction: Tensor) -> Tensor:

@@ -203,8 +203,8 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     """Median of `columns` over runs, per scenario, kernel and number of samples, with what a single run may give.
 
     For every column: the median with `_low`, `_high` (its interval from order statistics, exact for any law), and the 10 % and
-    90 % quantiles of a run, `_q10` and `_q90`; `runs` counts them. With fewer than 6 runs the interval is that of all runs.
-    Raises `ValueError` for a level outside (0, 1).
+    90 % quantiles of a run, `_q10` and `_q90`; `runs` counts them. The interval is open where the runs are too few for one
+    (at 95 %: fewer than 6). Raises `ValueError` for a level outside (0, 1).
 
     >>> scenario = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1))
     >>> frame = gl.tails.over_runs(gl.tails.running(["k3"], scenario, [10, 100], runs=8), ["mean"])
@@ -216,8 +216,6 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
     rows = []
     for (scenario, kernel, samples), part in frame.groupby(["scenario", "kernel", "samples"], sort=False):
         runs = len(part)
-        rank = int(scipy.stats.binom.ppf((1 - level) / 2, runs, 0.5))
-        inner = max(rank - 1, 0)
         row: dict[str, Any] = {
             "scenario": scenario,
             "kernel": kernel,
@@ -226,8 +224,10 @@ def over_runs(frame: pd.DataFrame, columns: Sequence[str], level: float = 0.95) 
             "kl": part["kl"].iloc[0],
         }
         for column in columns:
-            values = np.sort(part[column].to_numpy())
-            ends = {"": np.median(values), "_low": values[inner], "_high": values[runs - 1 - inner]}
+            values = part[column].to_numpy()
+            interval: Any = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
+            low, high = (-np.inf, np.inf) if np.isnan(interval.low) else (interval.low, interval.high)
+            ends = {"": np.median(values), "_low": low, "_high": high}
             ends |= {"_q10": np.quantile(values, 0.1), "_q90": np.quantile(values, 0.9)}
             row |= {f"{column}{end}": value for end, value in ends.items()}
         rows.append({**row, "runs": runs})
