@@ -32,7 +32,9 @@ TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix"]
 
 # %%
 rng = study.rng("questions")
-trained = [q for task in smollm2.TASKS for q in smollm2.questions(task, study.pick(full=6, quick=1), rng)]
+number = study.pick(full=6, quick=1)
+drawn = {task: {q.line: q for q in smollm2.questions(task, 5 * number, rng)} for task in smollm2.TASKS}  # no question twice
+trained = [q for task in drawn for q in list(drawn[task].values())[:number]]
 answers = [q.answer for q in trained]
 reference = network.policy([q.prompt for q in trained], smollm2.LENGTH, smollm2.ACTIONS, trainable=[MATRIX])
 stages = study.pick(full=[3, 12, 60], quick=[3, 12])
