@@ -17,6 +17,7 @@ import pytest
 from gradlab._common import frames
 from gradlab._common.files import locked
 from gradlab.cli import main, reproduce
+from gradlab.study import resume
 
 SCRIPT = """# # Does a planted analysis run?
 import pandas as pd
@@ -185,3 +186,36 @@ def test_a_line_a_minute_where_no_bar_can_be_drawn(monkeypatch, capsys, tmp_path
 def test_the_longest_analyses_are_real_ones():
     numbers = [name[:2] for name in reproduce.analyses()]
     assert set(reproduce.LONGEST) <= set(numbers)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_only_code_that_an_analysis_imports_makes_it_run_again(monkeypatch, capsys, tmp_path, scripts, jobs):
+    output, script = tmp_path / "figures", scripts / "01_planted.py"
+    assert run(monkeypatch, "--output", output, "--jobs", jobs) == 0
+    record = json.loads((output / ".reproduced" / "01_planted.json").read_text())
+    assert {"study/report.py", "ledger/verify.py", "gradlab.mplstyle"} <= set(record["fingerprint"]["code"])
+    if jobs == 2:  # alone an analysis shares its process with whatever was imported before it
+        assert not any(name.startswith(("audit/", "questions/")) for name in record["fingerprint"]["code"])
+
+    def measured() -> str:
+        assert run(monkeypatch, "--output", output, "--jobs", jobs) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    source = script.read_text()
+    script.write_text(f'"""A docstring."""\n# A comment.\n{source}\n\n')
+    assert "0 analyses measured, 2 unchanged" in measured()
+    script.write_text(source.replace("0.5", "0.25"))
+    assert "1 analysis measured, 1 unchanged" in measured()
+
+
+def test_a_hash_of_code_sees_code_alone(tmp_path):
+    file = tmp_path / "module.py"
+
+    def after(text: str) -> str:
+        file.write_text(text)
+        return resume.code_hash(file)
+
+    first = after('def f(x):\n    """Add one."""\n    return x + 1\n')
+    assert after("def f(x):  # one more\n\n    return (x + 1)\n") == first
+    assert after("def f(x):\n    return x + 2\n") != first
+    assert after('def f(x):\n    text = """Add one."""\n    return x + 1\n') != first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -106,8 +107,8 @@ def reproduce(
         before = _ledger(output)
         finished: list[str] = []
         try:
-            for name, seconds in _runs(todo, [*options, "--output", str(output)], jobs):
-                records[name].save()
+            for name, seconds, sources in _runs(todo, [*options, "--output", str(output)], jobs):
+                records[name].save(sources)
                 finished.append(name)
                 print(f"{name} took {seconds:.1f} s ({len(finished)} of {len(todo)} done)")
         except KeyboardInterrupt:
@@ -177,7 +178,7 @@ def _check(
             )
     with tempfile.TemporaryDirectory(prefix="gradlab-check-") as place:
         anew, moved = Path(place), 0
-        for name, seconds in _runs(scripts, [*options, "--output", place], jobs):
+        for name, seconds, _ in _runs(scripts, [*options, "--output", place], jobs):
             found = check.compare(folder, anew, name)
             moved += not found.empty
             print(f"{name} {'moved' if len(found) else 'is the same within rounding'} ({seconds:.1f} s)")
@@ -228,14 +229,16 @@ def _pulse(said: Callable[[], str]) -> Iterator[None]:
         thread.join()
 
 
-def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float]]:
-    """Run analyses, several at a time if there are `jobs` for it; yield each one's name and seconds when it is done.
+def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float, list[str]]]:
+    """Run analyses, several at a time if there are `jobs` for it; yield each one's name, seconds and imports when it is done.
 
     Alone they run in this process, where their progress is seen; together each is a process whose output is shown at its end,
     the longest first.
     """
     from rich.console import Console
     from tqdm import tqdm
+
+    from gradlab.study.resume import imported
 
     running: list[str] = []
     finished: list[str] = []
@@ -259,31 +262,34 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
                 finally:
                     sys.argv = arguments
                 finished.append(name)
-                yield name, time.perf_counter() - begun
+                yield name, time.perf_counter() - begun, imported()
             return
 
-        def run(name: str) -> tuple[str, float, str]:
+        def run(name: str) -> tuple[str, float, list[str], str]:
             begun = time.perf_counter()
             running.append(name)
             # The worker ends when this end of its standard input closes, however this process ends.
-            command = [sys.executable, "-m", "gradlab.study.worker", str(scripts[name]), *options]
-            with subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            ) as worker:
-                printed, told = _read(worker)
-            running.remove(name)
-            if worker.returncode:
-                raise ValueError(f"{name} failed; run it alone with --jobs 1. It said: {told.strip() or printed.strip()}")
+            with tempfile.TemporaryDirectory() as folder:
+                listed = Path(folder) / "imported.json"
+                command = [sys.executable, "-m", "gradlab.study.worker", str(listed), str(scripts[name]), *options]
+                with subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                ) as worker:
+                    printed, told = _read(worker)
+                running.remove(name)
+                if worker.returncode:
+                    raise ValueError(f"{name} failed; run it alone with --jobs 1. It said: {told.strip() or printed.strip()}")
+                sources = json.loads(listed.read_text(encoding="utf-8"))
             finished.append(name)
-            return name, time.perf_counter() - begun, printed
+            return name, time.perf_counter() - begun, sources, printed
 
         with ThreadPoolExecutor(jobs) as pool:
             waiting = [pool.submit(run, name) for name in sorted(scripts, key=order)]
             try:
                 for future in tqdm(as_completed(waiting), total=len(waiting), unit="analysis", disable=None):
-                    name, seconds, printed = future.result()
+                    name, seconds, sources, printed = future.result()
                     print(printed, end="")
-                    yield name, seconds
+                    yield name, seconds, sources
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what has not begun need not begin
                 raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from gradlab._common.files import atomic_write, ensure_writable
 from gradlab._common.provenance import versions
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class Record:
         """File of the record."""
         return self.output / ".reproduced" / f"{self.script.stem}.json"
 
-    def fingerprint(self) -> str:
-        """Hash of everything a result depends on: the script, gradlab's own source, the options, the library versions."""
-        digest = hashlib.sha256(json.dumps([dict(self.options), versions()], sort_keys=True).encode())
-        package = Path(__file__).parents[1]
-        for source in [self.script, *sorted(p for p in package.rglob("*") if p.suffix in (".py", ".mplstyle"))]:
-            digest.update(source.name.encode())
-            digest.update(source.read_bytes())
-        return digest.hexdigest()
+    def fingerprint(self, sources: Iterable[str]) -> dict[str, object]:
+        """What a result depends on: the options, the versions of libraries, and the code of the script and of some files."""
+        files = {"script": self.script, **{source: _PACKAGE / source for source in sorted(sources)}}
+        return {
+            "options": dict(self.options),
+            "versions": versions(),
+            "code": {name: code_hash(path) for name, path in files.items() if path.is_file()},
+        }
 
     def results(self) -> dict[str, str]:
         """Hash of every result in the output folder."""
@@ -87,16 +90,39 @@ class Record:
         """Whether the recorded run had the same fingerprint and its results are all still there as it left them."""
         try:
             recorded = json.loads(self.path.read_text(encoding="utf-8"))
-            left, fingerprint = dict(recorded["results"]), recorded["fingerprint"]
+            left, fingerprint = dict(recorded["results"]), dict(recorded["fingerprint"])
+            sources = dict(fingerprint["code"]).keys() - {"script"}
         except (OSError, ValueError, TypeError, KeyError):  # none, or one of another form: the results are made again
             return False
         results = self.results()
         same = all(results.get(name) == digest for name, digest in left.items())
-        return bool(left) and same and fingerprint == self.fingerprint()
+        return bool(left) and same and fingerprint == json.loads(json.dumps(self.fingerprint(sources)))
 
-    def save(self) -> None:
-        """Record a finished run."""
+    def save(self, sources: Iterable[str]) -> None:
+        """Record a finished run that used these files of gradlab, see `imported`."""
         ensure_writable(self.path.parent)
         with atomic_write(self.path) as part:
-            content = {"fingerprint": self.fingerprint(), "results": self.results()}
+            content = {"fingerprint": self.fingerprint(sources), "results": self.results()}
             part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def imported() -> list[str]:
+    """Files of gradlab that this process has imported, relative to the package, and the style sheet of its figures."""
+    files = (getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name.startswith("gradlab."))
+    modules = {Path(file).resolve() for file in files if file}
+    return sorted(
+        str(path.relative_to(_PACKAGE)) for path in modules | set(_PACKAGE.glob("*.mplstyle")) if path.is_relative_to(_PACKAGE)
+    )
+
+
+def code_hash(path: Path) -> str:
+    """Hash of what a file does: of Python its syntax tree without docstrings, so that comments and layout do not count."""
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
