@@ -260,6 +260,11 @@ def test_what_a_frame_lacks_is_an_error_that_says_so() -> None:
         settle(made(), pd.DataFrame({"bias": [1.0], "via": ["sampled"], "bias_low": [0.9], "samples": [10]}))
 
 
+def test_unknown_frames_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown frame '01_schulmann'; did you mean '01_schulman'"):
+        verify({"01_schulmann": pd.DataFrame({"bias": [0.0]})})
+
+
 def test_unknown_ids_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown claim 'k3-bias'; did you mean 'k3-biased'"):
         verify({}, only=["k3-bias"])

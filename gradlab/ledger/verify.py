@@ -115,8 +115,8 @@ def verify(
     """Settle the ledger with measured frames, or with a folder of their CSV files.
 
     Returns the ledger with the columns of `Verdict`; a claim whose frame is not there is OPEN. `only` restricts it to some
-    ids or topics; `claims` settles these instead of the ledger's. Raises `ValueError` for an unknown id, for a folder that does not
-    exist or holds none of the frames, and for a frame without the columns or rows a claim needs.
+    ids or topics; `claims` settles these instead of the ledger's. Raises `ValueError` for an unknown id or frame, for a folder that
+    does not exist or holds none of the frames, and for a frame without the columns or rows a claim needs.
 
     >>> settled = gl.claims.verify("figures", only="k3-weaker")
     >>> settled.loc[settled["frame"] == "02_coefficients", ["scope", "verdict"]].values.tolist()
@@ -134,7 +134,9 @@ def verify(
         raise ValueError(f"frames must be a folder, or a mapping from names to frames, got {frames!r}")
     if isinstance(frames, str | Path):
         frames = _read(Path(frames), {item.frame for item in chosen})
+    named = dict.fromkeys(item.frame for item in (*all_claims(), *chosen))
     for name, frame in frames.items():
+        check_name("frame", name, named)
         if not isinstance(frame, pd.DataFrame):
             raise ValueError(f"frames must be a mapping from names to frames, got {frame!r} for {name}")
     verdicts = [settle(item, frames[item.frame]) if item.frame in frames else Verdict("OPEN") for item in chosen]

@@ -22,7 +22,6 @@ from gradlab._common.console import wide_console
 from gradlab._common.files import atomic_write as atomic_write
 from gradlab._common.files import ensure_writable as ensure_writable
 from gradlab._common.files import ensure_writable_file as ensure_writable_file
-from gradlab._common.names import check_name
 from gradlab._common.provenance import versions
 from gradlab._common.streams import child, generator
 from gradlab.ledger import verify
@@ -118,8 +117,6 @@ class Study:
         Raises `ValueError` for a frame that decides no claim.
         """
         settled = verify.verify(found)
-        for name in found:
-            check_name("frame", name, dict.fromkeys(settled["frame"]))
         settled = settled[settled["frame"].isin(list(found))].reset_index(drop=True)
         show_verdicts(settled)
         return settled
