@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import several
+from gradlab._common.shapes import Float64
 from gradlab.estimators.closed_form import loss_coefficients
 from gradlab.estimators.coefficients import Coefficients, coefficients, group_parts
 from gradlab.estimators.estimator import Estimator
@@ -61,11 +62,11 @@ class Moments:
     ([0.0, 0.0], 0.5)
     """
 
-    mean: Tensor
+    mean: Float64[Tensor, " p"]
     trace_cov: float
     samples: int | None = None
-    batches: Tensor | Sums | None = None
-    batch_traces: Tensor | None = None
+    batches: Float64[Tensor, "b p"] | Sums | None = None
+    batch_traces: Float64[Tensor, " b"] | None = None
     method: str = "enumeration"
     distances: tuple[float, float] | None = None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_held
+from gradlab._common.shapes import Bool, Float, Float64, Int64, Num
 from gradlab.policies import Gaussian, LanguageModel, Tabular
 from gradlab.policies.families import CATEGORICAL, Family
 from gradlab.policies.gaussian import crossings, quadrature
@@ -37,8 +38,8 @@ class Readings(Protocol):
     @property
     def log_weight(self) -> Tensor: ...
     @property
-    def earlier_log_weight(self) -> Tensor: ...
-    def divergence(self, kernel: str) -> Tensor: ...
+    def earlier_log_weight(self) -> Float[Tensor, "n t"]: ...
+    def divergence(self, kernel: str) -> Float[Tensor, "n t"]: ...
     @property
     def mask(self) -> Tensor: ...
     @property
@@ -76,19 +77,19 @@ class Rollout:
     [0.62, -0.38]
     """
 
-    tokens: Tensor
-    mask: Tensor
-    weight: Tensor
-    contexts: Tensor
-    table: Tensor
-    reference_table: Tensor
-    behaviour_table: Tensor
+    tokens: Num[Tensor, "n t"]
+    mask: Bool[Tensor, "n t"]
+    weight: Float64[Tensor, " n"]
+    contexts: Int64[Tensor, "n t"]
+    table: Float[Tensor, "r v"]
+    reference_table: Float[Tensor, "r v"]
+    behaviour_table: Float[Tensor, "r v"]
     length: int
     family: Family = CATEGORICAL
     sampled: bool = False
     revisits: bool = False
     expected_length: float | None = None
-    prompts: Tensor | None = None
+    prompts: Int64[Tensor, " n"] | None = None
     old_table: Tensor | None = None
     reward: Reward | None = None
     _cache: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -300,66 +301,66 @@ class Rollout:
     # ---- what estimators read -----------------------------------------------------------------------------------------
 
     @property
-    def logits(self) -> Tensor:
+    def logits(self) -> Float[Tensor, "n t v"]:
         """The policy's logits along the responses, `[n, t, v]`."""
         return self.table[self.contexts]
 
     @property
-    def reference_logits(self) -> Tensor:
+    def reference_logits(self) -> Float[Tensor, "n t v"]:
         """The reference's logits along the responses, `[n, t, v]`."""
         return self.reference_table[self.contexts]
 
     @property
-    def behaviour_logits(self) -> Tensor:
+    def behaviour_logits(self) -> Float[Tensor, "n t v"]:
         """The sampler's logits along the responses, `[n, t, v]`."""
         return self.behaviour_table[self.contexts]
 
     @cached_property
-    def log_prob(self) -> Tensor:
+    def log_prob(self) -> Float[Tensor, "n t"]:
         """`log π(y_t|s_t)`, `[n, t]`, 0 in the padding; differentiable when the table is."""
         return self._masked(self.family.log_prob(self.table, self.contexts, self.tokens))
 
     @cached_property
-    def reference_log_prob(self) -> Tensor:
+    def reference_log_prob(self) -> Float[Tensor, "n t"]:
         """`log ref(y_t|s_t)`, `[n, t]`, 0 in the padding."""
         return self._masked(self.family.log_prob(self.reference_table, self.contexts, self.tokens))
 
     @cached_property
-    def behaviour_log_prob(self) -> Tensor:
+    def behaviour_log_prob(self) -> Float[Tensor, "n t"]:
         """`log μ(y_t|s_t)`, `[n, t]`, 0 in the padding."""
         return self._masked(self.family.log_prob(self.behaviour_table, self.contexts, self.tokens))
 
     @cached_property
-    def log_ratio(self) -> Tensor:
+    def log_ratio(self) -> Float[Tensor, "n t"]:
         """`ℓ_t = log π − log ref`, `[n, t]`, to its own digits however close the two are."""
         return self._masked(self.family.log_ratio(self.table, self.reference_table, self.contexts, self.tokens))
 
     @cached_property
-    def log_weight(self) -> Tensor:
+    def log_weight(self) -> Float[Tensor, "n t"]:
         """`log ρ_t = log π − log μ`, `[n, t]`."""
         return self._masked(self.family.log_ratio(self.table, self.behaviour_table, self.contexts, self.tokens))
 
     @cached_property
-    def earlier_log_weight(self) -> Tensor:
+    def earlier_log_weight(self) -> Float[Tensor, "n t"]:
         """`log Π_{u<t} ρ_u`, `[n, t]`."""
         return self.log_weight.cumsum(-1) - self.log_weight
 
     @cached_property
-    def old_log_weight(self) -> Tensor:
+    def old_log_weight(self) -> Float[Tensor, "n t"]:
         """`log π − log π_old`, `[n, t]`; `log_weight` where the trainer's weights were those of the behaviour policy."""
         if self.old_table is None:
             return self.log_weight
         return self._masked(self.family.log_ratio(self.table, self.old_table, self.contexts, self.tokens))
 
     @cached_property
-    def log_correction(self) -> Tensor:
+    def log_correction(self) -> Float[Tensor, "n t"]:
         """`log π_old − log μ`, `[n, t]`, what the trainer and the engine that drew disagree by."""
         if self.old_table is None:
             return torch.zeros_like(self.log_weight)
         return self._masked(self.family.log_ratio(self.old_table, self.behaviour_table, self.contexts, self.tokens))
 
     @cached_property
-    def rewards(self) -> Tensor:
+    def rewards(self) -> Float[Tensor, " n"]:
         """The reward of every response, `[n]`. Raises `ValueError` where there is none, or not one finite number for each."""
         return self.token_rewards if self.token_rewards.dim() == 1 else self.token_rewards.sum(-1)
 
@@ -368,13 +369,13 @@ class Rollout:
         """What the reward gave: `[n]`, or `[n, t]` with 0 in the padding."""
         return rewards_of(given_reward(self.reward), self)
 
-    def divergence(self, kernel: str) -> Tensor:
+    def divergence(self, kernel: str) -> Float[Tensor, "n t"]:
         """A vocabulary kernel at every prefix: `full` is `KL_t(π‖ref)`, `mse` is `½Σ_v(π−ref)²`; `[n, t]`, 0 in the padding."""
         row_divergence = self.family.reverse_kl if kernel == "full" else self.family.mse
         return self.cached(kernel, lambda: self._masked(row_divergence(self.table, self.reference_table)[self.contexts]))
 
     @cached_property
-    def mask_float(self) -> Tensor:
+    def mask_float(self) -> Float[Tensor, "n t"]:
         """The mask as numbers, `[n, t]`."""
         return self.mask.to(self.weight.dtype)
 
@@ -384,7 +385,7 @@ class Rollout:
         return bool(self.mask.all())
 
     @cached_property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Float[Tensor, " n"]:
         """Number of live tokens of every response, `[n]`."""
         return self.mask.sum(-1).to(self.weight.dtype)
 

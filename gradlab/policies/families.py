@@ -8,7 +8,7 @@ everything else in gradlab is written once on top of it.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from gradlab._common.accurate import excess, relative_to
 from gradlab.policies.softmax import compared, rows
 
 
+@runtime_checkable
 class Family(Protocol):
     """What gradlab needs to know of a distribution family. Shapes: table `[r, v]`, contexts and tokens `[n, t]`."""
 

@@ -14,6 +14,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from gradlab._common.names import check_held, check_real
+from gradlab._common.shapes import Float64
 from gradlab.policies import families
 from gradlab.policies.perturb import perturbation
 from gradlab.policies.responses import Responses
@@ -37,7 +38,7 @@ class Gaussian:
     0.5
     """
 
-    table: Tensor
+    table: Float64[Tensor, "1 2"]
     length: ClassVar[int] = 1
     eos: ClassVar[None] = None
     enumerable: ClassVar[bool] = True
@@ -76,7 +77,7 @@ class Gaussian:
         return float(self.table[0, 1].detach())
 
     @property
-    def parameters(self) -> Tensor:
+    def parameters(self) -> Float64[Tensor, 2]:
         """`(mean, std)` as a vector `[2]`."""
         return self.table.flatten()
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradlab._common.shapes import Bool, Int64, Num
+
 
 @dataclass(frozen=True, eq=False)
 class Responses:
@@ -19,9 +21,9 @@ class Responses:
     [[0], [1]]
     """
 
-    tokens: Tensor
-    mask: Tensor
-    prompts: Tensor
+    tokens: Num[Tensor, "n t"]
+    mask: Bool[Tensor, "n t"]
+    prompts: Int64[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -31,6 +33,6 @@ class Responses:
         return Responses(self.tokens[rows], self.mask[rows], self.prompts[rows])
 
     @classmethod
-    def without_prompt(cls, tokens: Tensor, mask: Tensor) -> Responses:
+    def without_prompt(cls, tokens: Num[Tensor, "n t"], mask: Bool[Tensor, "n t"]) -> Responses:
         """Responses to the one empty prompt."""
         return cls(tokens, mask, torch.zeros(len(tokens), dtype=torch.long))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_held, check_real, check_whole
+from gradlab._common.shapes import Float64, Int64
 from gradlab._common.streams import generator
 from gradlab.policies import families, trees
 from gradlab.policies.perturb import perturbation
@@ -44,7 +45,7 @@ class Tabular:
     torch.Size([4, 3])
     """
 
-    table: Tensor
+    table: Float64[Tensor, "r v"]
     length: int
     eos: int | None = None
     family: ClassVar[families.Family] = families.CATEGORICAL
@@ -63,7 +64,7 @@ class Tabular:
         return int(self.table.shape[-1])
 
     @property
-    def parameters(self) -> Tensor:
+    def parameters(self) -> Float64[Tensor, " p"]:
         """The logits as one vector `[p]`, row-major."""
         return self.table.flatten()
 
@@ -78,29 +79,29 @@ class Tabular:
         rows, v = self.table.shape
         return [(f"node {i} " if rows > 1 else "") + f"token {j}" for i in range(rows) for j in range(v)]
 
-    def contexts(self, tokens: Tensor) -> Tensor:
+    def contexts(self, tokens: Int64[Tensor, "n t"]) -> Int64[Tensor, "n t"]:
         """Row of the table that emits each token of `tokens` `[n, t]`, as `[n, t]`."""
         raise NotImplementedError
 
-    def rows_of(self, responses: Responses) -> Tensor:
+    def rows_of(self, responses: Responses) -> Int64[Tensor, "n t"]:
         """Row of the table that emits each token of some responses, `[n, t]`."""
         return self.contexts(responses.tokens)
 
-    def balanced(self, gradient: Tensor) -> Tensor:
+    def balanced(self, gradient: Float64[Tensor, " p"]) -> Float64[Tensor, " p"]:
         """A target's gradient `[p]` without what rounding leaves at the likeliest token of a row, see `Family.balanced`."""
         return self.family.balanced(gradient.view_as(self.table), self.table).flatten()
 
-    def with_parameters(self: P, parameters: Tensor) -> P:
+    def with_parameters(self: P, parameters: Float64[Tensor, " p"]) -> P:
         """The same policy with other parameters `[p]` (row-major logits); a differentiable vector stays differentiable."""
         clone = copy.copy(self)
         object.__setattr__(clone, "table", parameters.reshape(self.table.shape))
         return clone
 
-    def occupancy(self) -> Tensor:
+    def occupancy(self) -> Float64[Tensor, " r"]:
         """Expected number of times a response emits a token from each row, `[rows]`; differentiable in the table."""
         raise NotImplementedError
 
-    def kl(self: P, reference: P) -> Tensor:
+    def kl(self: P, reference: P) -> Float64[Tensor, ""]:
         """`KL(self(y) ‖ reference(y))` of whole responses in nats, by the chain rule `Σ_rows occupancy · KL(row)`."""
         return self.occupancy() @ self.family.reverse_kl(self.table, reference.table)
 
@@ -147,12 +148,12 @@ class Tabular:
         """Draw `n` responses, `[n, T]`; after an end token the end token is repeated. All groups share the one prompt."""
         return self.respond(self.variates(n, rng))
 
-    def variates(self, n: int, rng: np.random.Generator) -> Tensor:
+    def variates(self, n: int, rng: np.random.Generator) -> Float64[Tensor, "n t"]:
         """What `n` responses are made of, `[n, T]`: a uniform variate a token, drawn step by step."""
         check_held(n, 4 * self.length)
         return torch.from_numpy(rng.random((self.length, n))).T
 
-    def respond(self, variates: Tensor) -> Responses:
+    def respond(self, variates: Float64[Tensor, "n t"]) -> Responses:
         """The responses made of `variates` `[n, T]`, by inverting the distribution of each step."""
         cdf = self.table.softmax(-1).cumsum(-1)
         cdf[:, -1] = 1.0  # so that no variate falls past the last token by rounding
@@ -168,7 +169,7 @@ class Tabular:
                 alive = alive[drawn != self.eos]
         return Responses.without_prompt(tokens, trees.response_mask(tokens, self.eos))
 
-    def moved(self: P, noise: Tensor) -> P:
+    def moved(self: P, noise: Float64[Tensor, " p"]) -> P:
         """The policy with noise `[p]` added to its logits."""
         return self.with_parameters(self.parameters + noise)
 
@@ -237,10 +238,10 @@ class Bandit(Tabular):
         check_whole("vocab", vocab, least=2)
         return cls(_random((vocab,), scale, seed))
 
-    def contexts(self, tokens: Tensor) -> Tensor:
+    def contexts(self, tokens: Int64[Tensor, "n t"]) -> Int64[Tensor, "n t"]:
         return torch.zeros_like(tokens)
 
-    def occupancy(self) -> Tensor:
+    def occupancy(self) -> Float64[Tensor, " r"]:
         return torch.ones(1, dtype=torch.float64)
 
 
@@ -286,7 +287,7 @@ class Tree(Tabular):
             )
         return cls(_random(((vocab**length - 1) // (vocab - 1), vocab), scale, seed), eos=eos)
 
-    def contexts(self, tokens: Tensor) -> Tensor:
+    def contexts(self, tokens: Int64[Tensor, "n t"]) -> Int64[Tensor, "n t"]:
         return trees.rows(tokens, self.vocab)
 
     def visited(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +298,7 @@ class Tree(Tabular):
         sizes = torch.tensor([high + 1 - low for low, high in zip(first, last, strict=True)])
         return rows, nodes - nodes[0] + (sizes.cumsum(0) - sizes)
 
-    def occupancy(self) -> Tensor:
+    def occupancy(self) -> Float64[Tensor, " r"]:
         return trees.occupancy(self.table.softmax(-1)[None], self.length, self.eos)[0]
 
 
@@ -341,10 +342,10 @@ class Markov(Tabular):
         """Logits of the next token, `[v, v]`, one row per previous token."""
         return self.table[1:]
 
-    def contexts(self, tokens: Tensor) -> Tensor:
+    def contexts(self, tokens: Int64[Tensor, "n t"]) -> Int64[Tensor, "n t"]:
         return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1] + 1], -1)
 
-    def occupancy(self) -> Tensor:
+    def occupancy(self) -> Float64[Tensor, " r"]:
         p = self.table.softmax(-1)
         if self.eos is not None:
             p = p * (torch.arange(self.vocab) != self.eos)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gradlab import groups, targets
 from gradlab._common.arguments import checked
 from gradlab._common.names import is_several
+from gradlab._common.shapes import Float64
 from gradlab.estimators.closed_form import loss_coefficients
 from gradlab.estimators.estimator import Estimator, kernel_values
 from gradlab.estimators.kernels import KERNELS
@@ -56,7 +57,7 @@ MOMENT_BYTES = 2**32
 COVARIANCE_DOUBLES = 2**26
 
 
-def gradient(target: str, scenario: Scenario, **parameters: Any) -> Tensor:
+def gradient(target: str, scenario: Scenario, **parameters: Any) -> Float64[Tensor, " p"]:
     """True gradient of a target (`gl.TARGETS`, `gl.OBJECTIVES`) with respect to the policy's parameters, `[p]`, row-major.
 
     Targets of the whole objective are to be descended, like all others: `reward` is `−E r`, `regularised` (with `beta=`)
@@ -190,7 +191,7 @@ def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Momen
 
 
 @checked
-def covariance(estimator: Loss, scenario: Scenario) -> Tensor:
+def covariance(estimator: Loss, scenario: Scenario) -> Float64[Tensor, "p p"]:
     """Exact covariance matrix of one sample's gradient, `[p, p]`: the variance of every parameter, and what they share.
 
     `E_μ[g gᵀ] − E_μ[g] E_μ[g]ᵀ`; its trace is `moments(estimator, scenario).trace_cov`. It holds every response's gradient in
