@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import distributed
 import joblib
@@ -128,6 +129,12 @@ def language_model(length: int, prompt: int, batch: int) -> None:
     for label, pairs, aim in (("means and norms", False, {4: 3, 16: 4.5}[length]), ("and all inner products", True, None)):
         taken = against(ordinary, partial(backprop.pullback, policy, found, weight, pairs=pairs))
         line(f"  six estimators, {label}", taken, "x", f"(aim: at most {aim})" if aim else "")
+    with (
+        patch("gradlab.per_sample.tape.replayable", lambda policy: False),
+        patch("gradlab.per_sample.backprop.replayable", lambda policy: False),
+    ):
+        taken = against(ordinary, partial(backprop.pullback, policy, found, weight))
+    line("  six estimators, means and norms, recorded by autograd instead of replayed", taken, "x", "")
     line("  six estimators by vmap(grad)", against(ordinary, each_sample, 5), "x", "")
 
 
