@@ -33,7 +33,7 @@ scenarios = [
     *(gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(m, 1), name=f"N(0, 1) ‖ N({m:g}, 1)") for m in (0.1, 1)),
     gl.Scenario(gl.Gaussian(0, 1), gl.Gaussian(1, 1.1), name="N(0, 1) ‖ N(1, std 1.1)"),
     bandit,
-    gl.Scenario(tree, tree.perturbed(kl=0.3, seed=study.child("reference")), name="random tree, 4 tokens, 3 steps"),
+    gl.Scenario(tree, tree.perturbed(kl=0.3, seed=study.child(1)), name="random tree, 4 tokens, 3 steps"),
 ]
 samples = study.pick(full=1_000_000, quick=100_000)
 

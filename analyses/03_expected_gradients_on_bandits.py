@@ -38,9 +38,7 @@ bandits = [example]
 for index in range(study.pick(full=30, quick=12)):
     policy = gl.Bandit.random(int(rng.integers(3, 20)), seed=int(rng.integers(2**31)))
     kl = float(np.exp(rng.uniform(np.log(0.01), np.log(2))))
-    bandits.append(
-        gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child("reference", index)), name=f"random bandit {index}")
-    )
+    bandits.append(gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child(index)), name=f"random bandit {index}"))
 losses = [
     *("k1-reward", "k2-loss", "k3-plus", "full-loss", gl.Estimator("k1", "loss+reward"), "k3-both"),
     *("k3-loss", "k3-swapped-loss", "mse-sampled-loss", "mse-loss"),

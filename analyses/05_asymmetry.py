@@ -66,10 +66,10 @@ kls = np.geomspace(0.01, 5, study.pick(full=9, quick=3))
 scenarios, places = [], {}
 for world, make in WORLDS.items():
     for draw in range(draws):
-        policy = make(study.child("policy", draw))
+        policy = make(study.child(draw))
         for kl in kls:
             name = f"{world} {draw}, KL {kl:.3g}"
-            scenarios.append(gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child("reference", draw)), name=name))
+            scenarios.append(gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child(1000 + draw)), name=name))
             places[name] = world, kl
 parts = [gl.asymmetry.measure(NAMES, s) for s in tqdm(scenarios, desc="sides", disable=None, delay=2)]
 sides = pd.concat(parts, ignore_index=True)
@@ -94,7 +94,7 @@ many = study.pick(full=2_000_000, quick=200_000)
 rows = []
 for index, ratio in enumerate((0.9, 0.8, 0.7, 0.5)):
     scenario = gl.Scenario(gl.Gaussian(0, ratio), gl.Gaussian(0, 1))
-    rng = study.rng("hill", index)
+    rng = study.rng("", index)
     delta = np.exp(-gl.Rollout.from_sampler(scenario, many, rng).log_ratio[:, 0].numpy())
     for k in np.geomspace(30, many // 100, 15).astype(int):
         found = gl.tails.hill(delta, int(k))

@@ -72,7 +72,7 @@ for mean in (0.1, 1.0):
     parts.append(exact.assign(infinite=np.isinf(std).astype(float), agrees=(np.isinf(std) == (dots**2 <= 0.5)).astype(float)))
     n = study.pick(full=100_000, quick=10_000)
     for ratio in (0.2, 0.25, 0.35, 0.45, 0.55, 0.65, 0.85, 1.0, 1.3, 1.7):
-        drawn = tails.running(["k3"], at(mean, ratio), [n], study.pick(full=40, quick=12), study.child("running"))
+        drawn = tails.running(["k3"], at(mean, ratio), [n], study.pick(full=40, quick=12), study.child(1))
         row = tails.over_runs(drawn, ["std"]).assign(mean=mean, ratio=ratio)
         parts.append(
             row[["scenario", "mean", "ratio", "via", "samples", "runs", "std", "std_low", "std_high", "std_q10", "std_q90"]]
@@ -113,7 +113,7 @@ NAMES = {"bandit": "random bandits", "tree": "random trees"}
 count = study.pick(full=150, quick=40)
 parts = []
 for family, group in NAMES.items():
-    scenarios = distance.sweep(distance.random_policies(family, count, study.child("policies")), KLS, study.child("references"))
+    scenarios = distance.sweep(distance.random_policies(family, count, study.child(6)), KLS, study.child(6))
     asked = [kl for _ in range(count) for kl in KLS]
     parts.append(tails.variances(scenarios).assign(group=group, kl_asked=asked))
 random = pd.concat(parts, ignore_index=True)

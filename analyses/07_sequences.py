@@ -29,7 +29,7 @@ CREDITS = {
     **{name: gl.ESTIMATORS[name] for name in ("full-loss", "full-both", "k1-loss")},
 }
 TARGETS = ["reverse_kl", "reverse_kl_frozen_prefix", "forward_kl", "forward_kl_frozen_prefix"]
-rng = study.rng("policies")
+rng = study.rng()
 policies = []
 for index in range(study.pick(full=24, quick=6)):
     seed, kl = int(rng.integers(2**31)), float(np.exp(rng.uniform(np.log(0.05), np.log(3))))
@@ -41,7 +41,7 @@ for index in range(study.pick(full=24, quick=6)):
     policies.append(
         gl.Scenario(
             policy,
-            policy.perturbed(kl=kl, seed=study.child("reference", index)),
+            policy.perturbed(kl=kl, seed=study.child(index)),
             name=f"random {type(policy).__name__.lower()} {index}",
         )
     )
@@ -53,7 +53,7 @@ objectives = gl.measure(CREDITS, policies, target=TARGETS, jobs=study.jobs)
 
 # %%
 start = gl.sequences.lazy_chain(vocab=4, length=16, memory=10, seed=study.seed)
-chain = gl.Scenario(start, start.perturbed(kl=1, seed=study.child("chain")), name="chain, 4 tokens, memory 10, length 16")
+chain = gl.Scenario(start, start.perturbed(kl=1, seed=study.child(1)), name="chain, 4 tokens, memory 10, length 16")
 samples = study.pick(full=40_000, quick=4_000)
 credit = pd.concat(
     [
@@ -81,8 +81,8 @@ PER_TOKEN = 0.02
 
 
 def lazy(vocab: int, length: int, memory: float, kl: float, draw: int, name: str) -> gl.Scenario:
-    policy = gl.sequences.lazy_chain(vocab, length, memory, seed=study.child("policy", draw))
-    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child("reference", draw)), name=name)
+    policy = gl.sequences.lazy_chain(vocab, length, memory, seed=study.child(draw))
+    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child(100 + draw)), name=name)
 
 
 SWEEPS = {
@@ -139,8 +139,8 @@ lengths = [2**k for k in range(1, 10) if 2**k <= study.pick(full=512, quick=32)]
 
 
 def dense(vocab: int, length: int, kl: float, draw: int, name: str) -> gl.Scenario:
-    policy = gl.Markov.random(vocab, length, seed=study.child("chain policy", draw))
-    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child("chain reference", draw)), name=name)
+    policy = gl.Markov.random(vocab, length, seed=study.child(50 + draw))
+    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child(150 + draw)), name=name)
 
 
 scenarios = []
@@ -225,18 +225,16 @@ NORMALISED = {
 }
 ended, equal = [], []
 for draw in range(study.pick(full=8, quick=2)):
-    policy = gl.Markov.random(5, study.pick(64, 24), seed=study.child("ending policy", draw), eos=0)
+    policy = gl.Markov.random(5, study.pick(64, 24), seed=study.child(200 + draw), eos=0)
     rarely = policy.table.clone()
     rarely[:, 0] -= 1.5
     policy = policy.with_parameters(rarely.flatten())
     ended.append(
-        gl.Scenario(
-            policy, policy.perturbed(kl=0.5, seed=study.child("ending reference", draw)), name=f"chain {draw} with an end token"
-        )
+        gl.Scenario(policy, policy.perturbed(kl=0.5, seed=study.child(300 + draw)), name=f"chain {draw} with an end token")
     )
     equal.append(dense(5, 16, 0.5, draw, f"chain {draw} of 16 tokens"))
 small = gl.Tree.random(3, 6, study.seed, eos=0)
-tree_ended = gl.Scenario(small, small.perturbed(kl=0.5, seed=study.child("tree")), name="tree with an end token")
+tree_ended = gl.Scenario(small, small.perturbed(kl=0.5, seed=study.child(1)), name="tree with an end token")
 BATCHES = study.pick(full=(1, 2, 4, 8, 16, 32, 64), quick=(4, 8, 64))
 normalisers = pd.concat(
     [gl.lengths.normalisers(NORMALISED, [*ended, *equal]), gl.lengths.normalisers(NORMALISED, [tree_ended], BATCHES)],
@@ -250,7 +248,7 @@ normalisers = pd.concat(
 
 # %%
 bushy = gl.Tree.random(4, 3, study.seed)
-world = gl.Scenario(bushy, bushy.perturbed(kl=0.3, seed=study.child("bushy")), name="tree of 4 tokens and 3 steps")
+world = gl.Scenario(bushy, bushy.perturbed(kl=0.3, seed=study.child(1)), name="tree of 4 tokens and 3 steps")
 responses = gl.Rollout.enumerated(world)
 draws_of_reward = study.pick(full=10, quick=4)
 raw = study.rng("rewards").random((draws_of_reward, len(responses.weight)))

@@ -29,17 +29,17 @@ GOAL = "reverse_kl"
 
 # %%
 def tree(vocab: int, length: int, draw: int, lag: float, kl: float = 0.5, eos: int | None = None) -> gl.Scenario:
-    policy = gl.Tree.random(vocab, length, study.child("policy", draw), eos=eos)
-    behaviour = at_lag(policy, lag, study.child("behaviour", draw)) if lag else None
+    policy = gl.Tree.random(vocab, length, study.child(draw), eos=eos)
+    behaviour = at_lag(policy, lag, study.child(draw)) if lag else None
     name = f"random tree {draw}, {vocab} tokens, {length} steps" + (f", lag {lag:g}" if lag else ", on-policy")
-    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child("reference", draw)), behaviour, name)
+    return gl.Scenario(policy, policy.perturbed(kl=kl, seed=study.child(100 + draw)), behaviour, name)
 
 
 def bandit(draw: int, lag: float) -> gl.Scenario:
-    policy = gl.Bandit.random(5, study.child("policy", draw))
-    behaviour = at_lag(policy, lag, study.child("behaviour", draw)) if lag else None
+    policy = gl.Bandit.random(5, study.child(draw))
+    behaviour = at_lag(policy, lag, study.child(draw)) if lag else None
     name = f"random bandit {draw}, 5 tokens" + (f", lag {lag:g}" if lag else ", on-policy")
-    return gl.Scenario(policy, policy.perturbed(kl=0.5, seed=study.child("reference", draw)), behaviour, name)
+    return gl.Scenario(policy, policy.perturbed(kl=0.5, seed=study.child(100 + draw)), behaviour, name)
 
 
 LAG = 0.3
@@ -168,11 +168,11 @@ RATE = 0.01
 
 
 def chain(length: int, lag: float, draw: int, kl: float = 1.0) -> gl.Scenario:
-    policy = gl.Markov.random(4, length, study.child("chain policy", draw))
+    policy = gl.Markov.random(4, length, study.child(30 + draw))
     return gl.Scenario(
         policy,
-        policy.perturbed(kl=kl, seed=study.child("chain reference", draw)),
-        at_lag(policy, lag, study.child("chain behaviour", draw)),
+        policy.perturbed(kl=kl, seed=study.child(130 + draw)),
+        at_lag(policy, lag, study.child(30 + draw)),
     )
 
 

@@ -30,7 +30,7 @@ def world(name: str, reference: gl.Bandit | gl.Tree) -> gl.ascent.World:
 
 ten = world("10 tokens", gl.Bandit.random(10, study.seed))
 tree = world("tree, 3 tokens, 3 steps", gl.Tree.random(3, 3, study.seed))
-ended = world("tree with an end token", gl.Tree.random(3, 3, study.child("ended"), eos=0))
+ended = world("tree with an end token", gl.Tree.random(3, 3, study.child(1), eos=0))
 coefficients = study.pick(full=[0.1, 0.3, 1.0], quick=[0.3])
 ONE_STEP = ["k1-loss", "k1-reward", "k2-loss", "k3-loss", "k3-both", "k3-reward-to-go", "mse-sampled-loss", "k3-swapped-loss"]
 STEPS = [
@@ -171,7 +171,7 @@ betas = np.geomspace(0.03, 10, study.pick(full=16, quick=6))
 # With two levels of reward the ratio depends on the rare token's probability alone: there is nothing to draw.
 cases = {"uniform rewards": draws, "one rare good token": 1, "one rare bad token": 1}
 ratios = {kind: [of_bandit(kind) for _ in range(count)] for kind, count in cases.items()}
-forest = [(gl.Tree.random(3, 3, study.child("forest", i)), rng.random(27)) for i in range(study.pick(full=50, quick=10))]
+forest = [(gl.Tree.random(3, 3, study.child(100 + i)), rng.random(27)) for i in range(study.pick(full=50, quick=10))]
 ratios["trees, per token"] = [of_tree(*case, "token") for case in forest]
 ratios["trees, one action"] = [of_tree(*case, "sequence") for case in forest]
 rows = [

@@ -129,9 +129,7 @@ largest = named[named["scenario"] == last.label].drop(columns=["expected", "seco
 
 # %%
 tree = gl.Tree.random(2, 3, seed)
-tree_case = gl.Scenario(
-    tree, tree.perturbed(kl=0.5, seed=study.child("reference")), tree.perturbed(scale=0.5, seed=study.child("behaviour"))
-)
+tree_case = gl.Scenario(tree, tree.perturbed(kl=0.5, seed=study.child(1)), tree.perturbed(scale=0.5, seed=study.child(2)))
 tried = {name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
 searched = gl.search.against(tried, [tree_case], [TARGETS[0]])
 known = sorted(searched.loc[searched["bias"] < gl.search.UNBIASED, "estimator"], key=lambda name: name not in gl.ESTIMATORS)

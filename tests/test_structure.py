@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import shutil
@@ -178,6 +179,11 @@ def test_a_stream_of_random_numbers_has_one_user():
     assert len(set(STREAMS.values())) == len(STREAMS)
     registry = ROOT / "gradlab" / "_common" / "streams.py"
     for name in STREAMS:
+        if name.startswith("analysis."):
+            _, number, *part = name.split(".")
+            (script,) = (ROOT / "analyses").glob(f"{number}_*.py")
+            assert f"study.rng({json.dumps(part[0]) if part else ''}" in script.read_text(encoding="utf-8")
+            continue
         users = [
             path
             for path, text in sources.items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 
 from gradlab._common.names import check_name, check_seed
@@ -13,25 +11,33 @@ STREAMS = {
     "policies.perturbed": 1,
     "montecarlo": 2,
     "components.values": 3,
+    "analysis.03": 4,
     "sequences.lazy_chain": 5,
     "sequences.differences": 6,
+    "analysis.07": 7,
+    "analysis.07.rewards": 8,
     "small.held_out": 9,
     "distance.random_policies": 10,
-    "behaviour.missing_support": 11,
+    "analysis.09": 11,
     "tails.running": 12,
     "training": 13,
     "log_ratios": 14,
+    "analysis.11.engines": 15,
     "reliability": 16,
     "asymmetry": 17,
     "compositions": 18,
     "tails.dropped": 19,
-    "smollm2.reinforce": 20,
-    "language": 21,
+    "analysis.10.sums": 20,
+    "analysis.10.engines": 21,
     "distance.bootstrap": 22,
     "child": 23,
+    "behaviour.missing_support": 24,
     "check": 25,
     "audit.padding": 26,
-    "analysis": 24,
+    "smollm2.reinforce": 27,
+    "language": 28,
+    "analysis.05": 29,
+    "analysis.11.questions": 30,
 }
 
 
@@ -46,13 +52,13 @@ def sequence(seed: int, stream: str | None = None, *key: int | str) -> np.random
     if stream is None:
         return np.random.SeedSequence(seed)
     check_name("stream", stream, STREAMS)
-    return np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *map(_part, key)))
+    parts = (byte for part in key for byte in (part.encode() if isinstance(part, str) else (part,)))
+    return np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *parts))
 
 
-def child(seed: int, *key: int | str) -> int:
-    """A seed of its own for each key, where a function takes a whole number: sums of seeds would meet those of other runs."""
-    return int(sequence(seed, "child", *key).generate_state(1)[0])
+def child(seed: int, number: int) -> int:
+    """The seed of a numbered scenario of a run, where a function takes a whole number: the number itself if the run's seed is 0.
 
-
-def _part(part: int | str) -> int:
-    return zlib.crc32(part.encode()) if isinstance(part, str) else part
+    So a scenario of a default run can be made by hand, and runs with other seeds share none, as they would if numbers were added.
+    """
+    return int(sequence(seed, "child", number).generate_state(1)[0]) if seed else number

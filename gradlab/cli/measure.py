@@ -88,7 +88,7 @@ def measure_command(
     sizes = _sizes(family, {"vocab": vocab, "length": length, "eos": eos})
     if output is not None:
         report.ensure_writable_file(output)
-    cases = [_scenario(family, sizes, kl, lag, child(seed, i) if i else seed) for i in range(scenarios)]
+    cases = [_scenario(family, sizes, kl, lag, child(seed, i)) for i in range(scenarios)]
     chosen = target or ("regularised" if loss else "reverse_kl")
     own = beta if "regularised" in chosen else None
     frame = measure(names, cases, target=chosen, samples=samples, seed=seed, jobs=jobs, beta=own)
@@ -146,10 +146,10 @@ def _scenario(family: str, sizes: dict[str, int | None], kl: float, lag: float, 
     from gradlab.scenario import Scenario
 
     policy = POLICIES[family].random(**sizes, seed=seed)
-    behaviour = policy.perturbed(kl=lag, seed=child(seed, "behaviour")) if lag else None
+    behaviour = policy.perturbed(kl=lag, seed=child(seed, 2)) if lag else None
     # The engine and the trainer's weights when it drew disagree by a tenth of the lag.
-    old = behaviour.perturbed(kl=lag / 10, seed=child(seed, "old")) if behaviour is not None else None
-    return Scenario(policy, policy.perturbed(kl=kl, seed=seed), behaviour, reward=Even(), old=old)
+    old = behaviour.perturbed(kl=lag / 10, seed=child(seed, 3)) if behaviour is not None else None
+    return Scenario(policy, policy.perturbed(kl=kl, seed=child(seed, 1)), behaviour, reward=Even(), old=old)
 
 
 class Even:

@@ -39,7 +39,7 @@ def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed
     """
     walks = enumerate(policies.items())
     return [
-        Scenario(policy, policy.perturbed(kl=float(kl), seed=child(seed, "sweep", index)), name=name)
+        Scenario(policy, policy.perturbed(kl=float(kl), seed=child(seed, index)), name=name)
         for index, (name, policy) in walks
         for kl in kls
     ]
@@ -194,7 +194,7 @@ def sampled_rmse(
             for size in sizes:
                 errors = np.stack(
                     [
-                        _squared_errors(loss, scenario, truth, size, replicates, child(seed, "rmse", index))
+                        _squared_errors(loss, scenario, truth, size, replicates, child(seed, index))
                         for index, (scenario, truth) in enumerate(zip(scenarios, truths, strict=True))
                     ]
                 )

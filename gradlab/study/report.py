@@ -63,13 +63,13 @@ class Study:
         """Return the size for this run: `quick` under `--quick`, else `full`."""
         return quick if self.quick else full
 
-    def rng(self, *key: int | str) -> np.random.Generator:
-        """A stream of this analysis, one for each key."""
-        return generator(self.seed, "analysis", self.name.split("_")[0], *key)
+    def rng(self, name: str = "", *key: int) -> np.random.Generator:
+        """The stream of this analysis, or its stream of that name, see `gradlab._common.streams.STREAMS`."""
+        return generator(self.seed, ".".join(["analysis", self.name.split("_")[0], *([name] if name else [])]), *key)
 
-    def child(self, *key: int | str) -> int:
-        """A seed of this analysis, one for each key, where a function takes a whole number."""
-        return child(self.seed, self.name.split("_")[0], *key)
+    def child(self, number: int) -> int:
+        """The seed of a numbered scenario, where a function takes a whole number, see `gradlab._common.streams.child`."""
+        return child(self.seed, number)
 
     @property
     def command(self) -> str:
