@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Generic
 
-import torch
-from torch import Tensor
 from typing_extensions import TypeIs, TypeVar
 
-from gradlab.policies import LanguageModel, Policy
+from gradlab.policies import Policy, Tabular
 from gradlab.rewards import Reward
 
 P = TypeVar("P", bound=Policy, default=Policy, covariant=True)
@@ -109,15 +107,9 @@ def is_of(scenario: Scenario[Any], kind: type[Q]) -> TypeIs[Scenario[Q]]:
 
 
 def _check_support(role: str, policy: Any) -> None:
-    # A language model's softmax is positive everywhere but outside a nucleus, which is there to be measured.
-    if policy.family.name != "categorical" or isinstance(policy, LanguageModel):
-        return
-    # Rows that a uniform policy never visits follow an end token and may hold anything.
-    used = policy.with_parameters(torch.zeros_like(policy.parameters)).occupancy() > 0
-    probabilities: Tensor = policy.table.detach().softmax(-1)
-    missing = torch.nonzero((probabilities == 0) & used[:, None])
-    if len(missing):
-        context, token = missing[0].tolist()
+    # Any other policy is positive everywhere, but for a language model outside its nucleus, which is there to be measured.
+    if isinstance(policy, Tabular) and (missing := policy.missing_support()):
+        context, token = missing
         raise ValueError(
             f"{role} is missing support: it gives token {token} in context {context} a probability below the smallest "
             "float64, so log-ratios and importance weights there are undefined; raise that logit (a gap of 700 nats is "

@@ -176,3 +176,16 @@ def test_scenarios_made_to_be_noisy_are():
         mean = chance @ gradients
         assert found.trace_cov == pytest.approx(chance @ np.square(gradients).sum(-1) - mean @ mean, rel=1e-10)
         np.testing.assert_allclose(found.mean, mean, atol=1e-12)
+
+
+def test_a_direction_that_leaves_float64_before_it_is_far_enough_is_replaced():
+    # Two tokens, one of probability 1e-4: where the noise lowers it, KL = 1 asks for a log-ratio of 10⁴ nats.
+    policy = gl.Bandit([0.0, np.log(1e-4)])
+    away = next(seed for seed in range(10) if policy.perturbed(scale=1, seed=seed).table.softmax(-1)[0, 1] < 1e-4)
+    with pytest.raises(ValueError, match=f"direction of seed {away} reaches a KL of 1.0 nats"):
+        policy.perturbed(kl=1.0, seed=away)
+    for seed in range(10):
+        (scenario,) = distance.sweep({"two tokens": policy}, [1.0], seed)
+        assert scenario.kl() == pytest.approx(1)
+    with pytest.raises(ValueError, match="none of 32 directions reaches"):
+        distance.sweep({"two tokens": policy}, [1e8])

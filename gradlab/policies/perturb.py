@@ -29,11 +29,21 @@ class Perturbable(Protocol):
 P = TypeVar("P", bound=Perturbable)
 
 
+class UnreachableKL(ValueError):
+    """No perturbation along a direction has the KL asked for."""
+
+    def __init__(self, seed: int, kl: float) -> None:
+        super().__init__(
+            f"no perturbation in the direction of seed {seed} reaches a KL of {kl} nats with probabilities in float64's range; "
+            "try another seed"
+        )
+
+
 def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) -> P:
     """Add Gaussian noise of standard deviation `scale`, or of the scale that makes `KL(policy ‖ result)` equal `kl`.
 
     The same seed gives the same direction at every scale. Raises `ValueError` when not exactly one of `scale` and `kl` is
-    given, when it is negative or not finite, or when no scale up to 10⁴ reaches the KL.
+    given, when it is negative or not finite, and `UnreachableKL` when no scale up to 10⁴ reaches the KL.
     """
     if (scale is None) == (kl is None):
         raise ValueError(f"perturbed() takes exactly one of scale and kl, got scale={scale!r}, kl={kl!r}")
@@ -55,7 +65,7 @@ def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) ->
     while excess(high) < 0:
         high += np.log(2)
         if high > np.log(1e4):
-            raise ValueError(f"no perturbation in the direction of seed {seed} reaches a KL of {size} nats; try another seed")
+            raise UnreachableKL(seed, size)
     low = high
     while excess(low) > 0:
         low -= np.log(2)

@@ -21,7 +21,7 @@ from gradlab._common.names import check_held, check_real, check_whole
 from gradlab._common.shapes import Float64, Int64
 from gradlab._common.streams import generator
 from gradlab.policies import families, trees
-from gradlab.policies.perturb import perturbation
+from gradlab.policies.perturb import UnreachableKL, perturbation
 from gradlab.policies.responses import Responses
 
 #: Enumeration is refused when the logits of all responses, `n · t · v` doubles, would need more than this.
@@ -176,9 +176,20 @@ class Tabular:
     def perturbed(self: P, scale: float | None = None, seed: int = 0, *, kl: float | None = None) -> P:
         """Add Gaussian noise of standard deviation `scale` to the logits, or scale it until `KL(self ‖ result) = kl` nats.
 
-        Exactly one of `scale` and `kl` is given. Raises `ValueError` otherwise, or when `kl` cannot be reached.
+        Exactly one of `scale` and `kl` is given. Raises `ValueError` otherwise, or when `kl` cannot be reached with probabilities
+        in float64's range.
         """
-        return perturbation(self, scale, kl, seed)
+        found = perturbation(self, scale, kl, seed)
+        if kl is not None and found.missing_support():
+            raise UnreachableKL(seed, kl)
+        return found
+
+    def missing_support(self) -> tuple[int, int] | None:
+        """A context and a token whose probability there is below the smallest float64; `None` where there is none."""
+        # Rows that a uniform policy never visits follow an end token and may hold anything.
+        used = self.with_parameters(torch.zeros_like(self.parameters)).occupancy() > 0
+        missing = torch.nonzero((self.table.detach().softmax(-1) == 0) & used[:, None])
+        return (int(missing[0, 0]), int(missing[0, 1])) if len(missing) else None
 
 
 def _table(logits: Any, dims: int, what: str) -> Tensor:

@@ -20,9 +20,13 @@ from gradlab._common.streams import child, generator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss
 from gradlab.policies import Bandit, Gaussian, Markov, Tabular, Tree
+from gradlab.policies.perturb import UnreachableKL
 from gradlab.rollout import Rollout
 from gradlab.scenario import Scenario
 from gradlab.solvers import exact, montecarlo
+
+#: How many directions are tried for one that reaches the distances asked for.
+DIRECTIONS = 32
 
 Array = npt.NDArray[np.float64]
 
@@ -35,14 +39,31 @@ QUANTILES = {"low": 0.1, "median": 0.5, "high": 0.9}
 def sweep(policies: Mapping[str, Tabular | Gaussian], kls: Iterable[float], seed: int = 0) -> list[Scenario]:
     """References at every distance `KL(policy ‖ reference) = kl` (nats) along one random direction per policy.
 
-    The scenario has the policy's name at every distance. Raises `ValueError` when a direction does not reach a distance.
+    The scenario has the policy's name at every distance. A direction that does not reach all distances is replaced by
+    another. Raises `ValueError` where none is found.
     """
-    walks = enumerate(policies.items())
+    distances = [float(kl) for kl in kls]
     return [
-        Scenario(policy, policy.perturbed(kl=float(kl), seed=child(seed, index)), name=name)
-        for index, (name, policy) in walks
-        for kl in kls
+        Scenario(policy, reference, name=name)
+        for index, (name, policy) in enumerate(policies.items())
+        for reference in _along(policy, distances, child(seed, index))
     ]
+
+
+def _along(policy: Tabular | Gaussian, kls: Sequence[float], seed: int) -> list[Tabular | Gaussian]:
+    """References at each distance along the first of some directions that reaches all of them.
+
+    One that only raises a token that is nearly certain takes the others out of float64's range before it is far enough.
+    """
+    for attempt in range(DIRECTIONS):
+        direction = child(seed, attempt) if attempt else seed
+        try:
+            return [policy.perturbed(kl=kl, seed=direction) for kl in kls]
+        except UnreachableKL:
+            continue
+    raise ValueError(
+        f"none of {DIRECTIONS} directions reaches KLs of {', '.join(map(str, kls))} nats from {policy}; ask for less"
+    )
 
 
 def random_policies(family: str, count: int, seed: int = 0) -> dict[str, Tabular | Gaussian]:
