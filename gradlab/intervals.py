@@ -157,6 +157,13 @@ def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float =
     return Interval(*(np.where(np.isnan(size), np.nan, end)[()] for end in ends))
 
 
+def jackknife(left_out: Array, level: float) -> Array:
+    """Half-width `[...]` of a Student interval, from a statistic with each of `B` batches left out, `[..., B]`."""
+    B = left_out.shape[-1]
+    half_width: Array = special.stdtrit(B - 1, (1 + level) / 2) * np.sqrt((B - 1) * left_out.var(-1))
+    return half_width
+
+
 @checked
 def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batches, level: float = 0.95) -> Interval:
     """Cosine of the angle between two mean gradients, both known from the same batches only: means and others `[..., B, p]`.
@@ -187,8 +194,7 @@ def cosine_of_means(means: npt.ArrayLike | Batches, others: npt.ArrayLike | Batc
         return np.concatenate([middle - total / (B * (B - 1)), left_out], -1)
 
     value = pairs(x, y) / np.sqrt(np.maximum(pairs(x, x), 1e-300) * np.maximum(pairs(y, y), 1e-300))
-    estimate, error = value[..., 0], np.sqrt((B - 1) * value[..., 1:].var(-1))
-    half_width = special.stdtrit(B - 1, (1 + level) / 2) * error
+    estimate, half_width = value[..., 0], jackknife(value[..., 1:], level)
     significant = _significantly_nonzero(_statistics(x, x.mean), level) & _significantly_nonzero(_statistics(y, y.mean), level)
     ends = ((estimate, np.nan), (estimate - half_width, -1.0), (estimate + half_width, 1.0))
     return Interval(*(np.where(significant, np.clip(end, -1, 1), default)[()] for end, default in ends))

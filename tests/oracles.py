@@ -22,6 +22,29 @@ from torch import Tensor
 
 Fold = Callable[[np.ndarray], np.ndarray]
 
+#: Targets of the regulariser, in the order of gradlab's registry.
+TARGETS = [
+    "reverse_kl",
+    "reverse_kl_frozen_prefix",
+    "forward_kl",
+    "forward_kl_frozen_prefix",
+    "chi2_frozen_prefix",
+    "mse",
+    "mse_frozen_prefix",
+    "k2_value",
+    "inverse_length",
+    "zero",
+]
+#: Schulman's table of estimators of KL(N(0, 1) ‖ N(m, 1)): m, kernel, relative bias, relative standard deviation.
+SCHULMAN = [
+    (0.1, "k1", "0", "20"),
+    (0.1, "k2", "0.0025", "1.418"),
+    (0.1, "k3", "0", "1.417"),
+    (1.0, "k1", "0", "2"),
+    (1.0, "k2", "0.25", "1.732"),
+    (1.0, "k3", "0", "1.695"),
+]
+
 
 # ---------------------------------------------------------------------------------------------------- trees
 

@@ -166,17 +166,7 @@ def test_gaussian_gradient_table():
     assert_prints(math.sqrt(variance / 50_000) / abs(truth[0]), "0.0267")
 
 
-@pytest.mark.parametrize(
-    ("m", "kernel", "bias", "std"),
-    [
-        (0.1, "k1", "0", "20"),
-        (0.1, "k2", "0.0025", "1.418"),
-        (0.1, "k3", "0", "1.417"),
-        (1.0, "k1", "0", "2"),
-        (1.0, "k2", "0.25", "1.732"),
-        (1.0, "k3", "0", "1.695"),
-    ],
-)
+@pytest.mark.parametrize(("m", "kernel", "bias", "std"), oracles.SCHULMAN)
 def test_schulman(m, kernel, bias, std):
     def expectation(power, shift=0.0):
         def integrand(x):
@@ -566,18 +556,7 @@ def central_differences(f, x, step=1e-5):
 @pytest.mark.parametrize("shape", ["tree", "eos first"])
 @pytest.mark.parametrize(
     "name",
-    [
-        "reverse_kl",
-        "reverse_kl_frozen_prefix",
-        "forward_kl",
-        "forward_kl_frozen_prefix",
-        "chi2_frozen_prefix",
-        "mse",
-        "mse_frozen_prefix",
-        "k2_value",
-        "inverse_length",
-        "zero",
-    ],
+    oracles.TARGETS,
 )
 def test_target_gradients(name, shape, off_policy):
     policy, reference, behaviour, eos = random_trees(shape)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from scipy.integrate import quad
@@ -44,17 +45,7 @@ def schulman(m: float, kernel: str) -> tuple[float, float]:
     return found.mean / true - 1, math.sqrt(found.variance) / true
 
 
-@pytest.mark.parametrize(
-    ("m", "kernel", "bias", "std"),
-    [
-        (0.1, "k1", "0", "20"),
-        (0.1, "k2", "0.0025", "1.418"),
-        (0.1, "k3", "0", "1.417"),
-        (1.0, "k1", "0", "2"),
-        (1.0, "k2", "0.25", "1.732"),
-        (1.0, "k3", "0", "1.695"),
-    ],
-)
+@pytest.mark.parametrize(("m", "kernel", "bias", "std"), oracles.SCHULMAN)
 def test_schulman_table(m, kernel, bias, std):
     found = schulman(m, kernel)
     assert_prints(found[0], bias)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import special
 from torch import Tensor
 
+from gradlab import intervals
 from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_probability, check_seed, several
 from gradlab._common.streams import generator
@@ -212,8 +212,7 @@ def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tens
         batches = len(sums)
         left_out = _statistics((sums.sum(0) - sums) / (batches - 1))
         for column in SAMPLED:
-            left_out_column = left_out[column]
-            half_width = special.stdtrit(batches - 1, (1 + level) / 2) * ((batches - 1) * left_out_column.var()) ** 0.5
+            half_width = intervals.jackknife(left_out[column], level)
             row[f"{column}_low"], row[f"{column}_high"] = row[column] - half_width, row[column] + half_width
     pooled = weight.mean(0)
     expected, second = (_cells(parts[what], rollout, pooled).abs().numpy() for what in ("expected", "second"))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from gradlab._common.fits import power_law
 from gradlab._common.names import check_probability, check_seed, check_whole
 from gradlab._common.streams import child, generator
 from gradlab.measure import by_name, one_thread
@@ -144,14 +145,9 @@ def slopes(frame: pd.DataFrame, column: str = "bias", points: int = 4) -> pd.Dat
     group = near.groupby(keys, sort=False).ngroup()
     near = near.iloc[np.lexsort((near["kl"], group))]
     kl, value = (near[name].to_numpy(dtype=float).reshape(-1, points) for name in ("kl", column))
-    x, y = np.log(kl), np.log(value)
-    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    squared_span = np.square(dx).sum(-1)
-    slope = (dx * dy).sum(-1) / squared_span
-    residual = np.square(dy - slope[:, None] * dx).sum(-1) / (points - 2)
+    slope, error, factor = power_law(kl, value)
     fit_by_group = near[keys].iloc[::points].reset_index(drop=True).assign(via="exact", statistic=column)
-    factor = np.exp(y.mean(-1) - slope * x.mean(-1))
-    fits = {"slope": slope, "slope_error": np.sqrt(residual / squared_span), "factor": factor}
+    fits = {"slope": slope, "slope_error": error, "factor": factor}
     return fit_by_group.assign(**fits, kl_min=kl[:, 0], kl_max=kl[:, -1], points=points)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.arguments import check_columns, checked
+from gradlab._common.fits import power_law
 from gradlab._common.names import check_name, check_whole, is_several
 from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import CATALOGUE
@@ -154,13 +155,10 @@ def exponents(
         n = len(u)
         if n < 2:
             continue
-        design = np.stack([np.ones(n), u], -1)
-        fit, *_ = np.linalg.lstsq(design, v, rcond=None)
-        residual, spread = float(np.square(v - design @ fit).sum()), float(np.square(u - u.mean()).sum())
-        error = (residual / (n - 2) / spread) ** 0.5 if n > 2 else float("nan")
+        slope, error, _ = power_law(np.exp(u), np.exp(v))
         curvature = float(np.polyfit(u - u.mean(), v, 2)[0]) if n > 2 else float("nan")
         last = (v[-1] - v[-2]) / (u[-1] - u[-2])
-        rows.append([*key, float(fit[1]), error, float(last), curvature, n, float(np.exp(u[0])), float(np.exp(u[-1]))])
+        rows.append([*key, float(slope), float(error), float(last), curvature, n, float(np.exp(u[0])), float(np.exp(u[-1]))])
     return pd.DataFrame(rows, columns=[*by, "exponent", "exponent_error", "last", "curvature", "points", "from", "to"])
 
 
