@@ -20,6 +20,7 @@ from scipy import fft, special
 
 from gradlab._common.arguments import checked
 from gradlab._common.names import check_probability
+from gradlab._common.statistics import jackknife
 
 Array = npt.NDArray[np.float64]
 
@@ -155,13 +156,6 @@ def cosine(means: npt.ArrayLike | Batches, target: npt.ArrayLike, level: float =
     estimate = np.clip(centre / np.sqrt(np.where(significant, squared, np.nan)), -1, 1)
     ends = estimate, np.where(significant, low, -1.0), np.where(significant, high, 1.0)
     return Interval(*(np.where(np.isnan(size), np.nan, end)[()] for end in ends))
-
-
-def jackknife(left_out: Array, level: float) -> Array:
-    """Half-width `[...]` of a Student interval, from a statistic with each of `B` batches left out, `[..., B]`."""
-    B = left_out.shape[-1]
-    half_width: Array = special.stdtrit(B - 1, (1 + level) / 2) * np.sqrt((B - 1) * left_out.var(-1))
-    return half_width
 
 
 @checked

@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gradlab import intervals
 from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_probability, check_seed, several
+from gradlab._common.statistics import jackknife
 from gradlab._common.streams import generator
 from gradlab.estimators.coefficients import coefficients
 from gradlab.estimators.estimator import Estimator, log_ratio
@@ -212,7 +212,7 @@ def _row(estimator: Estimator, rollout: Rollout, direction: Tensor, weight: Tens
         batches = len(sums)
         left_out = _statistics((sums.sum(0) - sums) / (batches - 1))
         for column in SAMPLED:
-            half_width = intervals.jackknife(left_out[column], level)
+            half_width = jackknife(left_out[column], level)
             row[f"{column}_low"], row[f"{column}_high"] = row[column] - half_width, row[column] + half_width
     pooled = weight.mean(0)
     expected, second = (_cells(parts[what], rollout, pooled).abs().numpy() for what in ("expected", "second"))

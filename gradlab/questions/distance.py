@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from gradlab._common.fits import power_law
 from gradlab._common.names import check_probability, check_seed, check_whole
+from gradlab._common.statistics import power_law
 from gradlab._common.streams import child, generator
 from gradlab.measure import by_name, one_thread
 from gradlab.moments import Loss

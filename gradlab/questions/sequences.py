@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradlab._common.arguments import check_columns, checked
-from gradlab._common.fits import power_law
 from gradlab._common.names import check_name, check_whole, is_several
+from gradlab._common.statistics import power_law
 from gradlab._common.streams import generator
 from gradlab.estimators.catalogue import CATALOGUE
 from gradlab.measure import by_name
