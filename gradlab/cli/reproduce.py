@@ -48,7 +48,7 @@ def title(script: Path) -> str:
 
 
 def reproduce(
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller grids: all in about 2 minutes on two cores, not 10.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller grids: all in about 2 minutes on two cores, not 12.")] = False,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run one analysis, by name or number; may be repeated.")
     ] = None,
