@@ -27,24 +27,24 @@ def rewards_of(reward: Reward, rollout: Rollout) -> Tensor:
 
     Raises `ValueError` unless the function gives one finite number per response or per token.
     """
-    found = reward(rollout)
+    rewards = reward(rollout)
     n, t = rollout.tokens.shape
-    if not isinstance(found, Tensor) or found.shape not in ((n,), (n, t)):
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(rewards, Tensor) or rewards.shape not in ((n,), (n, t)):
+        shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(
             f"a reward gives one finite number per response, a tensor [{n}], or per token, [{n}, {t}], got {shape}; "
             "a scalar or a column [n, 1] usually misses a sum over tokens or a squeeze"
         )
-    found = found.detach().double()
-    if found.dim() == 2:
-        found = torch.where(rollout.mask, found, 0.0)
-    if not bool(torch.isfinite(found).all()):
-        bad = torch.nonzero(~torch.isfinite(found))[0].tolist()
+    rewards = rewards.detach().double()
+    if rewards.dim() == 2:
+        rewards = torch.where(rollout.mask, rewards, 0.0)
+    if not bool(torch.isfinite(rewards).all()):
+        bad = torch.nonzero(~torch.isfinite(rewards))[0].tolist()
         raise ValueError(
-            f"a reward gives one finite number per response or per token, got {found[tuple(bad)].item()} for response {bad[0]}; "
+            f"a reward gives one finite number per response or per token, got {rewards[tuple(bad)].item()} for response {bad[0]}; "
             "a reward model's overflow or the logarithm of 0 usually stands behind it"
         )
-    return found
+    return rewards
 
 
 def given_reward(reward: Reward | None) -> Reward:

@@ -245,12 +245,12 @@ class Rollout:
             log_prob = policy.family.log_prob(own, contexts, part.tokens)
             weight = torch.where(part.mask, log_prob, 0.0).sum(-1).exp()
             share = float(weight.sum())
-            found = cls(
+            rollout = cls(
                 part.tokens, part.mask, weight / share, contexts, table, reference_table, own, policy.length, policy.family,
                 revisits=policy.revisits, expected_length=expected_length, prompts=part.prompts,
                 old_table=None if old is None else old[rows], reward=scenario.reward,
             )  # fmt: skip
-            yield found, rows, share
+            yield rollout, rows, share
 
     @classmethod
     def _by_quadrature(cls, scenario: Scenario[Gaussian], log_ratios: Iterable[float], log_weights: Iterable[float]) -> Rollout:

@@ -138,12 +138,12 @@ def value(name: str, policy: Policy, scenario: Scenario, **parameters: Any) -> T
     Raises `ValueError` for an unknown name, for parameters that are missing or that the target does not have, and where the scenario
     has no reward that is needed.
     """
-    found = target(name)
-    if isinstance(found, ScenarioTarget):
-        return found.objective(policy, scenario, **objectives.given(found, parameters))
+    chosen = target(name)
+    if isinstance(chosen, ScenarioTarget):
+        return chosen.objective(policy, scenario, **objectives.given(chosen, parameters))
     for parameter in parameters:
         raise ValueError(f"target {name!r} has no parameters, got {parameter}; those that have are {_parametrised()}")
-    return found.objective(policy, scenario.reference, scenario.sampler)
+    return chosen.objective(policy, scenario.reference, scenario.sampler)
 
 
 def _parametrised() -> str:

@@ -88,18 +88,18 @@ def check_columns(frame: pd.DataFrame, *columns: str) -> None:
 
 def numbers(what: str, given: object, dims: int = 1) -> np.ndarray[Any, np.dtype[np.float64]]:
     """An array of finite numbers with `dims` axes and at least one entry. Raises `ValueError` for anything else."""
-    found = _array(given)
-    if found is None or found.ndim != dims or not found.size or not np.isfinite(found).all():
+    array = _array(given)
+    if array is None or array.ndim != dims or not array.size or not np.isfinite(array).all():
         shape = "[n]" if dims == 1 else "[m, n]"
         raise ValueError(f"{what} must be finite numbers {shape}, at least one, got {_short(given)}")
-    return found
+    return array
 
 
 def _rule(parameter: Parameter) -> Callable[[Any], Any] | None:
     """What is asked of one parameter; `None` where nothing is."""
     name, options = parameter.name, str(parameter.annotation).strip("'").split(" | ")
     optional, options = "None" in options, [option for option in options if option != "None"]
-    inner = [found[2] if (found := _SEVERAL.fullmatch(option)) else option for option in options]
+    inner = [match[2] if (match := _SEVERAL.fullmatch(option)) else option for option in options]
     listed = inner != options
     if parameter.kind is Parameter.VAR_POSITIONAL or not all(kind in _SAID or kind in _CLASSES for kind in inner):
         return None

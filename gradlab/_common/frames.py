@@ -116,12 +116,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        entries = found["frames"].values()
-        if isinstance(found["made"], dict) and all(
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entries = manifest["frames"].values()
+        if isinstance(manifest["made"], dict) and all(
             isinstance(e["rows"], int) and isinstance(e["sha256"], str) for e in entries
         ):
-            return dict(found)
+            return dict(manifest)
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     again = f"gradlab reproduce --only {path.name.split('_')[0]} --force --output {path.parent}"

@@ -29,11 +29,11 @@ def attach(
     def getattribute(name: str) -> Any:
         if name not in homes and name not in public:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        found = import_module(f"{package}.{paths.get(name, name)}")
+        value = import_module(f"{package}.{paths.get(name, name)}")
         if name in homes:
-            found = getattr(found, name)
-        setattr(sys.modules[package], name, found)
-        return found
+            value = getattr(value, name)
+        setattr(sys.modules[package], name, value)
+        return value
 
     return getattribute, lambda: sorted({*vars(sys.modules[package]), *public})
 
@@ -47,8 +47,8 @@ class CallableModule(ModuleType, Generic[P, R]):
 
     @property
     def _function(self) -> Callable[P, R]:
-        found: Callable[P, R] = getattr(self, self.__name__.rpartition(".")[2])
-        return found
+        function: Callable[P, R] = getattr(self, self.__name__.rpartition(".")[2])
+        return function
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._function(*args, **kwargs)
@@ -58,5 +58,5 @@ def callable_module(name: str, function: Callable[P, R]) -> CallableModule[P, R]
     """Make the module `name` callable as its `function` of the same name, and return it."""
     module: Any = sys.modules[name]
     module.__class__ = CallableModule
-    found: CallableModule[P, R] = module
-    return found
+    typed: CallableModule[P, R] = module
+    return typed

@@ -129,20 +129,20 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
             print(f"{name} is not installed; to audit it: {line}", file=sys.stderr)
         return adapters.subjects()
     roles, settings = _pairs("--bind", binds), {key: _literal(value) for key, value in _pairs("--set", setting).items()}
-    found: list[Subject] = []
+    subjects: list[Subject] = []
     sys.path.insert(0, "")  # as `python -m` has it: modules beside the user are found
     for address in given:
         if ":" not in address and (address.endswith(".py") or "." in address):
             raise ValueError(f"say which function of {address} to audit: {address}:FUNCTION{offered(address)}")
         if ":" not in address:
-            found += adapters.subjects([address])
+            subjects += adapters.subjects([address])
             continue
         loaded = load(address)
         name = address.rpartition(":")[2]
-        found.append(
+        subjects.append(
             loaded if isinstance(loaded, Subject) else bind(loaded, name=name, roles=roles, settings=settings, returns=returns)
         )
-    return found
+    return subjects
 
 
 def _unused(binds: list[str], setting: list[str], returns: str) -> str:

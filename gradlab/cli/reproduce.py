@@ -144,8 +144,8 @@ def _ledger(folder: Path) -> pd.DataFrame | None:
     import pandas as pd
 
     try:
-        found = pd.read_csv(folder / "claims.csv")
-        return found if {"id", "scope", "frame", "verdict"} <= set(found) else None
+        committed = pd.read_csv(folder / "claims.csv")
+        return committed if {"id", "scope", "frame", "verdict"} <= set(committed) else None
     except (OSError, ValueError):
         return None
 
@@ -179,11 +179,13 @@ def _check(
     with tempfile.TemporaryDirectory(prefix="gradlab-check-") as place:
         anew, moved = Path(place), 0
         for name, seconds, _ in _runs(scripts, [*options, "--output", place], jobs):
-            found = check.compare(folder, anew, name)
-            moved += not found.empty
-            print(f"{name} {'moved' if len(found) else 'is the same within rounding'} ({seconds:.1f} s)")
-            if len(found):
-                wide_console().print(found.to_string(index=False, float_format="{:.6g}".format), highlight=False, markup=False)
+            differences = check.compare(folder, anew, name)
+            moved += not differences.empty
+            print(f"{name} {'moved' if len(differences) else 'is the same within rounding'} ({seconds:.1f} s)")
+            if len(differences):
+                wide_console().print(
+                    differences.to_string(index=False, float_format="{:.6g}".format), highlight=False, markup=False
+                )
         changed, compared = check.verdicts(folder, anew)
     for row in changed.itertuples():
         print(f"{row.id} ({row.scope}, {row.frame}): {row.before} → {row.after}")

@@ -1,7 +1,7 @@
 """The small transformer run once, and its derivative applied to many cotangents at a time.
 
 Backward passes of autograd carry one cotangent each and work out the slopes of every non-linearity anew. Here the slopes are kept
-and cotangents `[n, s, m, d]` travel `m` abreast: matrix products get as many more rows, and what every layer hears lies as the
+and cotangents `[n, s, m, d]` go back `m` at a time: matrix products get as many more rows, and what every layer hears lies as the
 products of `gradlab.per_sample.layers` want it. Behind the last attention no position reads another, so gradients of all tokens
 of a response go back together there, and only the positions that emit the response are computed.
 """

@@ -171,8 +171,8 @@ def _triangle(ax: Axes, part: pd.DataFrame, name: str) -> None:
 
 def _plane(ax: Axes, rows: pd.DataFrame, instance: pd.DataFrame, reference: tuple[float, ...]) -> None:
     def logits(p: Array) -> Array:
-        found: Array = np.log(p[:, :2] / p[:, 2:])
-        return found
+        gaps: Array = np.log(p[:, :2] / p[:, 2:])
+        return gaps
 
     at = logits(_probabilities(rows))
     _shade(ax, at, rows["rise"])

@@ -166,9 +166,9 @@ def batches(frame: pd.DataFrame) -> Figure:
             for name in names:
                 rows = part[part["estimator"] == name]
                 band(ax, rows[rows["via"] == "exact"], name, "rmse", "batch", marker="")
-                found = rows[rows["via"] == "sampled"]
-                ends = [found["rmse"] - found["rmse_low"], found["rmse_high"] - found["rmse"]]
-                dots(ax, found["batch"], found["rmse"], name, "sampled", {"yerr": ends}, markersize=3)
+                sampled = rows[rows["via"] == "sampled"]
+                ends = [sampled["rmse"] - sampled["rmse_low"], sampled["rmse_high"] - sampled["rmse"]]
+                dots(ax, sampled["batch"], sampled["rmse"], name, "sampled", {"yerr": ends}, markersize=3)
             ax.axhline(1, color="#777777", linewidth=0.6, zorder=1)
             ax.set(xscale="log", yscale="log", title=f"{family}, KL {kl:.2g}")
             ax.set_ylim(2e-3, 30)

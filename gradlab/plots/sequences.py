@@ -140,8 +140,8 @@ def growth(frame: pd.DataFrame, fits: pd.DataFrame) -> Figure:
 
 
 def _exponents(slopes: pd.Series[Any], sweeps: Sequence[str], name: str) -> str:
-    found = [float(slopes[sweep, name]) for sweep in sweeps if (sweep, name) in slopes.index]
-    return ", ".join(f"{value:+.2f}" if abs(value) < 5 else "exp" for value in found).replace("-", "−")
+    values = [float(slopes[sweep, name]) for sweep in sweeps if (sweep, name) in slopes.index]
+    return ", ".join(f"{value:+.2f}" if abs(value) < 5 else "exp" for value in values).replace("-", "−")
 
 
 @styled

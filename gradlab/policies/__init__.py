@@ -55,7 +55,7 @@ def check_policy_class(kind: type) -> None:
         policy = kind.random(seed=0)  # type: ignore[attr-defined]
         clone = policy.with_parameters(policy.parameters)
         drawn = policy.sample(8, generator(0, "check")).tokens
-        found = policy.occupancy()
+        occupancy = policy.occupancy()
         listed = policy.enumerate()
         tokens, mask = listed.tokens, listed.mask
         contexts = policy.contexts(tokens)
@@ -71,10 +71,14 @@ def check_policy_class(kind: type) -> None:
         )
     if not torch.allclose(clone.table, policy.table):
         raise ValueError(f"{name}.with_parameters(parameters) must give the same policy back, and its table differs")
-    if abs(float(weight.sum()) - 1) > 1e-9 or found.shape != visits.shape or not torch.allclose(found, visits, atol=1e-9):
+    if (
+        abs(float(weight.sum()) - 1) > 1e-9
+        or occupancy.shape != visits.shape
+        or not torch.allclose(occupancy, visits, atol=1e-9)
+    ):
         raise ValueError(
             f"{name}.occupancy() is not how often the rows of its table are visited: over all responses it is "
-            f"{[round(x, 4) for x in visits.tolist()[:6]]}, given {[round(x, 4) for x in found.tolist()[:6]]}"
+            f"{[round(x, 4) for x in visits.tolist()[:6]]}, given {[round(x, 4) for x in occupancy.tolist()[:6]]}"
         )
     if not policy.revisits and any(
         len(set(row)) < len(row) for row in (r[m].tolist() for r, m in zip(contexts, mask, strict=True))

@@ -52,8 +52,8 @@ class _Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if once or not any(map(_low, given)):
             return func(*args, **kwargs)
         precision = reduce(torch.promote_types, (x.dtype for x in [x for x in given if x.dim()] or given))
-        found = func(*tree_map(_widened, args), **tree_map(_widened, kwargs))
-        return tree_map(lambda x: x.to(precision) if isinstance(x, Tensor) and x.dtype == torch.float64 else x, found)
+        wide = func(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+        return tree_map(lambda x: x.to(precision) if isinstance(x, Tensor) and x.dtype == torch.float64 else x, wide)
 
 
 #: Operations that only convert or copy.

@@ -147,7 +147,8 @@ class LanguageModel(Parameterised):
                 # Only parameters from `with_parameters` carry gradients here; backprop records its own pass.
                 with torch.set_grad_enabled(hasattr(self, "_swapped") and torch.is_grad_enabled()):
                     raw = self.network(self.features(ids[part]))[:, -t:]
-                object.__setattr__(self, "_width", raw.shape[-1])
+                if not hasattr(self, "_width"):
+                    object.__setattr__(self, "_width", raw.shape[-1])
                 logits = raw.double().cpu()
                 if not bool(torch.isfinite(logits.detach().sum())):
                     raise ValueError("the network gives NaN or infinite logits; check its weights and its precision")

@@ -90,5 +90,5 @@ class Parameterised:
         """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
         swapped = getattr(self, "_swapped", None)
         with portable(next(self.model.parameters()).dtype):
-            found = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
-        return found if isinstance(found, Tensor) else found.logits
+            output = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
+        return output if isinstance(output, Tensor) else output.logits

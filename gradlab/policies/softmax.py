@@ -52,9 +52,9 @@ def rows(table: Tensor) -> Rows:
     below = given - highest
     p = below.exp()
     total = p.sum(-1, keepdim=True)
-    found = Rows(below - total.log(), p / total, top)
-    _rows.put(table, (table._version, found))
-    return found
+    computed = Rows(below - total.log(), p / total, top)
+    _rows.put(table, (table._version, computed))
+    return computed
 
 
 def compared(table: Tensor, other: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -65,6 +65,6 @@ def compared(table: Tensor, other: Tensor, compute: Callable[[Tensor, Tensor], T
     known: tuple[ref[Tensor], tuple[int, int], Tensor] | None = _compared.get(table)
     if known is not None and known[0]() is other and known[1] == versions:
         return known[2]
-    found = compute(table, other)
-    _compared.put(table, (ref(other), versions, found))
-    return found
+    value = compute(table, other)
+    _compared.put(table, (ref(other), versions, value))
+    return value

@@ -132,8 +132,8 @@ class _Lower(nn.Module):
 
     def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
         with faithful(next(self.model.parameters()).dtype):
-            found = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True, **kwargs)
-        activations: Tensor = found.hidden_states[self.first]
+            output = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True, **kwargs)
+        activations: Tensor = output.hidden_states[self.first]
         return activations
 
 

@@ -179,10 +179,10 @@ class Tabular:
         Exactly one of `scale` and `kl` is given. Raises `ValueError` otherwise, or when `kl` cannot be reached with probabilities
         in float64's range.
         """
-        found = perturbation(self, scale, kl, seed)
-        if kl is not None and found.missing_support():
+        neighbour = perturbation(self, scale, kl, seed)
+        if kl is not None and neighbour.missing_support():
             raise UnreachableKL(seed, kl)
-        return found
+        return neighbour
 
     def missing_support(self) -> tuple[int, int] | None:
         """A context and a token whose probability there is below the smallest float64; `None` where there is none."""

@@ -32,10 +32,10 @@ def breadth_first(steps: Tensor) -> Tensor:
 
 def rows(tokens: Tensor, vocab: int) -> Tensor:
     """Node that emits each token of `tokens` `[n, t]`, as `[n, t]`."""
-    found = [torch.zeros_like(tokens[:, 0])]
+    columns = [torch.zeros_like(tokens[:, 0])]
     for t in range(tokens.shape[1] - 1):
-        found.append(found[-1] * vocab + 1 + tokens[:, t])
-    return torch.stack(found, -1)
+        columns.append(columns[-1] * vocab + 1 + tokens[:, t])
+    return torch.stack(columns, -1)
 
 
 def occupancy(p: Tensor, length: int, eos: int | None) -> Tensor:

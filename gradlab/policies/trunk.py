@@ -22,14 +22,14 @@ class Trunk:
     def __call__(self, ids: Tensor) -> Tensor:
         keys = [row.tobytes() for row in ids.cpu().numpy()]
         missing = {key: i for i, key in enumerate(keys) if key not in self._kept}
-        found = {}
+        computed = {}
         if missing:
             precision = next((weight.dtype for weight in self.module.parameters()), torch.float64)
             with torch.no_grad(), portable(precision):
                 fresh = self.module(ids[list(missing.values())])
-            found = dict(zip(missing, fresh, strict=True))
-        out = torch.stack([found[key] if key in found else self._kept[key] for key in keys])
-        for key, row in found.items():
+            computed = dict(zip(missing, fresh, strict=True))
+        out = torch.stack([computed[key] if key in computed else self._kept[key] for key in keys])
+        for key, row in computed.items():
             self._kept[key] = row.clone()
             self._bytes += row.numel() * row.element_size()
         while self._bytes > self.capacity:

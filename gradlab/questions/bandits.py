@@ -75,12 +75,12 @@ def field(
     losses, frames = by_name(estimators), []
     with one_thread(), torch.no_grad():
         table, ref = p.log(), q.log().expand(m, v)
-        found = expected_gradients(list(losses.values()), table, ref)
+        expected = expected_gradients(list(losses.values()), table, ref)
         with torch.enable_grad():
             leaf = table.clone().requires_grad_(True)
             before = CATEGORICAL.reverse_kl(leaf, ref)
             (truth,) = torch.autograd.grad(before.sum(), leaf)
-        for name, gradient in zip(losses, found, strict=True):
+        for name, gradient in zip(losses, expected, strict=True):
             moved = (table - step * gradient).log_softmax(-1)
             size = gradient.norm(dim=-1) * truth.norm(dim=-1)
             columns: dict[str, Any] = {"estimator": name, "point": np.arange(m)}

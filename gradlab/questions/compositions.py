@@ -174,14 +174,14 @@ def against(
         }  # fmt: skip
         for goal, truth in zip(goals, truths, strict=True):
             size = float(truth.norm())
-            found = {
+            columns = {
                 "estimator": list(named),
                 "target": goal,
                 "gradient_norm": means.norm(dim=-1).numpy(),
                 "bias": ((means - truth).norm(dim=-1) / size).numpy(),
                 "noise": traces / size**2,
             }
-            parts.append(pd.DataFrame({**common, **found}))
+            parts.append(pd.DataFrame({**common, **columns}))
     return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
 
 

@@ -215,10 +215,10 @@ def sampled_rmse(
                         for index, (scenario, truth) in enumerate(zip(scenarios, truths, strict=True))
                     ]
                 )
-                found = float(_median(errors.mean(-1, keepdims=True))[0])
+                median = float(_median(errors.mean(-1, keepdims=True))[0])
                 resampled_median = _median(errors[:, resampled].mean(-1))
                 low, high = np.quantile(resampled_median, [(1 - level) / 2, (1 + level) / 2])
-                ends = {"rmse": found, "rmse_low": min(low, found), "rmse_high": max(high, found)}
+                ends = {"rmse": median, "rmse_low": min(low, median), "rmse_high": max(high, median)}
                 rows.append({"estimator": name, "batch": size, "via": "sampled", "samples": replicates, **ends})
     return pd.DataFrame(rows)
 

@@ -114,8 +114,8 @@ def batch_factor(distribution: Tensor, batch: int) -> Tensor:
     for _ in range(batch - 1):
         others = np.convolve(others, one)
     lengths = np.arange(1, len(one))
-    found = batch * (others / (lengths[:, None] + np.arange(len(others)))).sum(-1)
-    return torch.from_numpy(np.concatenate([[0.0], found]))
+    factors = batch * (others / (lengths[:, None] + np.arange(len(others)))).sum(-1)
+    return torch.from_numpy(np.concatenate([[0.0], factors]))
 
 
 @checked
@@ -171,9 +171,9 @@ def normalisers(
             common |= {"length_spread": relative_std, "variable": relative_std > 1e-9}
             slope, inverse = length_gradient(policy), exact.gradient("inverse_length", scenario)
             for name, estimator in named.items():
-                found = _under_each(estimator, scenario, batches)
-                for normaliser, moments in found.items():
-                    errors = _effect(moments, found["sum"], slope, inverse, policy, mean, step)
+                moments_by_normaliser = _under_each(estimator, scenario, batches)
+                for normaliser, moments in moments_by_normaliser.items():
+                    errors = _effect(moments, moments_by_normaliser["sum"], slope, inverse, policy, mean, step)
                     rows.append({**common, "estimator": name, "normaliser": normaliser, **errors})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -189,8 +189,8 @@ def _under_each(estimator: Estimator, scenario: Scenario, batches: Sequence[int]
     names = ("sum", "mean", "token_mean", "fixed")
     losses: list[Any] = [replace(estimator, normalise=name) for name in names]  # type: ignore[arg-type]
     losses += [token_mean_of(estimator, scenario, batch) for batch in batches]
-    found = exact.moments(losses, scenario)
-    return dict(zip([*names, *(f"token_mean of {batch}" for batch in batches)], found, strict=True))
+    moments = exact.moments(losses, scenario)
+    return dict(zip([*names, *(f"token_mean of {batch}" for batch in batches)], moments, strict=True))
 
 
 def _effect(

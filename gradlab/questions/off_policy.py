@@ -108,14 +108,14 @@ def effective_sample_size(scenario: Scenario, truncate: float | None = None) -> 
     if truncate is not None:
         raise ValueError("a truncated prefix weight does not decompose over time; enumerate a short chain as gl.Tree")
     square = (2 * policy.table.log_softmax(-1) - sampler.table.log_softmax(-1)).exp()  # μ ρ² of every (row, token)
-    state, ended, found = square[0].clone(), torch.zeros((), dtype=torch.float64), []
+    state, ended, shares = square[0].clone(), torch.zeros((), dtype=torch.float64), []
     for t in range(policy.length):
         if t:
             state = state @ square[1:]
         if policy.eos is not None:
             ended, state[policy.eos] = ended + state[policy.eos], 0.0
-        found.append(1 / (ended + state.sum()))
-    return torch.stack(found)
+        shares.append(1 / (ended + state.sum()))
+    return torch.stack(shares)
 
 
 @checked

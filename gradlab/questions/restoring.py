@@ -78,8 +78,8 @@ def descent(losses: Mapping[str, Loss], table: Tensor, reference: Tensor, step: 
     while True:
         yield at.view(e, m, v)
         # Every loss is evaluated on every policy, and its own are kept: scores cost more than losses.
-        found = expected_gradients(list(losses.values()), at, ref).view(e, e, m, v)
-        at = at - step * found[range(e), range(e)].reshape(-1, v)
+        expected = expected_gradients(list(losses.values()), at, ref).view(e, e, m, v)
+        at = at - step * expected[range(e), range(e)].reshape(-1, v)
 
 
 @checked
@@ -142,15 +142,15 @@ def compared(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     check_name("estimator of the frame", baseline, frame["estimator"].unique())
     keys = ["estimator", "reference", "shift"]
     took = frame.set_index(keys)[["time", "restored"]]
-    found = frame.copy()
+    versus = frame.copy()
     base = took.loc[list(zip([baseline] * len(frame), frame["reference"], frame["shift"], strict=True))].reset_index(drop=True)
     mirror = took.reindex(pd.MultiIndex.from_arrays([frame["estimator"], frame["reference"], -frame["shift"]], names=keys))
     mirror = mirror.reset_index(drop=True)
     known = frame["restored"] | base["restored"]
-    found[f"versus_{baseline.partition('-')[0]}"] = (frame["time"] / base["time"]).where(known)
+    versus[f"versus_{baseline.partition('-')[0]}"] = (frame["time"] / base["time"]).where(known)
     known = (frame["restored"] | mirror["restored"].eq(True)) & (frame["shift"] < 0)
-    found["dropped_versus_inflated"] = (frame["time"] / mirror["time"]).where(known)
-    return found
+    versus["dropped_versus_inflated"] = (frame["time"] / mirror["time"]).where(known)
+    return versus
 
 
 @checked

@@ -126,8 +126,8 @@ def gap(names: Sequence[str], scenarios: Sequence[Scenario], target: str = "reve
         policy: Any = scenario.policy
         common = [scenario.label, policy.vocab, policy.length, scenario.kl(), relaxation_time(policy)]
         for name in names:
-            found = expected_gradient(name, scenario)
-            bias, cosine = float((found - truth).norm()) / size, float(found @ truth) / size / float(found.norm())
+            gradient = expected_gradient(name, scenario)
+            bias, cosine = float((gradient - truth).norm()) / size, float(gradient @ truth) / size / float(gradient.norm())
             rows.append([*common, name, target, "exact", bias, cosine])
     return pd.DataFrame(rows, columns=list(GAP_COLUMNS))
 
@@ -227,7 +227,7 @@ def with_reward(rewards: Mapping[str, Tensor], scenario: Scenario, coefficients:
 
         plain, *added = moments_of([surrogate(0.0), *(surrogate(c) for c in coefficients)], rollout, "enumeration")
         average = float(rollout.weight @ reward)
-        for coefficient, found in zip(coefficients, added, strict=True):
-            shift = float((found.mean - plain.mean).norm() / plain.mean.norm())
-            rows.append([scenario.label, name, average, coefficient, "exact", shift, found.trace_cov / plain.trace_cov])
+        for coefficient, moments in zip(coefficients, added, strict=True):
+            shift = float((moments.mean - plain.mean).norm() / plain.mean.norm())
+            rows.append([scenario.label, name, average, coefficient, "exact", shift, moments.trace_cov / plain.trace_cov])
     return pd.DataFrame(rows, columns=["scenario", "reward", "mean_reward", "coefficient", "via", "shift", "noise_ratio"])

@@ -48,7 +48,7 @@ def questions(task: str, count: int, rng: np.random.Generator, shots: int = 4) -
     """Random questions with `shots` solved examples each; results are never negative. Raises `ValueError` for an unknown task."""
     check_name("task", task, TASKS)
     sign, result = TASKS[task]
-    found = []
+    asked = []
     for _ in range(count):
         lines = []
         for _ in range(shots + 1):
@@ -56,8 +56,8 @@ def questions(task: str, count: int, rng: np.random.Generator, shots: int = 4) -
             a, b = (max(a, b), min(a, b)) if task == "subtraction" else (a, b)
             lines.append((f"{a}{sign}{b}=", str(result(a, b))))
         prompt = "".join(f"{left}{right}\n" for left, right in lines[:-1]) + lines[-1][0]
-        found.append(Question(task, prompt, f"{lines[-1][1]}\n"[:LENGTH]))
-    return found
+        asked.append(Question(task, prompt, f"{lines[-1][1]}\n"[:LENGTH]))
+    return asked
 
 
 def spelled(answers: Sequence[str]) -> Tensor:

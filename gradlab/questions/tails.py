@@ -61,8 +61,8 @@ def k3_variance(scenario: Scenario) -> float:
         raise ValueError(f"the closed form is for one step, got responses of {scenario.policy.length}; see exact.value_moments")
     both = scenario.kl() + exact.objective("forward_kl", scenario)
     ratios = chi2(scenario)
-    found = ratios + exact.value_moments("k1", scenario).variance - 2 * both
-    return found if found == np.inf or found > CANCELLED * ratios else exact.value_moments("k3", scenario).variance
+    variance = ratios + exact.value_moments("k1", scenario).variance - 2 * both
+    return variance if variance == np.inf or variance > CANCELLED * ratios else exact.value_moments("k3", scenario).variance
 
 
 @checked
@@ -165,9 +165,9 @@ def running(
         joblib.delayed(_run)(kernels, scenario, sizes, sequence(seed, "tails.running", run))
         for run in tqdm(range(runs), desc="running means", unit="run", disable=None, delay=2)
     )
-    found = spread(tasks, jobs)
+    runs_of_rows = spread(tasks, jobs)
     common = {"scenario": scenario.label, "via": "sampled", "kl": scenario.kl()}
-    rows = [{**common, "run": run, **row} for run, part in enumerate(found) for row in part]
+    rows = [{**common, "run": run, **row} for run, part in enumerate(runs_of_rows) for row in part]
     return pd.DataFrame(rows)
 
 
@@ -307,17 +307,17 @@ def variances(scenarios: Sequence[Scenario], estimator: str = "k3-loss") -> pd.D
     loss, rows = ESTIMATORS[estimator], []
     with one_thread(), torch.no_grad():
         for scenario in scenarios:
-            found, size = exact.moments(loss, scenario), float(exact.gradient("reverse_kl", scenario).square().sum())
+            moments, size = exact.moments(loss, scenario), float(exact.gradient("reverse_kl", scenario).square().sum())
             spread, coefficient = chi2(scenario), float("nan")
             if not is_of(scenario, Gaussian):
                 rollout = Rollout.enumerated(scenario)
                 a = coefficients(loss, rollout).score * rollout.mask_float
                 coefficient = float(rollout.weight @ a.square().sum(-1))
             family = scenario.family
-            both = np.isinf(spread) and np.isinf(found.trace_cov)
-            row = {"chi2": spread, "coefficient_variance": coefficient, "trace_cov": found.trace_cov}
-            noise = found.trace_cov / size if size > 0 else float("nan")
-            ratio = float("nan") if both or spread == 0 else found.trace_cov / spread
+            both = np.isinf(spread) and np.isinf(moments.trace_cov)
+            row = {"chi2": spread, "coefficient_variance": coefficient, "trace_cov": moments.trace_cov}
+            noise = moments.trace_cov / size if size > 0 else float("nan")
+            ratio = float("nan") if both or spread == 0 else moments.trace_cov / spread
             row |= {"noise": noise, "coefficient_ratio": coefficient / spread, "gradient_ratio": ratio}
             rows.append(
                 {

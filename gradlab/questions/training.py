@@ -67,9 +67,9 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     check_columns(frame, "estimator", "coefficient", "epochs", "seed", "step", "reward", "kl", "trace_cov", "trace_cov_none")
     late = frame[frame["step"] >= frame["step"].max() / 2]
     key = ["estimator", "coefficient", "epochs", "seed"]
-    found = late.groupby(key, sort=False)[["reward", "kl"]].mean()
+    means = late.groupby(key, sort=False)[["reward", "kl"]].mean()
     traces = frame.groupby(key, sort=False)[["trace_cov", "trace_cov_none"]].sum()
-    together: pd.DataFrame = pd.concat([found, traces], axis=1)
+    together: pd.DataFrame = pd.concat([means, traces], axis=1)
     if "diverged" in frame:
         together[frame.groupby(key, sort=False)["diverged"].any()] = np.nan
     return together.reset_index()
@@ -144,11 +144,11 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
     ends(frame)
     check_name("estimator of the frame", base, frame["estimator"].unique())
     check_probability("level", level)
-    found = ends(frame)
+    last = ends(frame)
     runs: dict[tuple[str, float, int], pd.DataFrame] = {}
-    for row in found[["estimator", "coefficient", "epochs"]].drop_duplicates().to_dict("records"):
+    for row in last[["estimator", "coefficient", "epochs"]].drop_duplicates().to_dict("records"):
         key: tuple[str, float, int] = (row["estimator"], row["coefficient"], row["epochs"])
-        runs[key] = found[(found[list(row)] == list(key)).all(axis=1)].set_index("seed")
+        runs[key] = last[(last[list(row)] == list(key)).all(axis=1)].set_index("seed")
     rows = []
     for (estimator, coefficient, epochs), run in runs.items():
         if estimator == NONE:
@@ -164,7 +164,7 @@ def compare(frame: pd.DataFrame, base: str = "k2-loss", level: float = 0.95) -> 
             **_ends("spread_over_k2", UNKNOWN if other is None else spread(run["reward"], other["reward"], level)),
         })  # fmt: skip
     for name, epochs in dict.fromkeys((name, epochs) for name, _, epochs in runs if name not in (NONE, base)):
-        part = found[(found["estimator"] == name) & (found["epochs"] == epochs)]
+        part = last[(last["estimator"] == name) & (last["epochs"] == epochs)]
         for coefficient in sorted(c for other, c, e in runs if other == base and e == epochs):
             matched = runs[base, coefficient, epochs]
             read = pd.Series({seed: _reward_at(part[part["seed"] == seed], kl) for seed, kl in matched["kl"].items()})
@@ -194,9 +194,9 @@ def pairs(frame: pd.DataFrame, estimator: str, other: str) -> pd.DataFrame:
     ends(frame)
     for name in (estimator, other):
         check_name("estimator of the frame", name, frame["estimator"].unique())
-    found = ends(frame)
+    last = ends(frame)
     key = ["coefficient", "epochs", "seed"]
-    one, two = (found[found["estimator"] == name].set_index(key)["kl"] for name in (estimator, other))
+    one, two = (last[last["estimator"] == name].set_index(key)["kl"] for name in (estimator, other))
     joined = pd.concat([one, two], axis=1, join="inner", keys=["kl", "kl_other"]).reset_index()
     difference = joined["kl"] / joined["kl_other"] - 1
     differences = joined.drop(columns="kl_other").assign(difference=difference, via="same draws")

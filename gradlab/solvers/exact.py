@@ -149,17 +149,17 @@ def _of_whole_losses(losses: Sequence[PolicyLoss], scenario: Scenario) -> list[M
         rollout = enumerated(losses, scenario)
         pullback = backprop.pullback_of(scenario.policy) if is_of(scenario, LanguageModel) else in_logits
         method = "quadrature" if isinstance(policy, Gaussian) else "enumeration"
-        found: dict[int, Moments] = {}
+        moments_by_loss: dict[int, Moments] = {}
         single = [e for e, loss in enumerate(losses) if not loss.grouped]
         if single:
-            found |= zip(single, moments_of([losses[e] for e in single], rollout, method, pullback), strict=True)
+            moments_by_loss |= zip(single, moments_of([losses[e] for e in single], rollout, method, pullback), strict=True)
         for e, loss in enumerate(losses):
             if loss.grouped:
-                found[e] = groups.exact_moments(loss, rollout, pullback)
+                moments_by_loss[e] = groups.exact_moments(loss, rollout, pullback)
             if isinstance(policy, Gaussian):
                 parts = groups.basis_of(loss, rollout) if loss.grouped else [loss_coefficients(loss, rollout)]
-                found[e] = _checked(found[e], gathered(rollout, parts), rollout, scenario)
-    return [found[e] for e in range(len(losses))]
+                moments_by_loss[e] = _checked(moments_by_loss[e], gathered(rollout, parts), rollout, scenario)
+    return [moments_by_loss[e] for e in range(len(losses))]
 
 
 def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Moments]:
@@ -171,23 +171,23 @@ def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Momen
             f"the moments of {len(losses)} estimators in {policy.table.numel():,} parameters take {needed / 2**30:.2g} GiB, "
             f"more than the {MOMENT_BYTES / 2**30:.2g} GiB allowed; give fewer estimators at a time, or samples=…"
         )
-    n, found = policy.vocab**policy.length, dict[int, Moments]()
+    n, moments_by_loss = policy.vocab**policy.length, dict[int, Moments]()
     if isinstance(policy, Bandit | Tree):
         summed = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
         made, lost = prefixes.moments(list(summed.values()), scenario, "enumeration")
-        found |= zip(summed, made, strict=True)
+        moments_by_loss |= zip(summed, made, strict=True)
         if lost and n * policy.table.numel() <= CENTRED_DOUBLES:
             rollout, chosen = Rollout.enumerated(scenario), [list(summed)[e] for e in lost]
-            found |= {e: recentred(losses[e], found[e], rollout) for e in chosen}
-    others = [loss for e, loss in enumerate(losses) if e not in found]
+            moments_by_loss |= {e: recentred(losses[e], moments_by_loss[e], rollout) for e in chosen}
+    others = [loss for e, loss in enumerate(losses) if e not in moments_by_loss]
     if others:
         if n <= WHOLE_RESPONSES:
             rest = moments_of(others, Rollout.enumerated(scenario), "enumeration")
         else:
             parts = partial(Rollout.parts, scenario, WHOLE_RESPONSES)
             rest = moments_in_parts(others, parts, len(policy.table), "enumeration")
-        found |= zip([e for e in range(len(losses)) if e not in found], rest, strict=True)
-    return [found[e] for e in range(len(losses))]
+        moments_by_loss |= zip([e for e in range(len(losses)) if e not in moments_by_loss], rest, strict=True)
+    return [moments_by_loss[e] for e in range(len(losses))]
 
 
 @checked
@@ -280,12 +280,12 @@ def value_moments(kernel: str, scenario: Scenario, credit: str = "token") -> Val
 
 def _by_quadrature(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
     rollout = enumerated(losses, scenario)
-    found = moments_of(losses, rollout, "quadrature")
+    integrated = moments_of(losses, rollout, "quadrature")
     for e, loss in enumerate(losses):
         if isinstance(loss, Estimator) and loss.grouped:
             continue
-        found[e] = _checked(found[e], gradients([loss], rollout), rollout, scenario)
-    return found
+        integrated[e] = _checked(integrated[e], gradients([loss], rollout), rollout, scenario)
+    return integrated
 
 
 def _checked(moments: Moments, batch: Gradients, rollout: Rollout, scenario: Scenario) -> Moments:
@@ -337,14 +337,14 @@ def _quadratic(z: Tensor, log_density: Tensor) -> tuple[float, float]:
     The error is judged by a second fit further in, where the lower orders of the polynomial weigh more.
     """
     outer = torch.where(torch.isfinite(log_density), z.abs(), 0.0)
-    found = []
+    coefficients = []
     for shares in ((1.0, 0.92, 0.84, 0.76), (0.88, 0.8, 0.72, 0.64)):
         at = torch.stack([(outer - share * outer.max()).abs().argmin() for share in shares])
         x, y = z[at], log_density[at]
         if len(set(at.tolist())) < 4 or not bool(torch.isfinite(y).all()):
             return float("-inf"), float("inf")
-        found.append(float(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0]))
-    return found[0], 2 * abs(found[0] - found[1])
+        coefficients.append(float(torch.linalg.solve(torch.stack([x * x, x, x.abs().log(), torch.ones_like(x)], -1), y)[0]))
+    return coefficients[0], 2 * abs(coefficients[0] - coefficients[1])
 
 
 def _rises_for_good(tails: list[tuple[float, float]]) -> bool:
@@ -416,8 +416,8 @@ def _level(name: str, level: float) -> list[float]:
 
     def excess(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         log_ratio = torch.from_numpy(x)
-        found: npt.NDArray[np.float64] = (KERNELS[name].value(log_ratio, torch.zeros_like(log_ratio)).abs() - level).numpy()
-        return found
+        distance: npt.NDArray[np.float64] = (KERNELS[name].value(log_ratio, torch.zeros_like(log_ratio)).abs() - level).numpy()
+        return distance
 
     def at(x: float) -> float:
         return float(excess(np.array([x]))[0])

@@ -71,11 +71,11 @@ def moments(estimator: Loss, scenario: Scenario) -> Moments:
     if reason is not None or not isinstance(estimator, Estimator):
         raise ValueError(f"{reason}; {INSTEAD}")
     with torch.no_grad():
-        found = _solve(estimator, scenario)
-        found = replace(found, mean=scenario.policy.balanced(found.mean))
-    if not (isfinite(found.trace_cov) and bool(torch.isfinite(found.mean).all())):
+        solved = _solve(estimator, scenario)
+        solved = replace(solved, mean=scenario.policy.balanced(solved.mean))
+    if not (isfinite(solved.trace_cov) and bool(torch.isfinite(solved.mean).all())):
         raise ValueError(f"the moments of {estimator.name} are not finite: the policies are so far apart that they overflow")
-    return found
+    return solved
 
 
 def decomposes(loss: Loss) -> bool:

@@ -57,12 +57,12 @@ def moments(estimators: Sequence[Estimator], scenario: Scenario, method: str) ->
         norms += mean.square().sum(-1).tolist()
     traces = [max(square - norm, 0.0) for square, norm in zip(squares, norms, strict=True)]
     grouped = 3 * len(before)
-    found = {e: Moments(means[i], traces[i], method=method) for i, e in enumerate(single, grouped)}
+    moments_by_estimator = {e: Moments(means[i], traces[i], method=method) for i, e in enumerate(single, grouped)}
     for i, estimator in zip(range(0, grouped, 3), before, strict=True):
         of_sums = torch.tensor(squares[i : i + 2], dtype=torch.float64)
         statistics = group_statistics(means[i : i + 3], of_sums, paths.spread(estimator))
-        found |= {e: of_group(estimators[e], *statistics, method) for e in alone if alone[e] == estimator}
-    ordered = [found[e] for e in range(len(estimators))]
+        moments_by_estimator |= {e: of_group(estimators[e], *statistics, method) for e in alone if alone[e] == estimator}
+    ordered = [moments_by_estimator[e] for e in range(len(estimators))]
     check_finite(estimators, ordered)
     return ordered, [e for i, e in enumerate(single, grouped) if traces[i] < CANCELLED * norms[i]]
 
@@ -281,8 +281,8 @@ class Paths:
             return last
         ending = (torch.arange(self.vocab) - (self.eos or 0)).eq(0).repeat(len(self.table))
         ending[last] = True
-        found: Tensor = (ending & self.possible.repeat_interleave(self.vocab)).nonzero()[:, 0]
-        return found
+        tokens: Tensor = (ending & self.possible.repeat_interleave(self.vocab)).nonzero()[:, 0]
+        return tokens
 
     def _by_length(self, values: Tensor) -> list[Tensor]:
         """Values `[…, n]` as views of those of every length of the prefix."""
@@ -290,27 +290,27 @@ class Paths:
 
     def so_far(self, values: Tensor, join: Callable[[Tensor, Tensor], Tensor] = torch.Tensor.add_) -> Tensor:
         """Sums (or products) of `values` `[n]` along the path to every token, itself included, `[n]`."""
-        found = values.clone()
-        before, *levels = self._by_length(found)
+        sums = values.clone()
+        before, *levels = self._by_length(sums)
         for level in levels:
             join(level.view(-1, self.vocab), before[:, None])
             before = level
-        return found
+        return sums
 
     def _total(self, values: Tensor) -> Tensor:
         """Sums of `values` `[n]` over every response, `[m, 1]`."""
-        found = self.log_weight_so_far if values is self.log_weight else self.so_far(values)
-        return found[self.ends, None]
+        sums = self.log_weight_so_far if values is self.log_weight else self.so_far(values)
+        return sums[self.ends, None]
 
     def behind(self, whole: Tensor) -> Tensor:
         """Sums of `whole` `[k, m]`, weighted by the probabilities of responses, over those that have a prefix and token, `[k, n]`."""
-        found = whole.new_zeros(len(whole), len(self.mass))
-        found[:, self.ends] = whole * self.mass[self.ends]
-        *levels, last = self._by_length(found)
+        sums = whole.new_zeros(len(whole), len(self.mass))
+        sums[:, self.ends] = whole * self.mass[self.ends]
+        *levels, last = self._by_length(sums)
         for level in reversed(levels):
             level += last.view(*level.shape, self.vocab).sum(-1)
             last = level
-        return found
+        return sums
 
     def to_come(self, mass: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the sum of `values` over the tokens that follow one, for the masses behind tokens: all `[k, n]`."""
@@ -319,10 +319,10 @@ class Paths:
         share = torch.where(rest > 0, by_row / rest, 0.0).flatten(1)
         *above, last = zip(self._by_length(share), self._by_length(values), strict=True)
         means, variances = [torch.zeros_like(last[1])], [torch.zeros_like(last[1])]
-        for chance, found in [last, *reversed(above)][: self.length - 1]:
-            chance, found = (each.view(len(mass), -1, self.vocab) for each in (chance, found + means[-1]))
-            centre = (chance * found).sum(-1)
-            apart = (found - centre[..., None]).square_().add_(variances[-1].view_as(found))
+        for chance, mean in [last, *reversed(above)][: self.length - 1]:
+            chance, mean = (each.view(len(mass), -1, self.vocab) for each in (chance, mean + means[-1]))
+            centre = (chance * mean).sum(-1)
+            apart = (mean - centre[..., None]).square_().add_(variances[-1].view_as(mean))
             means, variances = [*means, centre], [*variances, apart.mul_(chance).sum(-1)]
         return torch.cat(means[::-1], -1), torch.cat(variances[::-1], -1)
 
@@ -335,8 +335,8 @@ class Paths:
         if e.credit == "sequence":
             return self._normalised(e, Form(self.ones, coefficients(_local(e), self.responses).score))
         if e.credit == "return":
-            found, value = self._score_sum(e), self._value(e)
-            return replace(found, whole=value if found.whole is None else value * found.whole)
+            total, value = self._score_sum(e), self._value(e)
+            return replace(total, whole=value if total.whole is None else value * total.whole)
         local = _local(e)
         parts, later = coefficients(local, self.steps), ahead(local, self.steps)
         whole = weights(e, self.responses) if e.weight == "sequence" else None
@@ -449,8 +449,8 @@ class Paths:
         ends = torch.arange(len(self.mass))[self.ends]
         for part in torch.tensor_split(ends, -(-len(ends) * self.length // LISTED)):
             view, places = self._listing(part)
-            found = coefficients(e, view)
-            a, b = found.score, found.direct
+            listed = coefficients(e, view)
+            a, b = listed.score, listed.direct
             terms = [a, a.square(), *(() if b is None else (b, a * b, b.square()))]
             sums.index_add_(1, places.flatten(), (torch.stack(terms) * (self.mass[part, None] * view.mask_float)).flatten(1))
         direct = [Direct(torch.zeros(1, dtype=torch.long), e.kernel, *sums[2:, None])] if kinds == 5 else []

@@ -83,13 +83,13 @@ class Walk:
     def mean(self, g: Tensor, value: Tensor) -> Tensor:
         """`E[(value·c)(g·X)]` of whole responses, `[p]`."""
         futures = self._futures(_moves(self.mu, self.x, self.c), torch.outer(g, value)[None], 1)
-        found = torch.zeros_like(self.mu)
+        gradient = torch.zeros_like(self.mu)
         for each in self.injected:
             steps = [(i, k, j, m) for i, k in _filled(each.factor) for j, m in _filled(self.c)]
             tables = {(k, m, i, j): self.mu * each.factor[..., i, k] * self.c[..., j, m] for i, k, j, m in steps}
             taken = _meeting(tables, self._pasts, futures, [ALWAYS])[0, ..., 0]
-            found += each.onehot * taken + each.shift * taken.sum(-1, keepdim=True)
-        return found.flatten()
+            gradient += each.onehot * taken + each.shift * taken.sum(-1, keepdim=True)
+        return gradient.flatten()
 
     def square(self, ends: Tensor) -> Tensor:
         """`E[Σ_ij Q_ij X_i·X_j]` of whole responses for the symmetric matrices `Q` of `ends` `[q, m, m]`, `[q]`."""
@@ -181,9 +181,9 @@ class Walk:
                     sums.setdefault((now, past), Counter())[place[now, source], term] += 1
         meetings: dict[frozenset[tuple[tuple[int, Term], int]], Counter[tuple[Term, Pair, Pair]]] = {}
         for (now, past), pulled in sums.items():
-            found = meetings.setdefault(frozenset(pulled.items()), Counter())
+            counts = meetings.setdefault(frozenset(pulled.items()), Counter())
             for future, term in seconds[now]:
-                found[term, past, future] += 1
+                counts[term, past, future] += 1
         starts = {place[now, source] for now, source in carried if now == source}
         return Plan(kinds, {move for terms in recursion for move, _ in terms}, recursion, starts, list(meetings.items()))
 
@@ -263,15 +263,15 @@ def _meeting(tables: Tables, pasts: Tensor, futures: Tensor, spans: list[Span]) 
     """
     before, after = sorted({key[:2] for key in tables}), sorted({key[2:] for key in tables})
     shape = len(spans), pasts.shape[1], futures.shape[1], futures.shape[2]
-    found = pasts.new_zeros(shape)
+    meeting = pasts.new_zeros(shape)
     if tables and spans:
         past = torch.stack([pasts[..., k, m] for k, m in before], 1)
         future = torch.stack([futures[..., i, j] for i, j in after], 1)
         joint = torch.stack([past[one].flatten(1).T @ future[two].flatten(1) for one, two in spans])
         joint = joint.view(shape[0], len(before), shape[1], len(after), *shape[2:])
         for key, table in tables.items():
-            found += table[..., None] * joint[:, before.index(key[:2]), :, after.index(key[2:])]
-    return found
+            meeting += table[..., None] * joint[:, before.index(key[:2]), :, after.index(key[2:])]
+    return meeting
 
 
 def _moves(mu: Tensor, left: Tensor, right: Tensor) -> Tables:
@@ -281,10 +281,10 @@ def _moves(mu: Tensor, left: Tensor, right: Tensor) -> Tables:
 
 def _connected(starts: set[Pair], edges: list[tuple[Pair, Pair]]) -> set[Pair]:
     """What edges lead to from `starts`, and these."""
-    found = set(starts)
-    while more := {end for start, end in edges if start in found} - found:
-        found |= more
-    return found
+    reached = set(starts)
+    while more := {end for start, end in edges if start in reached} - reached:
+        reached |= more
+    return reached
 
 
 def _filled(matrix: Tensor) -> list[Pair]:

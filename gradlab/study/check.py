@@ -52,7 +52,7 @@ def compare(folder: Path, anew: Path, analysis: str) -> pd.DataFrame:
         if name not in one or name not in two:
             rows.append((name, "(frame)", 1, np.inf, "there" if name in one else "–", "there" if name in two else "–"))
         else:  # what the sidecars tell of is there, or loading it says so
-            rows += [(name, *found) for found in moved(frames.load(folder, name), frames.load(anew, name), name)]
+            rows += [(name, *change) for change in moved(frames.load(folder, name), frames.load(anew, name), name)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -62,13 +62,13 @@ def moved(before: pd.DataFrame, after: pd.DataFrame, frame: str = "") -> list[tu
         return [("(columns)", 1, np.inf, ", ".join(map(str, before)), ", ".join(map(str, after)))]
     if len(before) != len(after):
         return [("(rows)", abs(len(before) - len(after)), np.inf, len(before), len(after))]
-    found = []
+    changes = []
     for name in map(str, before):
         distance = _distance(before, after, name, frame)
         if (distance > 1).any():
             i = int(distance.argmax())
-            found.append((name, int((distance > 1).sum()), float(distance[i]), before[name].iloc[i], after[name].iloc[i]))
-    return found
+            changes.append((name, int((distance > 1).sum()), float(distance[i]), before[name].iloc[i], after[name].iloc[i]))
+    return changes
 
 
 def verdicts(folder: Path, anew: Path) -> tuple[pd.DataFrame, int]:

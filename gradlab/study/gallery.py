@@ -32,8 +32,8 @@ class FigureEntry:
     @property
     def title(self) -> str:
         """The bold words that the caption begins with."""
-        found = re.match(r"\*\*(.+?)\.?\*\*", self.caption, re.DOTALL)
-        return " ".join(found[1].split()) if found else self.name
+        bold = re.match(r"\*\*(.+?)\.?\*\*", self.caption, re.DOTALL)
+        return " ".join(bold[1].split()) if bold else self.name
 
     @property
     def alt(self) -> str:
@@ -120,12 +120,12 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
     `titles` maps an analysis's name, which starts with its number, to its question. All links are relative; pictures and data
     are those of the folder. Returns the path of `index.html`.
     """
-    found = chapters(folder, titles)
-    shared = {"chapters": found, "ledger": ledger(settled), "audit": (folder / "audit.html").is_file()}
-    page_of = {entry.name: f"{chapter.name}.html#{entry.name}" for chapter in found for entry in chapter.figures}
+    listed = chapters(folder, titles)
+    shared = {"chapters": listed, "ledger": ledger(settled), "audit": (folder / "audit.html").is_file()}
+    page_of = {entry.name: f"{chapter.name}.html#{entry.name}" for chapter in listed for entry in chapter.figures}
     common = {**shared, "page": lambda figure: page_of.get(figure, f"{figure}.csv")}
     filters = {"markdown": _html}
-    for chapter in found:
+    for chapter in listed:
         pages.write(folder / f"{chapter.name}.html", "gradlab.study", "chapter.html", {**common, "chapter": chapter}, filters)
     pages.write(folder / "claims.html", "gradlab.study", "claims.html", {**common, "script": pages.script()}, filters)
     return pages.write(folder / "index.html", "gradlab.study", "gallery.html", common, filters)

@@ -150,10 +150,10 @@ def cell(frame: pd.DataFrame, column: str, **where: object) -> Any:
     rows = frame
     for key, value in where.items():
         rows = rows[rows[key] == value]
-    found = rows[column].drop_duplicates()
-    if len(found) != 1:
-        raise ValueError(f"{column} has {len(found)} values where {where}, expected one")
-    return found.iloc[0]
+    values = rows[column].drop_duplicates()
+    if len(values) != 1:
+        raise ValueError(f"{column} has {len(values)} values where {where}, expected one")
+    return values.iloc[0]
 
 
 @checked

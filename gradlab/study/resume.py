@@ -32,13 +32,13 @@ class Requirements:
     @classmethod
     def of(cls, script: Path) -> Requirements:
         """What a script declares; nothing, if it declares nothing."""
-        found: dict[str, Any] = {}
+        declared: dict[str, Any] = {}
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name = node.targets[0].id
                 if name in ("REQUIRES", "INSTALL"):
-                    found[name] = ast.literal_eval(node.value)
-        return cls({name: _version(name) for name in found.get("REQUIRES", ())}, found.get("INSTALL", ""))
+                    declared[name] = ast.literal_eval(node.value)
+        return cls({name: _version(name) for name in declared.get("REQUIRES", ())}, declared.get("INSTALL", ""))
 
     @property
     def missing(self) -> str:
