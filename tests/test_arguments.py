@@ -63,6 +63,7 @@ CLAIM = gl.claims.CLAIMS[0]
 
 #: Function → arguments that it takes; each is replaced, one at a time, by what it cannot take.
 CALLS = {
+    "lesson": call(gl.lesson, {"number": [0]}, number=1),
     "Bandit": call(gl.Bandit, logits=[0.0, 1.0]),
     "Bandit.random": call(gl.Bandit.random, {"vocab": [0, 1]}, vocab=3, seed=0, scale=1.0),
     "Tree": call(gl.Tree, {"eos": [2]}, logits=[[0.0, 1.0]], eos=1),

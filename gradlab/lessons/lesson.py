@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradlab._common.arguments import check_columns
+from gradlab._common.arguments import check_columns, checked
 from gradlab._common.names import check_name
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def lessons() -> dict[int, Lesson]:
     raise ValueError("no lessons found beside the package; reinstall gradlab-kl")
 
 
+@checked
 def lesson(number: int) -> Lesson:
     """One lesson. Raises `ValueError` for a number that there is not.
 
