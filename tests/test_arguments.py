@@ -451,7 +451,7 @@ NOT_POLICIES: list[Any] = [None, 3, "a", [], SCENARIO]
 
 #: Wrong values by the name of a parameter; lists of things take one thing, too.
 WRONG: dict[str, list[Any]] = {
-    **dict.fromkeys(("seed", "runs", "steps", "limit", "points", "token", "count", "n", "k", "start"), NOT_WHOLE),
+    **dict.fromkeys(("seed", "runs", "steps", "limit", "points", "token", "count", "n", "k", "start", "number"), NOT_WHOLE),
     **dict.fromkeys(
         ("vocab", "length", "eos", "samples", "replicates", "resolution", "batch", "group", "eval_every", "seeds"), NOT_WHOLE
     ),
