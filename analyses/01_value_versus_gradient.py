@@ -182,7 +182,7 @@ def schulman_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("01_schulman", gl.plots.schulman(schulman), schulman, *schulman_text(schulman), verdicts)
+study.save_figure("01_schulman", gl.figure("01_schulman", schulman), schulman, *schulman_text(schulman), verdicts)
 
 
 # %%
@@ -207,7 +207,7 @@ def crossover_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("01_crossover", gl.plots.crossover(crossover), crossover, *crossover_text(crossover), verdicts)
+study.save_figure("01_crossover", gl.figure("01_crossover", crossover), crossover, *crossover_text(crossover), verdicts)
 
 
 # %%
@@ -231,4 +231,4 @@ def gradients_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("01_gradients", gl.plots.gradients(gradients), gradients, *gradients_text(gradients), verdicts)
+study.save_figure("01_gradients", gl.figure("01_gradients", gradients), gradients, *gradients_text(gradients), verdicts)

@@ -123,4 +123,4 @@ def text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("02_coefficients", gl.plots.coefficients(frame), frame, *text(frame), verdicts)
+study.save_figure("02_coefficients", gl.figure("02_coefficients", frame), frame, *text(frame), verdicts)

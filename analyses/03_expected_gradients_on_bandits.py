@@ -119,7 +119,7 @@ def tokens_text(frame: pd.DataFrame, objectives: pd.DataFrame) -> tuple[str, str
     )
 
 
-study.save_figure("03_tokens", gl.plots.tokens(tokens), tokens, *tokens_text(tokens, objectives), verdicts)
+study.save_figure("03_tokens", gl.figure("03_tokens", tokens), tokens, *tokens_text(tokens, objectives), verdicts)
 
 
 # %%
@@ -136,7 +136,7 @@ def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("03_objectives", gl.plots.objectives(objectives), objectives, *objectives_text(objectives), verdicts)
+study.save_figure("03_objectives", gl.figure("03_objectives", objectives), objectives, *objectives_text(objectives), verdicts)
 
 
 # %%
@@ -162,4 +162,4 @@ def field_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("03_field", gl.plots.field(field), field, *field_text(field), verdicts)
+study.save_figure("03_field", gl.figure("03_field", field), field, *field_text(field), verdicts)

@@ -176,10 +176,6 @@ def near(frame: pd.DataFrame, column: str, form: str, **where: object) -> str:
     return "; ".join(told)
 
 
-BIAS = ["k3-loss", "k3-loss-sequence", "k2-loss", "k3-reward-to-go", "abs-loss"]
-NOISE = ["k1-loss", "k2-loss", "k3-loss", "k3-loss-sequence", "k1-reward-to-go", "full-both"]
-
-
 def bands_text(frame: pd.DataFrame) -> tuple[str, str]:
     return (
         "**Bias and noise over the distance.** Relative bias, cosine and noise of single responses as gradients of the "
@@ -190,9 +186,7 @@ def bands_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-reverse = bands[bands["target"] == REVERSE]
-figure = gl.plots.distances(reverse, BIAS, NOISE)
-study.save_figure("04_bands", figure, bands, *bands_text(bands), verdicts)
+study.save_figure("04_bands", gl.figure("04_bands", bands), bands, *bands_text(bands), verdicts)
 
 
 # %%
@@ -207,8 +201,9 @@ def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
+reverse = bands[bands["target"] == REVERSE]
 medians = reverse[["scenario", "family", "scenarios", "estimator", "target", "via", "kl", "bias", "cosine", "noise"]]
-study.save_figure("04_catalogue", gl.plots.catalogue(medians), medians, *catalogue_text(medians), verdicts)
+study.save_figure("04_catalogue", gl.figure("04_catalogue", medians), medians, *catalogue_text(medians), verdicts)
 
 
 # %%
@@ -243,7 +238,7 @@ def slopes_text(frame: pd.DataFrame, remainders: pd.DataFrame) -> tuple[str, str
     )
 
 
-study.save_figure("04_slopes", gl.plots.slopes(slopes), slopes, *slopes_text(slopes, remainders), verdicts)
+study.save_figure("04_slopes", gl.figure("04_slopes", slopes), slopes, *slopes_text(slopes, remainders), verdicts)
 
 
 # %%
@@ -268,7 +263,7 @@ def batches_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("04_batches", gl.plots.batches(batches), batches, *batches_text(batches), verdicts)
+study.save_figure("04_batches", gl.figure("04_batches", batches), batches, *batches_text(batches), verdicts)
 
 
 # %%
@@ -288,7 +283,9 @@ def crossover_text(frame: pd.DataFrame, versus: pd.DataFrame) -> tuple[str, str]
     )
 
 
-study.save_figure("04_crossover", gl.plots.crossovers(crossovers), crossovers, *crossover_text(crossovers, versus), verdicts)
+study.save_figure(
+    "04_crossover", gl.figure("04_crossover", crossovers), crossovers, *crossover_text(crossovers, versus), verdicts
+)
 
 
 # %%
@@ -309,8 +306,7 @@ def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
 
 weaker = versus[versus["other"].isin(["k2-loss", "k2-loss-sequence"]) & versus["estimator"].str.startswith("k3")]
 weaker = weaker.reset_index(drop=True)
-figure = gl.plots.ratios(weaker, "norm_ratio", "‖E g‖ of k3 / of k2")
-study.save_figure("04_weaker", figure, weaker, *weaker_text(weaker), verdicts)
+study.save_figure("04_weaker", gl.figure("04_weaker", weaker), weaker, *weaker_text(weaker), verdicts)
 
 
 # %%
@@ -327,6 +323,5 @@ def blackwell_text(frame: pd.DataFrame) -> tuple[str, str]:
 
 
 blackwell = versus[versus["estimator"].isin(["full-loss", "full-both"])].reset_index(drop=True)
-shown = blackwell[blackwell["family"] != "bandit"]
-figure = gl.plots.ratios(shown, "noise_ratio", "noise / noise of sampling")
+figure = gl.figure("04_rao_blackwell", blackwell)
 study.save_figure("04_rao_blackwell", figure, blackwell, *blackwell_text(blackwell), verdicts)

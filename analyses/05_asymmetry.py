@@ -156,7 +156,7 @@ def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("05_dropped", gl.plots.dropped_sides(dropped), dropped, *dropped_text(dropped), verdicts)
+study.save_figure("05_dropped", gl.figure("05_dropped", dropped), dropped, *dropped_text(dropped), verdicts)
 
 
 # %%
@@ -182,7 +182,7 @@ def sides_text(frame: pd.DataFrame, raw: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("05_bands", gl.plots.sides(bands), bands, *sides_text(bands, sides), verdicts)
+study.save_figure("05_bands", gl.figure("05_bands", bands), bands, *sides_text(bands, sides), verdicts)
 
 
 # %%
@@ -209,7 +209,7 @@ def tails_text(frame: pd.DataFrame, hill: pd.DataFrame) -> tuple[str, str]:
 
 
 tail_bands = bands[(bands["world"] == "1,000 tokens") & bands["quantity"].isin(["skewness", "largest_second"])]
-study.save_figure("05_tails", gl.plots.tail_indices(tail_bands, hill), tail_bands, *tails_text(tail_bands, hill), verdicts)
+study.save_figure("05_tails", gl.figure("05_tails", tail_bands, hill), tail_bands, *tails_text(tail_bands, hill), verdicts)
 
 
 # %%
@@ -234,4 +234,4 @@ def restoring_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("05_restoring", gl.plots.restoring(way, times), times, *restoring_text(times), verdicts)
+study.save_figure("05_restoring", gl.figure("05_restoring", way, times), times, *restoring_text(times), verdicts)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 import gradlab as gl
+from gradlab.plots.figures import REPORTED
 from gradlab.questions import distance, tails
 
 study = gl.report.study("06_heavy_tails")
@@ -21,7 +22,6 @@ study = gl.report.study("06_heavy_tails")
 
 # %%
 PAIR = gl.Scenario(gl.Gaussian(0.1, 0.2), gl.Gaussian(0, 1), name="N(0.1, std 0.2) ‖ N(0, 1)")
-REPORTED = {"k1": 0.691, "k3": 8.82}
 sizes = [int(n) for n in np.geomspace(10, study.pick(full=1e7, quick=1e6), study.pick(full=13, quick=6)).round()]
 runs = study.pick(full=40, quick=12)
 draws = tails.running(["k1", "k3"], PAIR, sizes, runs, study.seed, study.jobs)
@@ -183,7 +183,7 @@ def running_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-figure = gl.plots.running(running, shares, REPORTED)
+figure = gl.figure("06_running", running, shares)
 study.save_figure("06_running", figure, running, *running_text(running), verdicts)
 
 
@@ -205,8 +205,7 @@ def variance_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-figure = gl.plots.variance_map(variance, BORDER)
-study.save_figure("06_variance", figure, variance, *variance_text(variance), verdicts)
+study.save_figure("06_variance", gl.figure("06_variance", variance), variance, *variance_text(variance), verdicts)
 
 
 # %%
@@ -228,7 +227,7 @@ def dropped_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("06_dropped", gl.plots.rare_token(dropped), dropped, *dropped_text(dropped), verdicts)
+study.save_figure("06_dropped", gl.figure("06_dropped", dropped), dropped, *dropped_text(dropped), verdicts)
 
 
 # %%
@@ -250,4 +249,4 @@ def chi2_text(random: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("06_chi2", gl.plots.chi2(random, laws), chi2, *chi2_text(random), verdicts)
+study.save_figure("06_chi2", gl.figure("06_chi2", chi2, laws), chi2, *chi2_text(random), verdicts)

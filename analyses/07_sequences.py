@@ -297,7 +297,7 @@ def objectives_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_objectives", gl.plots.objectives(objectives), objectives, *objectives_text(objectives), verdicts)
+study.save_figure("07_objectives", gl.figure("07_objectives", objectives), objectives, *objectives_text(objectives), verdicts)
 
 
 # %%
@@ -324,7 +324,7 @@ def credit_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_credit", gl.plots.credit(credit), credit, *credit_text(credit), verdicts)
+study.save_figure("07_credit", gl.figure("07_credit", credit), credit, *credit_text(credit), verdicts)
 
 
 # %%
@@ -353,7 +353,7 @@ def gap_text(frame: pd.DataFrame, step: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_gap", gl.plots.gap(gap), gap, *gap_text(gap, step), verdicts)
+study.save_figure("07_gap", gl.figure("07_gap", gap), gap, *gap_text(gap, step), verdicts)
 
 
 # %%
@@ -384,7 +384,7 @@ def growth_text(frame: pd.DataFrame, fits: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_growth", gl.plots.growth(growth, fits), growth, *growth_text(growth, fits), verdicts)
+study.save_figure("07_growth", gl.figure("07_growth", growth, fits), growth, *growth_text(growth, fits), verdicts)
 
 
 # %%
@@ -406,7 +406,7 @@ def baselines_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_baselines", gl.plots.baselines(baselines), baselines, *baselines_text(baselines), verdicts)
+study.save_figure("07_baselines", gl.figure("07_baselines", baselines), baselines, *baselines_text(baselines), verdicts)
 
 
 # %%
@@ -431,7 +431,9 @@ def normalisers_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_normalisers", gl.plots.normalisers(normalisers), normalisers, *normalisers_text(normalisers), verdicts)
+study.save_figure(
+    "07_normalisers", gl.figure("07_normalisers", normalisers), normalisers, *normalisers_text(normalisers), verdicts
+)
 
 
 # %%
@@ -450,4 +452,4 @@ def noise_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("07_noise", gl.plots.shifted(noise), noise, *noise_text(noise), verdicts)
+study.save_figure("07_noise", gl.figure("07_noise", noise), noise, *noise_text(noise), verdicts)

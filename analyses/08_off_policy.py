@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import gradlab as gl
+from gradlab.plots.figures import BASES
 
 study = gl.report.study("08_off_policy")
 seed = study.seed
@@ -257,15 +258,6 @@ def median(name: str, column: str, lag: float) -> float:
 
 
 FAMILY = "Trees of 3 tokens and 5 steps, 0.5 nats from their reference"
-GROUPS = [
-    ("no weight", ["k1-loss", "k2-loss", "k3-loss", "full-loss", "k1-reward-to-go", "full-both"]),
-    ("token weight", ["k2-loss, token weight", "k2-loss, differentiated token weight", "k3-loss, differentiated token weight",
-                      "k1-reward-to-go, token weight", "k1-reward-to-go, token weight, clip 0.2", "full-both, token weight"]),
-    ("prefix weight", ["k2-loss, prefix weight", "k3-loss, differentiated prefix weight", "k3-both, prefix weight",
-                       "k1-reward-to-go, prefix weight", "full-both, prefix weight"]),
-    ("sequence weight", ["k3-both, sequence weight", "k1-reward-to-go, sequence weight",
-                         "k1-reward-sequence, sequence weight, clip 0.2", "full-both, sequence weight"]),
-]  # fmt: skip
 
 
 def lag_text() -> tuple[str, str]:
@@ -297,11 +289,9 @@ def lag_text() -> tuple[str, str]:
     )
 
 
-study.save_figure("08_lag", gl.plots.lags(lags, GROUPS), lags, *lag_text(), verdicts)
+study.save_figure("08_lag", gl.figure("08_lag", lags), lags, *lag_text(), verdicts)
 
 # %%
-BASES = ["full-both, prefix weight", "k3-loss, differentiated prefix weight", "k1-reward-to-go, sequence weight",
-         "k2-loss, token weight"]  # fmt: skip
 bounded = lags[lags["estimator"].str.replace(r" ≤ \d+$", "", regex=True).isin(BASES)]
 
 
@@ -328,7 +318,7 @@ def truncation_text() -> tuple[str, str]:
     )
 
 
-study.save_figure("08_truncation", gl.plots.truncation(bounded, BASES), bounded, *truncation_text(), verdicts)
+study.save_figure("08_truncation", gl.figure("08_truncation", bounded), bounded, *truncation_text(), verdicts)
 
 # %%
 off = published[published["off_policy"]]
@@ -348,7 +338,7 @@ def published_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("08_published", gl.plots.weighted(off), published, *published_text(off), verdicts)
+study.save_figure("08_published", gl.figure("08_published", published), published, *published_text(off), verdicts)
 
 
 # %%
@@ -376,7 +366,7 @@ def compositions_text(frame: pd.DataFrame, in_use: pd.DataFrame) -> tuple[str, s
     )
 
 
-figure = gl.plots.compositions(compositions, [f"noise_{i}" for i in range(len(trees))])
+figure = gl.figure("08_compositions", compositions)
 study.save_figure("08_compositions", figure, compositions, *compositions_text(compositions, in_use), verdicts)
 
 
@@ -396,7 +386,7 @@ def one_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("08_one", gl.plots.credit(credit), credit, *one_text(credit), verdicts)
+study.save_figure("08_one", gl.figure("08_one", credit), credit, *one_text(credit), verdicts)
 
 
 # %%
@@ -431,7 +421,7 @@ def growth_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("08_growth", gl.plots.worth(growth), growth, *growth_text(growth), verdicts)
+study.save_figure("08_growth", gl.figure("08_growth", growth), growth, *growth_text(growth), verdicts)
 
 
 # %%
@@ -457,4 +447,4 @@ def winners_text(winners: pd.DataFrame, regrets: pd.DataFrame) -> tuple[str, str
     )
 
 
-study.save_figure("08_winners", gl.plots.winners(winners), winners, *winners_text(winners, regrets), verdicts)
+study.save_figure("08_winners", gl.figure("08_winners", winners), winners, *winners_text(winners, regrets), verdicts)

@@ -214,7 +214,7 @@ def paths_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("09_paths", gl.plots.ascents(paths, optima), paths, *paths_text(ends), verdicts)
+study.save_figure("09_paths", gl.figure("09_paths", paths, optima), paths, *paths_text(ends), verdicts)
 
 
 # %%
@@ -245,8 +245,7 @@ ON_TREES = ["k2-loss-sequence", "k1-reward-to-go", "full-both", "k2-loss", "k3-l
 shown = ends[(ends["family"] == "tree") & ends["estimator"].isin(ON_TREES)].copy()
 shown["estimator"] = pd.Categorical(shown["estimator"], ON_TREES, ordered=True)
 shown = shown.sort_values(["world", "estimator", "coefficient"]).astype({"estimator": str})
-curves = curves[curves["world"].isin(shown["world"])]
-study.save_figure("09_trees", gl.plots.fixed_points(shown, curves), shown, *trees_text(shown), verdicts)
+study.save_figure("09_trees", gl.figure("09_trees", shown, curves), shown, *trees_text(shown), verdicts)
 
 
 # %%
@@ -271,4 +270,4 @@ def weaker_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("09_weaker", gl.plots.weaker(weaker), weaker, *weaker_text(weaker), verdicts)
+study.save_figure("09_weaker", gl.figure("09_weaker", weaker), weaker, *weaker_text(weaker), verdicts)

@@ -17,6 +17,7 @@ import torch
 
 import gradlab as gl
 from gradlab.estimators.catalogue import name_of
+from gradlab.plots.figures import BEST, OFF, ON
 from gradlab.policies import behaviour, small
 from gradlab.policies.small import pairs
 from gradlab.questions import language, log_ratios
@@ -49,12 +50,11 @@ sums, names = ({stage: scenario(task, stage) for stage in STAGES} for task in ("
 # ## The catalogue, exact and sampled
 
 # %%
-NAMES = ["k1-loss", "k2-loss", "k3-loss", "full-loss", "k2-loss-sequence", "k1-reward-to-go", "k3-both", "full-both"]
 draws = study.pick(full=2048, quick=256)
 parts = [
-    gl.measure(NAMES, list(sums.values()), TARGETS),
-    gl.measure(NAMES, sums[STAGES[-1]], TARGETS, samples=draws, seed=seed),
-    gl.measure(NAMES, list(names.values()), TARGETS, samples=draws, seed=seed),
+    gl.measure(ON, list(sums.values()), TARGETS),
+    gl.measure(ON, sums[STAGES[-1]], TARGETS, samples=draws, seed=seed),
+    gl.measure(ON, list(names.values()), TARGETS, samples=draws, seed=seed),
 ]
 catalogue = pd.concat(parts, ignore_index=True)
 stage_of = {s.label: (task, stage) for task, group in (("addition", sums), ("names", names)) for stage, s in group.items()}
@@ -134,7 +134,6 @@ tried = {name_of(e): e for e in gl.search.compositions(baselines=(None, "kl"))}
 searched = gl.search.against(tried, [tree_case], [TARGETS[0]])
 known = sorted(searched.loc[searched["bias"] < gl.search.UNBIASED, "estimator"], key=lambda name: name not in gl.ESTIMATORS)
 unbiased = list(dict.fromkeys(gl.search.equivalent_estimators({name: tried[name] for name in known}, tree_case).values()))
-BEST = "full-both-prefix"
 
 
 def over(noise: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -165,16 +164,6 @@ ENGINES = {
 }
 if study.quick:
     ENGINES = {kind: ENGINES[kind] for kind in ("on-policy", "bfloat16 engine", "nucleus 0.95")}
-OFF = [
-    "k2-loss",
-    "k3-loss",
-    "full-loss",
-    "full-both",
-    "k1-reward-to-go",
-    "k3-loss-token",
-    "k1-reward-sequence-weight",
-    "full-both-prefix",
-]
 ALL = {name: tried[name] for name in dict.fromkeys([*OFF, *unbiased])}
 frames, steps_of_engine = [], []
 for kind, engine in ENGINES.items():
@@ -279,9 +268,7 @@ def catalogue_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-shown = catalogue[catalogue["target"] == TARGETS[0]]
-figure = gl.plots.language_models(shown, NAMES)
-study.save_figure("10_catalogue", figure, catalogue, *catalogue_text(catalogue), verdicts)
+study.save_figure("10_catalogue", gl.figure("10_catalogue", catalogue), catalogue, *catalogue_text(catalogue), verdicts)
 
 
 # %%
@@ -304,7 +291,7 @@ def ratios_text(extremes: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("10_ratios", gl.plots.token_ratios(spread), spread, *ratios_text(extremes), verdicts)
+study.save_figure("10_ratios", gl.figure("10_ratios", spread), spread, *ratios_text(extremes), verdicts)
 
 
 # %%
@@ -329,7 +316,7 @@ def sides_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("10_sides", gl.plots.side_shares(sides), sides, *sides_text(sides), verdicts)
+study.save_figure("10_sides", gl.figure("10_sides", sides), sides, *sides_text(sides), verdicts)
 
 
 # %%
@@ -353,8 +340,7 @@ def named_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-by_stage = sides.assign(second=sides["under_second"])
-study.save_figure("10_tokens", gl.plots.named_tokens(largest, by_stage), largest, *named_text(largest), verdicts)
+study.save_figure("10_tokens", gl.figure("10_tokens", largest, sides), largest, *named_text(largest), verdicts)
 
 
 # %%
@@ -382,8 +368,7 @@ def engines_text(frame: pd.DataFrame) -> tuple[str, str]:
 
 per_token = pd.concat(steps_of_engine, ignore_index=True)
 study.save_frame("10_log_weights", per_token)
-shown = engines[engines["estimator"].isin(OFF)]
-study.save_figure("10_engines", gl.plots.engines(shown, per_token), engines, *engines_text(engines), verdicts)
+study.save_figure("10_engines", gl.figure("10_engines", engines, per_token), engines, *engines_text(engines), verdicts)
 
 # %%
 rivals = engines[
@@ -434,4 +419,4 @@ def growth_text(frame: pd.DataFrame, rivals: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("10_growth", gl.plots.engine_noise(rivals, growth), growth, *growth_text(growth, rivals), verdicts)
+study.save_figure("10_growth", gl.figure("10_growth", engines, growth), growth, *growth_text(growth, rivals), verdicts)

@@ -250,11 +250,9 @@ def exact_text(frame: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("11_exact", gl.plots.credit(both), both, *exact_text(both), verdicts)
+study.save_figure("11_exact", gl.figure("11_exact", both), both, *exact_text(both), verdicts)
 
 # %%
-LINES = ["k2-loss", "k3-loss", "k3-loss-sequence", "k1-reward-to-go", "k3-reward-to-go", "full-loss", "full-both"]
-SHOWN = [name for name in LINES if name in names]
 
 
 def stages_text(frame: pd.DataFrame, progress: pd.DataFrame) -> tuple[str, str]:
@@ -282,7 +280,7 @@ def stages_text(frame: pd.DataFrame, progress: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("11_catalogue", gl.plots.stages(catalogue, SHOWN), catalogue, *stages_text(catalogue, progress), verdicts)
+study.save_figure("11_catalogue", gl.figure("11_catalogue", catalogue), catalogue, *stages_text(catalogue, progress), verdicts)
 
 
 # %%
@@ -313,8 +311,7 @@ def ratios_text(frame: pd.DataFrame, progress: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-figure = gl.plots.token_ratios(spread[spread["kind"] == "bin"])
-study.save_figure("11_ratios", figure, spread, *ratios_text(spread, progress), verdicts)
+study.save_figure("11_ratios", gl.figure("11_ratios", spread), spread, *ratios_text(spread, progress), verdicts)
 
 # %%
 shown = one
@@ -340,11 +337,7 @@ def tokens_text(frame: pd.DataFrame, sides: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-shares = {"expected_share": "expected", "second_share": "second", "under_second": "second"}
-figure = gl.plots.named_tokens(
-    carried[carried["scenario"] == shown.label].drop(columns=["expected", "second"]).rename(columns=shares),
-    sides.rename(columns=shares),
-)
+figure = gl.figure("11_tokens", carried, sides)
 study.save_figure("11_tokens", figure, carried, *tokens_text(carried, sides), verdicts)
 
 
@@ -373,5 +366,5 @@ def mismatch_text(frame: pd.DataFrame, engine_tokens: pd.DataFrame) -> tuple[str
 
 
 study.save_frame("11_engine", engine_tokens)
-figure = gl.plots.engines(mismatch, engine_tokens)
+figure = gl.figure("11_mismatch", mismatch, engine_tokens)
 study.save_figure("11_mismatch", figure, mismatch, *mismatch_text(mismatch, engine_tokens), verdicts)

@@ -79,7 +79,7 @@ def kinds_text(frame: pd.DataFrame, kinds: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-study.save_figure("12_kinds", gl.plots.shipped_kinds(kinds), kinds, *kinds_text(frame, kinds), verdicts)
+study.save_figure("12_kinds", gl.figure("12_kinds", kinds), kinds, *kinds_text(frame, kinds), verdicts)
 
 
 # %%
@@ -108,7 +108,7 @@ def settings_text(settings: pd.DataFrame, frame: pd.DataFrame) -> tuple[str, str
     )
 
 
-study.save_figure("12_settings", gl.plots.shipped_settings(settings), settings, *settings_text(settings, frame), verdicts)
+study.save_figure("12_settings", gl.figure("12_settings", settings), settings, *settings_text(settings, frame), verdicts)
 
 
 # %%
@@ -132,7 +132,7 @@ def curves_text(curves: pd.DataFrame, shown: pd.DataFrame, frame: pd.DataFrame) 
 on = frame[(frame["policy"] == "on") & ~frame["failures"].str.contains("length|padding|batch")]
 summed = curves[curves["subject"].isin(on["subject"])]
 shown = shipped.distinct(summed)
-study.save_figure("12_pulls", gl.plots.audited_curves(shown), shown, *curves_text(summed, shown, frame), verdicts)
+study.save_figure("12_pulls", gl.figure("12_pulls", shown), shown, *curves_text(summed, shown, frame), verdicts)
 
 # %% [markdown]
 # ## The page

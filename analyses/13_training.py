@@ -73,7 +73,7 @@ def runs_text(frame: pd.DataFrame) -> tuple[str, str]:
 
 
 shown = one[one["coefficient"].isin([0.0, MIDDLE])]
-study.save_figure("13_runs", gl.plots.training_runs(shown), shown, *runs_text(shown), verdicts)
+study.save_figure("13_runs", gl.figure("13_runs", shown), shown, *runs_text(shown), verdicts)
 
 
 # %%
@@ -100,4 +100,4 @@ def compared_text(frame: pd.DataFrame) -> tuple[str, str]:
 
 ends = runs.ends(one)
 study.save_frame("13_ends", ends)
-study.save_figure("13_training", gl.plots.training_compared(compared, ends), compared, *compared_text(compared), verdicts)
+study.save_figure("13_training", gl.figure("13_training", compared, ends), compared, *compared_text(compared), verdicts)

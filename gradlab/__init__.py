@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradlab.moments import Moments
     from gradlab.objectives import OBJECTIVES
     from gradlab.per_sample import backprop
+    from gradlab.plots.figures import figure
     from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
     from gradlab.questions import asymmetry, language, lengths, off_policy, optima, restoring, sequences, tails
     from gradlab.questions import compositions as search
@@ -77,6 +78,7 @@ __all__ = [
     "components",
     "exact",
     "field",
+    "figure",
     "fixedpoints",
     "intervals",
     "language",
@@ -120,6 +122,7 @@ _HOMES = {
     "TARGETS": "targets",
     "Target": "targets",
     "__version__": "_common.provenance",
+    "figure": "plots.figures",
     "lesson": "lessons",
     "register": "extensions",
     "train": "training",

@@ -21,6 +21,7 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
     | a claim, made by `gl.claims.claim` | its id and scope | |
     | an audit adapter: a module, or an object, with `PACKAGE`, `INSTALL` and `subjects()` | needed | |
     | an analysis: `Path` of a script `NN_name.py` | its own | |
+    | a `gl.plots.Drawing` of a figure of an analysis | needed | |
 
     What is declared of an estimator is not believed but measured: `gl.testing.assert_descends` checks it. The same thing may be
     registered again; worker processes are told.
@@ -70,6 +71,10 @@ def register(item: Any, name: str | None = None, **declared: Any) -> None:
 
         analysis = Analysis(Path(item))
         ANALYSES.add(_own(analysis.name, name), analysis)
+    elif type(item).__name__ == "Drawing":  # nobody else waits for matplotlib
+        from gradlab.plots import FIGURES
+
+        FIGURES.add(_needed(name, "a figure"), item)
     elif all(hasattr(item, part) for part in ("PACKAGE", "INSTALL", "subjects")):
         from gradlab.audit.adapters import ADAPTERS
 

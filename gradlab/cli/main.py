@@ -15,6 +15,7 @@ import typer
 
 from gradlab._common.provenance import __version__
 from gradlab.cli.audit import audit_command
+from gradlab.cli.figure import figure_command
 from gradlab.cli.lesson import lesson_command
 from gradlab.cli.measure import measure_command
 from gradlab.cli.reproduce import Output, analyses, reproduce, title
@@ -82,6 +83,7 @@ app.command(name="measure")(measure_command)
 app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
 app.command(name="utility")(utility_command)
+app.command(name="figure")(figure_command)
 app.command(name="lesson")(lesson_command)
 
 

@@ -9,22 +9,26 @@ from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
+from gradlab.plots.figures import FIGURES, Drawing
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
-from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Style, style_of, styled, stylesheet
+from gradlab.plots.style import COLUMN, HUES, PAGE, VIA, Figure, Style, style_of, styled, stylesheet
 from gradlab.plots.tails import chi2, rare_token, running, variance_map
 from gradlab.plots.training import training_compared, training_runs
 from gradlab.plots.values import crossover, gradients, schulman
 
 __all__ = [
     "COLUMN",
+    "FIGURES",
     "HUES",
     "PAGE",
     "VIA",
+    "Drawing",
+    "Figure",
     "Style",
     "ascents",
     "audited_curves",

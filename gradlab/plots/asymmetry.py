@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, dots, handle, number, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, dots, handle, number, panels, small, style_of, styled
 
 #: What the columns of the bands are called on paper.
 TITLES = {
@@ -46,7 +46,7 @@ def sides(frame: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_formatter("{x:g}")
             ax.grid()
         axes[0].set_ylabel(f"{world}\nshare of under-sampled")
-    figure.supxlabel("KL(policy ‖ reference), nats", fontsize=7.5)
+    figure.supxlabel("KL(policy ‖ reference), nats")
     handles = [handle(name, marker="") for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(names))
     panels(grid.flat)
@@ -138,7 +138,7 @@ def tail_indices(frame: pd.DataFrame, hill: pd.DataFrame) -> Figure:
         axes[2].fill_between(rows["k"], rows["index_low"], rows["index_high"], color=colour, alpha=0.2, linewidth=0)
         axes[2].plot(rows["k"], rows["index"], VIA["sampled"], color=colour)
         x, y = rows["k"].max() * 1.3, rows["index"].iloc[-1]
-        axes[2].annotate(f"{ratio:g} σ_ref\nα = {exact:.3g}", (x, y), fontsize=7, va="center", annotation_clip=False)
+        axes[2].annotate(f"{ratio:g} σ_ref\nα = {exact:.3g}", (x, y), fontsize=small(), va="center", annotation_clip=False)
     axes[2].axhline(2, color="#999999", linewidth=0.6, linestyle=(0, (3, 2)))
     axes[2].set(
         title="tail index of δ, Gaussian", xlabel="k largest of the draws", ylabel="tail index α", xscale="log", yscale="log"
@@ -182,7 +182,7 @@ def restoring(paths: pd.DataFrame, times: pd.DataFrame) -> Figure:
         ax.axvline(0, color="#999999", linewidth=0.6)
         ax.set(yscale="log", xlabel="log-odds off at the start, nats", title=f"reference probability {reference:g}")
         for x, text in ((0.25, "dropped"), (0.75, "inflated")):
-            ax.text(x, 0.99, text, transform=ax.transAxes, ha="center", va="top", fontsize=7, color="#555555")
+            ax.text(x, 0.99, text, transform=ax.transAxes, ha="center", va="top", fontsize=small(), color="#555555")
         ax.grid()
     low, high = times["time"].min() / 2, times["time"].max() * 4
     for ax in axes[1:]:

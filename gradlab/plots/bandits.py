@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.tri import Triangulation
 
-from gradlab.plots.style import COLUMN, PAGE, TRUTH, Figure, dots, handle, number, panels, style_of, styled
+from gradlab.plots.style import COLUMN, PAGE, TRUTH, Figure, dots, handle, number, panels, small, style_of, styled
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -85,7 +85,7 @@ def objectives(frame: pd.DataFrame) -> Figure:
             if bias < ZERO:
                 ax.add_patch(Rectangle((x - 0.42, y - 0.4), 0.84, 0.8, color=colour, linewidth=0))
                 text, ink = "0", "black" if np.dot(to_rgb(colour), [0.3, 0.59, 0.11]) > 0.55 else "white"
-            ax.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
+            ax.text(x, y, text, ha="center", va="center", fontsize=small(), color=ink)
     short = [target.replace("_frozen_prefix", "").replace("_kl", " KL").replace("chi2", "½χ²") for target in targets]
     # Of one step both forms are the same; beside the whole one the frozen one says what it is.
     short = [f"{name}\nfrozen" if target.removesuffix("_frozen_prefix") in {*targets} - {target} else name
@@ -129,7 +129,9 @@ def field(frame: pd.DataFrame) -> Figure:
         axes[-1].tick_params(labelbottom=axes[-1] is grid[-1, -1])
         for ax in axes[:-1]:
             _mark(ax, _flat(np.array([_numbers(reference)])), part[part["grid"] == "instance"])
-        axes[0].text(-0.02, 1.0, f"ref {reference}", transform=axes[0].transAxes, rotation=90, va="top", ha="right", fontsize=7)
+        axes[0].text(
+            -0.02, 1.0, f"ref {reference}", transform=axes[0].transAxes, rotation=90, va="top", ha="right", fontsize=small()
+        )
     grid[-1, -1].set_xlabel("log π(A)/π(C)")
     handles = [
         Line2D([], [], marker="*", color="black", linestyle="none", markersize=6, label="reference"),

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, panels, small, style_of, styled
 
 #: Backgrounds of the two sides: under-sampled tokens (π < ref) and over-sampled ones (π > ref).
 UNDER, OVER = "#F2F2F2", "white"
@@ -40,7 +40,7 @@ def coefficients(frame: pd.DataFrame) -> Figure:
         ax.set(xlim=(part["probability"].min(), 1), ylim=(-2e3, 9))
         ax.set_yticks([-1000, -100, -10, -1, 0, 1], ["−1000", "−100", "−10", "−1", "0", "1"])
         for x, y, text in ((0.38, 0.985, "under-sampled"), (0.888, 0.13, "over-\nsampled")):
-            ax.text(x, y, text, transform=ax.transAxes, ha="center", va="top", fontsize=7, color="#555555")
+            ax.text(x, y, text, transform=ax.transAxes, ha="center", va="top", fontsize=small(), color="#555555")
         ax.grid(axis="y")
     axes[0].set_ylabel("coefficient on ∇log π(y)")
     if len(clamps) > 1:

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 
 from gradlab.plots.off_policy import CODES, LAG, ZERO, field_look
-from gradlab.plots.style import PAGE, Figure, Style, panels, styled
+from gradlab.plots.style import PAGE, Figure, Style, panels, small, styled
 
 
 def _goals(columns: Sequence[str], narrow: bool = False) -> list[str]:
@@ -52,7 +52,7 @@ def weighted(frame: pd.DataFrame) -> Figure:
                 if zero:
                     ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, linewidth=0))
                 ink = "white" if zero and np.dot(to_rgb(colour), [0.3, 0.59, 0.11]) < 0.55 else "black"
-                ax.text(x, y, "0" if zero else f"{bias:.2g}", ha="center", va="center", fontsize=7, color=ink)
+                ax.text(x, y, "0" if zero else f"{bias:.2g}", ha="center", va="center", fontsize=small(), color=ink)
         ax.set_xticks(range(len(shown[family])), _goals(shown[family], narrow=True))
         ax.set_yticks(range(len(names)), names)
         ax.xaxis.tick_top()
@@ -113,7 +113,7 @@ def _counts(ax: Axes, frame: pd.DataFrame) -> None:
         for y, goal in enumerate(goals):
             count = int((part[goal] < ZERO).sum())
             ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color="#DCE9F2" if count else "#F6F6F6", linewidth=0))
-            ax.text(x, y, str(count), ha="center", va="center", fontsize=7, color="black" if count else "#999999")
+            ax.text(x, y, str(count), ha="center", va="center", fontsize=small(), color="black" if count else "#999999")
     ax.set_yticks(range(len(goals)), _goals(goals))
     ax.set_xticks(range(len(CODES)), [f"{w}\n{int((frame['weight'] == w).sum())}" for w in CODES])
     ax.set(xlim=(-0.5, len(CODES) - 0.5), ylim=(len(goals) - 0.5, -0.5), title="unbiased for …")
@@ -170,5 +170,5 @@ def _cell(ax: Axes, x: int, y: int, row: pd.DataFrame, used: dict[str, Style]) -
     code = CODES[str(fields["weight"])] + ("" if pd.isna(bound) else f"≤{bound:g}")
     shade = np.dot(to_rgb(look.colour), [0.3, 0.59, 0.11]) * 0.75 + 0.25
     ink = "black" if shade > 0.55 or error >= 1 else "white"
-    ax.text(x, y + 0.2, code, ha="center", va="center", fontsize=7, fontweight="bold", color=ink)
-    ax.text(x, y - 0.22, f"{error:.2g}", ha="center", va="center", fontsize=7, color=ink)
+    ax.text(x, y + 0.2, code, ha="center", va="center", fontsize=small(), fontweight="bold", color=ink)
+    ax.text(x, y - 0.22, f"{error:.2g}", ha="center", va="center", fontsize=small(), color=ink)

@@ -66,7 +66,7 @@ def distances(frame: pd.DataFrame, bias: Sequence[str], noise: Sequence[str]) ->
     grid[1, 0].set_ylim(-1.05, 1.05)
     grid[2, 0].set_ylim(3e-2, 3e4)
     figure.legend(handles=[handle(name) for name in dict.fromkeys([*bias, *noise])], loc="outside upper center", ncols=5)
-    figure.supxlabel(DISTANCE, fontsize=7.5)
+    figure.supxlabel(DISTANCE)
     panels(grid.flat)
     return figure
 
@@ -83,7 +83,7 @@ def catalogue(frame: pd.DataFrame) -> Figure:
     """
     families, names = list(dict.fromkeys(frame["family"])), list(dict.fromkeys(frame["estimator"]))
     figure = Figure(figsize=(PAGE, 0.75 + 0.128 * len(names)))
-    grid = figure.subplots(1, 2 * len(families), sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, 2 * len(families), sharey=True, squeeze=False, columns=len(families))[0]
     norms = {"bias": LogNorm(1e-3, 10), "noise": LogNorm(1e-1, 1e3)}
     for s, statistic in enumerate(norms):
         axes = grid[s * len(families) : (s + 1) * len(families)]
@@ -103,7 +103,7 @@ def catalogue(frame: pd.DataFrame) -> Figure:
         bar = figure.colorbar(picture, ax=list(axes), location="bottom", aspect=30, pad=0.02, extend="both")
         bar.set_label(f"{_ROWS[statistic]} (white: 0)")
     grid[0].set_yticks(range(len(names)), names)
-    figure.supxlabel(f"columns: {DISTANCE}", fontsize=7.5)
+    figure.supxlabel(f"columns: {DISTANCE}")
     panels(grid)
     return figure
 
@@ -180,7 +180,7 @@ def batches(frame: pd.DataFrame) -> Figure:
         [], [], color=NEUTRAL, marker="o", markerfacecolor="white", linestyle="none", markersize=3, label="drawn batches"
     )
     figure.legend(handles=[*lines, shown], loc="outside upper center", ncols=len(names) + 1)
-    figure.supxlabel("batch size, responses", fontsize=7.5)
+    figure.supxlabel("batch size, responses")
     panels(grid.flat)
     return figure
 
@@ -206,7 +206,7 @@ def crossovers(frame: pd.DataFrame) -> Figure:
     grid[0].set_ylabel("crossover, responses")
     names = list(dict.fromkeys(frame["estimator"]))
     figure.legend(handles=[handle(name) for name in names], loc="outside upper center", ncols=len(names))
-    figure.supxlabel(DISTANCE, fontsize=7.5)
+    figure.supxlabel(DISTANCE)
     panels(grid)
     return figure
 
@@ -245,6 +245,6 @@ def ratios(frame: pd.DataFrame, statistic: str, label: str) -> Figure:
     if (frame["scenarios"] == 1).any():
         lines.append(Line2D([], [], color="black", marker="x", linestyle="none", markersize=4.5, label="counterexample"))
     figure.legend(handles=lines, loc="outside upper center", ncols=4)
-    figure.supxlabel(DISTANCE, fontsize=7.5)
+    figure.supxlabel(DISTANCE)
     panels(grid)
     return figure

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from gradlab.plots.bandits import CORNERS
-from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, handle, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, handle, panels, small, style_of, styled
 
 _CLOSED: dict[str, Any] = {"color": "black", "linestyle": VIA["closed form"], "linewidth": 1.0}
 
@@ -69,7 +69,7 @@ def _corners(ax: Axes, paths: pd.DataFrame) -> None:
     for v, (corner, offset) in enumerate(zip(CORNERS, ((0, -8), (0, -8), (0, 6)), strict=True)):
         text = f"r = {paths[f'reward_{v}'].iloc[0]:g}"
         ax.annotate(
-            text, corner, offset, textcoords="offset points", ha="center", va="center", fontsize=7, annotation_clip=False
+            text, corner, offset, textcoords="offset points", ha="center", va="center", fontsize=small(), annotation_clip=False
         )
     ax.set(aspect="equal", xlim=(-0.05, 1.05), ylim=(-0.1, 0.95))
     ax.axis("off")

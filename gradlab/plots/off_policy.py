@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 
 from gradlab.estimators.estimator import Estimator
-from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, Style, look_of, panels, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, Style, look_of, panels, small, styled
 
 #: How an importance weight is written in a cell.
 CODES = {"none": "–", "token": "T", "prefix": "P", "sequence": "S"}
@@ -124,7 +124,7 @@ def truncation(frame: pd.DataFrame, bases: Sequence[str], shown: Sequence[float]
             _bands(grid[:, column], part, floor, colour, linestyle=VIA["exact"])
             end = part.groupby("nominal")["noise"].median()
             grid[1, column].annotate(
-                f"{bound:g}", (end.index[-1], end.iloc[-1]), (3, 3 * (i - 1)), textcoords="offset points", fontsize=7,
+                f"{bound:g}", (end.index[-1], end.iloc[-1]), (3, 3 * (i - 1)), textcoords="offset points", fontsize=small(),
                 va="center", color=colour, annotation_clip=False,
             )  # fmt: skip
         for ax, statistic in zip(grid[:, column], ("bias", "noise"), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, Figure, dots, handle, panels, style_of, styled
+from gradlab.plots.style import COLUMN, PAGE, TRUTH, VIA, Figure, dots, handle, panels, small, style_of, styled
 from gradlab.plots.values import _via_handles as via_handles
 
 #: How targets are written on an axis.
@@ -161,7 +161,7 @@ def baselines(frame: pd.DataFrame) -> Figure:
     shown = grouped[grouped["scenario"].isin(grouped.loc[grouped["via"] == "sampled", "scenario"])]
     n = np.linspace(grouped["group"].min(), grouped["group"].max(), 50)
     axes[0].plot(n, 1 / n, **TRUTH)
-    axes[0].annotate("1/n", (n[5], 1 / n[5]), (4, 3), textcoords="offset points", fontsize=7)
+    axes[0].annotate("1/n", (n[5], 1 / n[5]), (4, 3), textcoords="offset points", fontsize=small())
     axes[0].axhline(0, **TRUTH)
     for look, part in shown.groupby("look", sort=False):
         exact, sampled = part[part["via"] == "exact"], part[part["via"] == "sampled"]
@@ -176,7 +176,7 @@ def baselines(frame: pd.DataFrame) -> Figure:
         axes[1].plot(part["group"], part["noise_ratio"], VIA["exact"], color=shape.colour, marker=shape.marker, markersize=3.5)
         last = part.iloc[-1]
         axes[1].annotate(f"KL {last['kl']:.3g}", (last["group"], last["noise_ratio"]), (4, 0), textcoords="offset points",
-                         fontsize=7, va="center", annotation_clip=False)  # fmt: skip
+                         fontsize=small(), va="center", annotation_clip=False)  # fmt: skip
     axes[1].axhline(1, **TRUTH)
     axes[1].set(title="noise", xlabel="responses to one prompt, n", ylabel="noise / noise without baseline", yscale="log")
     axes[1].set_yticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
@@ -218,7 +218,7 @@ def normalisers(frame: pd.DataFrame) -> Figure:
                 dots(axes[1], [before], [at], name, markersize=2, alpha=0.5)
             dots(axes[1], [after], [at], name, markersize=3)
         if mean["sin_angle"].isna().all():
-            axes[0].text(0.03, y, "no direction without 1/L", fontsize=7, va="center")
+            axes[0].text(0.03, y, "no direction without 1/L", fontsize=small(), va="center")
     for ax in axes[:2]:
         ax.axvline(0, **TRUTH)
         ax.grid(axis="x")

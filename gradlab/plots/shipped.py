@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from gradlab.plots.style import PAGE, Figure, panels, styled
+from gradlab.plots.style import PAGE, Figure, panels, small, styled
 
 #: Objectives shown, with a name short enough for a column.
 TARGETS = {
@@ -33,6 +33,7 @@ def shipped_kinds(frame: pd.DataFrame) -> Figure:
     >>> len(gl.plots.shipped_kinds(frame).axes)
     4
     """
+    frame = frame.fillna({"match": ""})
     names = list(dict.fromkeys(frame["kind"]))
     frameworks = [column.removeprefix("n_") for column in map(str, frame) if column.startswith("n_")]
     figure = Figure(figsize=(PAGE, 1.45 + 0.152 * len(names)))
@@ -43,10 +44,10 @@ def shipped_kinds(frame: pd.DataFrame) -> Figure:
             count = int(counts[f"n_{framework}"].to_dict()[name])
             if count:
                 left.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color="#DCE9F2", linewidth=0))
-                left.text(x, y, str(count), ha="center", va="center", fontsize=6.5)
+                left.text(x, y, str(count), ha="center", va="center", fontsize=small())
     left.set_xticks(range(len(frameworks)), frameworks, rotation=90)
     left.set(title="configurations", xlim=(-0.5, len(frameworks) - 0.5))
-    left.set_yticks(range(len(names)), names, fontsize=6.5)
+    left.set_yticks(range(len(names)), names, fontsize=small())
     for ax, policy in zip(axes, ("on", "off"), strict=True):
         _cells(ax, frame[frame["policy"] == policy], names)
         ax.set_title(f"{policy}-policy")
@@ -95,9 +96,10 @@ def shipped_settings(frame: pd.DataFrame) -> Figure:
     configuration, `others` how many more descend the same; where the scope is limited the cell is pale and says so.
 
     >>> frame = gl.claims.load("figures", ["12_settings"])["12_settings"]
-    >>> len(gl.plots.shipped_settings(frame.fillna("")).axes)
+    >>> len(gl.plots.shipped_settings(frame).axes)
     1
     """
+    frame = frame.fillna({"subject": "", "scope": "", "configuration": ""})  # no text is read from a file as missing
     rows = frame.drop_duplicates("framework")
     figure = Figure(figsize=(PAGE, 0.75 + 0.42 * len(rows)))
     ax = figure.subplots()
@@ -110,7 +112,7 @@ def shipped_settings(frame: pd.DataFrame) -> Figure:
             more = f"\n+ {cell['others']} more" if cell["others"] else ""
             limit = "" if cell["scope"] in ("", "everywhere") else f"\n({LIMITS[str(cell['scope'])]})"
             text = _wrapped(name) + more + limit if name else "no configuration"
-            ax.text(x, y, text, ha="center", va="center", fontsize=6.5, color="black" if name else "#777777")
+            ax.text(x, y, text, ha="center", va="center", fontsize=small(), color="black" if name else "#777777")
     labels = [f"{h['framework']} {h['version']}\n{h['configurations']} configurations" for _, h in rows.iterrows()]
     ax.set_yticks(range(len(rows)), labels)
     ax.set_xticks(range(len(GOALS)), list(GOALS.values()))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import HUES, NEUTRAL, PAGE, TRUTH, Figure, handle, panels, style_of, styled
+from gradlab.plots.style import NEUTRAL, PAGE, TRUTH, Figure, handle, hue, panels, small, style_of, styled
 
 #: Letters that would not show.
 SEEN = {"\n": "↵", " ": "␣"}
@@ -157,7 +157,7 @@ def _label(ax: Axes, frame: pd.DataFrame, column: str, labels: int) -> None:
         if any(abs(x - a) < half + other and abs(y - b) < 0.08 * height for a, b, other in placed):
             continue
         placed.append((x, y, half))
-        ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=7)
+        ax.annotate(text, (x, y), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=small())
 
 
 def _written(prefix: str, token: str) -> str:
@@ -179,7 +179,7 @@ def engines(frame: pd.DataFrame, tokens: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(rows["estimator"]))[::-1]
     kinds = list(dict.fromkeys(rows["behaviour"]))
     markers = dict(zip(kinds, "|osD^v", strict=False))
-    hues = dict(zip(kinds, ["black", *[HUES[k] for k in ("k1", "k2", "k3", "full")], NEUTRAL], strict=False))
+    hues = dict(zip(kinds, ["black", *[hue(k) for k in ("k1", "k2", "k3", "full")], NEUTRAL], strict=False))
     figure = Figure(figsize=(PAGE, 3.0))
     left, right = figure.subplots(1, 2, width_ratios=[1.9, 1])
     floor = 0.0003

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from itertools import cycle
+from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -19,8 +22,9 @@ from matplotlib.lines import Line2D
 from gradlab.estimators.catalogue import CATALOGUE, ESTIMATORS
 from gradlab.estimators.estimator import Estimator
 from gradlab.estimators.kernels import KERNELS
-from gradlab.plots.canvas import STYLESHEET
+from gradlab.plots.canvas import STYLESHEET, arranged
 from gradlab.plots.canvas import Figure as Figure
+from gradlab.plots.canvas import stylesheet as stylesheet
 
 #: Widths in inches of a column and of a page.
 COLUMN, PAGE = 3.3, 6.9
@@ -49,6 +53,9 @@ VIA = {"exact": "-", "sampled": "--", "closed form": ":"}
 
 #: Names that are not of the package in the order in which the figure at hand met them.
 _met: ContextVar[dict[str, int] | None] = ContextVar("met", default=None)
+
+#: Colours of the kernels, where others than `HUES` are asked for.
+_hues: ContextVar[dict[str, str] | None] = ContextVar("hues", default=None)
 
 F = TypeVar("F", bound=Callable[..., Figure])
 
@@ -85,7 +92,7 @@ def style_of(name: str) -> Style:
         marker, colour = divmod(met.setdefault(name, len(CATALOGUE.added) + len(met)), len(OTHERS))
         return Style(OTHERS[colour], "osD^vPX*"[marker % 8])
     placed = max((p for p in LIGHTNESS if placement.startswith(p)), key=len, default="loss")
-    return Style(_shade(HUES[kernel], LIGHTNESS[placed]), "o")
+    return Style(_shade(hue(kernel), LIGHTNESS[placed]), "o")
 
 
 def look_of(estimator: Estimator) -> Style:
@@ -95,7 +102,8 @@ def look_of(estimator: Estimator) -> Style:
 
 def hue(kernel: str) -> str:
     """The hue of a kernel; of a registered one, a colour of `OTHERS` that it keeps."""
-    return HUES[kernel] if kernel in HUES else OTHERS[list(KERNELS).index(kernel) % len(OTHERS)]
+    hues = _hues.get() or HUES
+    return hues[kernel] if kernel in HUES else OTHERS[list(KERNELS).index(kernel) % len(OTHERS)]
 
 
 def _of_registered(name: str) -> Style:
@@ -126,18 +134,51 @@ def _shade(colour: str, amount: float) -> str:
 
 
 @contextmanager
-def stylesheet() -> Iterator[None]:
-    """The style sheet, for as long as the block lasts; a figure is made and saved under it.
+def restyled(width: float | None, style: str | Path | None, palette: str | Sequence[str] | None) -> Iterator[None]:
+    """Draw at this width, under this style sheet and in these colours, for as long as the block lasts; see `gl.figure`."""
+    sheets = [] if style is None else [_sheet(style)]
+    found = None if palette is None else _palette(palette)
+    if width is not None and not 2 <= width < 100:
+        raise ValueError(f"a width is in inches, at least 2, got {width:g}; a column is {COLUMN:g} and a page {PAGE:g}")
+    if found is not None:
+        sheets.append({"axes.prop_cycle": cycler(color=found)})
+    token = _hues.set(None if found is None else dict(zip(HUES, cycle(found), strict=False)))
+    try:
+        with arranged(width, sheets):
+            yield
+    finally:
+        _hues.reset(token)
 
-    >>> import matplotlib
-    >>> before = matplotlib.rcParams["axes.spines.top"]
-    >>> with gl.plots.stylesheet():
-    ...     inside = matplotlib.rcParams["axes.spines.top"]
-    >>> before, inside
-    (True, False)
-    """
-    with mpl.rc_context(fname=STYLESHEET):
-        yield
+
+def _sheet(style: str | Path) -> dict[str, Any]:
+    """The settings of a style sheet: a file, one of gradlab's, or one that matplotlib knows."""
+    from matplotlib import style as known
+
+    own = {path.stem: path for path in STYLESHEET.parent.glob("*.mplstyle")}
+    if str(style) in known.library:
+        settings: Any = known.library[str(style)]
+        return dict(settings)
+    path = own.get(str(style), Path(style))
+    if not path.is_file():
+        raise ValueError(f"{style} is neither a file nor a known style; known: {', '.join([*own, *known.library])}")
+    settings = mpl.rc_params_from_file(path, use_default_template=False)
+    return dict(settings)
+
+
+def _palette(palette: str | Sequence[str]) -> list[str]:
+    """Colours of a palette: a name that seaborn knows, or a list."""
+    listed = palette.split(",") if isinstance(palette, str) else list(palette)
+    if isinstance(palette, str) and not colors.is_color_like(listed[0]):
+        from seaborn import color_palette
+
+        with suppress(ValueError):
+            listed = [colors.to_hex(colour) for colour in color_palette(palette, len(set(HUES.values())))]
+    wrong = [colour for colour in listed if not colors.is_color_like(colour)]
+    if wrong or not listed:
+        raise ValueError(
+            f"a palette is colours such as #0072B2, or a name that seaborn knows; got {', '.join(map(str, wrong))}"
+        )
+    return [colors.to_hex(colour) for colour in listed]
 
 
 def styled(function: F) -> F:
@@ -145,10 +186,10 @@ def styled(function: F) -> F:
 
     Raises `ValueError` for anything but frames, for one without rows, and for one without a column that is read.
 
-    >>> from matplotlib.figure import Figure
+    >>> from gradlab.plots import Figure
     >>> @gl.plots.styled
     ... def bars(frame):
-    ...     figure = Figure()
+    ...     figure = Figure(figsize=(3.3, 2))
     ...     figure.subplots().bar(frame["estimator"], frame["bias"])
     ...     return figure
     >>> frame = gl.measure(["k2-loss", "k3-loss"], gl.Scenario(gl.Bandit([0, 0]), gl.Bandit([0, 1])))
@@ -166,7 +207,10 @@ def styled(function: F) -> F:
         token = _met.set({})
         try:
             with stylesheet():
-                return function(*args, **kwargs)
+                figure = function(*args, **kwargs)
+                if isinstance(figure, Figure):
+                    figure.arrange()
+                return figure
         except KeyError as error:
             asked = error.args[0] if error.args else ""
             raise ValueError(
@@ -176,6 +220,11 @@ def styled(function: F) -> F:
             _met.reset(token)
 
     return wrapper  # type: ignore[return-value]
+
+
+def small() -> Any:
+    """Size of type in a figure: of what is written beside lines and in cells."""
+    return mpl.rcParams["legend.fontsize"]
 
 
 def panels(axes: Iterable[Axes]) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gradlab.plots.style import COLUMN, HUES, NEUTRAL, PAGE, TRUTH, Figure, panels, styled
+from gradlab.plots.style import COLUMN, NEUTRAL, PAGE, TRUTH, Figure, hue, panels, small, styled
 
 _MEDIAN: dict[str, Any] = {"linestyle": "--", "marker": "o", "markerfacecolor": "white", "markersize": 3, "linewidth": 1}
 
@@ -43,32 +43,32 @@ def running(frame: pd.DataFrame, shares: pd.DataFrame, reported: dict[str, float
     figure = Figure(figsize=(PAGE, 2.35))
     means, stds, rare = figure.subplots(1, 3)
     for kernel, rows in frame.groupby("kernel", sort=False):
-        colour = HUES[str(kernel)]
+        colour = hue(str(kernel))
         _over_samples(means, rows, "mean_ratio", colour)
         _over_samples(stds, rows, "std", colour)
         if str(kernel) in reported:
             stds.axhline(reported[str(kernel)], color=colour, linestyle=":", linewidth=1.2)
     first = shares[(shares["scenario"] == shares["scenario"].iloc[0]) & (shares["samples"] <= frame["samples"].max())]
-    means.plot(first["samples"], 1 - first["share"], "-", color=HUES["k3"], linewidth=1.4)
+    means.plot(first["samples"], 1 - first["share"], "-", color=hue("k3"), linewidth=1.4)
     means.axhline(1, **TRUTH)
     means.set(title="mean", ylabel="sample mean / KL", ylim=(0, 1.7))
     stds.set(title="standard deviation", ylabel="sample std, nats", yscale="log")
     stds.yaxis.set_major_formatter("{x:g}")
     looks = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2, 1, 2, 1, 2))]
     for i, (std, rows) in enumerate(shares.groupby("std", sort=True)):
-        look = {"linestyle": looks[i % len(looks)], "color": HUES["k3"], "linewidth": 1.2, "label": f"σ = {std:g}"}
+        look = {"linestyle": looks[i % len(looks)], "color": hue("k3"), "linewidth": 1.2, "label": f"σ = {std:g}"}
         rare.plot(rows["samples"], 100 * rows["share"], **look)
     rare.legend(loc="upper right", handlelength=2.6, ncols=2)
     rare.set(title="rarer than 1/n", ylabel="share of E[k3], %", ylim=(0, 85))
     for ax in (means, stds, rare):
         _decades(ax, 1 if ax is not rare else 2, 7 if ax is not rare else 12)
-    lines = [Line2D([], [], color=HUES[str(kernel)], label=str(kernel), **_MEDIAN) for kernel in dict.fromkeys(frame["kernel"])]
+    lines = [Line2D([], [], color=hue(str(kernel)), label=str(kernel), **_MEDIAN) for kernel in dict.fromkeys(frame["kernel"])]
     lines += [
-        Line2D([], [], color=HUES["k3"], linewidth=1.4, label="k3, exact, without\nevents rarer than 1/n"),
+        Line2D([], [], color=hue("k3"), linewidth=1.4, label="k3, exact, without\nevents rarer than 1/n"),
         Line2D([], [], color=NEUTRAL, linestyle=":", linewidth=1.2, label="reported std"),
     ]
     figure.legend(handles=lines, loc="outside upper center", ncols=4)
-    figure.supxlabel("number of draws n", fontsize=7.5)
+    figure.supxlabel("number of draws n")
     panels((means, stds, rare))
     return figure
 
@@ -85,7 +85,7 @@ def variance_map(frame: pd.DataFrame, border: float) -> Figure:
     """
     figure = Figure(figsize=(COLUMN, 2.6))
     ax = figure.subplots()
-    colours = dict(zip(dict.fromkeys(frame["mean"]), (HUES["k3"], "#6B2E00", "#F2B48C"), strict=False))
+    colours = dict(zip(dict.fromkeys(frame["mean"]), (hue("k3"), "#6B2E00", "#F2B48C"), strict=False))
     for mean, part in frame.groupby("mean", sort=False):
         colour = colours[mean]
         line, dots, drawn = (
@@ -98,7 +98,7 @@ def variance_map(frame: pd.DataFrame, border: float) -> Figure:
             ax.errorbar(drawn["ratio"], drawn["std"], ends, **{**_MEDIAN, "linestyle": "none"}, color=colour, elinewidth=0.7)
     ax.axvspan(frame["ratio"].min(), border, color="#EEEEEE", linewidth=0)
     ax.axvline(border, **TRUTH)
-    ax.text(border, 0.97, "infinite ", transform=ax.get_xaxis_transform(), ha="right", va="top", fontsize=7)
+    ax.text(border, 0.97, "infinite ", transform=ax.get_xaxis_transform(), ha="right", va="top", fontsize=small())
     ax.set(yscale="log", xlabel="std of policy / std of reference", ylabel="std of k3, nats", ylim=(3e-3, 1e3))
     ax.set_xlim(frame["ratio"].min(), frame["ratio"].max())
     ax.yaxis.set_major_formatter("{x:g}")
@@ -127,13 +127,13 @@ def rare_token(frame: pd.DataFrame) -> Figure:
     for ax, chance in zip(grid, chances, strict=True):
         part = frame[frame["probability"] == chance]
         line, drawn = part[part["via"] == "exact"], part[part["via"] == "sampled"]
-        ax.plot(line["samples"], line["mean_ratio"], "-", color=HUES["k3"])
+        ax.plot(line["samples"], line["mean_ratio"], "-", color=hue("k3"))
         ax.fill_between(
-            line["samples"], line["mean_ratio_q10"], line["mean_ratio_q90"], color=HUES["k3"], alpha=0.22, linewidth=0
+            line["samples"], line["mean_ratio_q10"], line["mean_ratio_q90"], color=hue("k3"), alpha=0.22, linewidth=0
         )
         ends = [drawn["mean_ratio"] - drawn["mean_ratio_low"], drawn["mean_ratio_high"] - drawn["mean_ratio"]]
         ax.errorbar(
-            drawn["samples"], drawn["mean_ratio"], ends, color=HUES["k3"], elinewidth=0.7, **{**_MEDIAN, "linestyle": "none"}
+            drawn["samples"], drawn["mean_ratio"], ends, color=hue("k3"), elinewidth=0.7, **{**_MEDIAN, "linestyle": "none"}
         )
         ax.axhline(1, **TRUTH)
         ax.axvline(1 / chance, color=NEUTRAL, linewidth=0.9, linestyle=":")
@@ -143,21 +143,21 @@ def rare_token(frame: pd.DataFrame) -> Figure:
             (2, -2),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=small(),
             va="top",
         )
         ax.set_title(f"π(token) = {chance:.2g}")
         ax.set(ylim=(0, 3), xlim=(10, 3e8))
         _decades(ax, 1, 8)
     grid[0].set_ylabel("sample mean / KL")
-    colour = HUES["k3"]
+    colour = hue("k3")
     handles: list[Any] = [
         Line2D([], [], color=colour, label="median, exact"),
         Patch(facecolor=colour, alpha=0.22, label="10–90 % of samples, exact"),
         Line2D([], [], color=colour, label="median, counted", **{**_MEDIAN, "linestyle": "none"}),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    figure.supxlabel("number of draws n", fontsize=7.5)
+    figure.supxlabel("number of draws n")
     panels(grid)
     return figure
 
@@ -176,7 +176,7 @@ def chi2(frame: pd.DataFrame, laws: pd.DataFrame) -> Figure:
     groups = list(dict.fromkeys(frame["group"]))
     figure = Figure(figsize=(PAGE, 2.3))
     axes = figure.subplots(1, len(groups) + 1)
-    shades = dict(zip(sorted(frame["kl_asked"].unique()), ("#F2B48C", HUES["k3"], "#6B2E00"), strict=False))
+    shades = dict(zip(sorted(frame["kl_asked"].unique()), ("#F2B48C", hue("k3"), "#6B2E00"), strict=False))
     for ax, group in zip(axes, groups, strict=False):
         part = frame[frame["group"] == group]
         for kl, rows in part.groupby("kl_asked"):
@@ -184,14 +184,16 @@ def chi2(frame: pd.DataFrame, laws: pd.DataFrame) -> Figure:
         ends = np.array([part["chi2"].min(), part["chi2"].max()])
         for factor, text in ((2, "2χ²"), (1, "χ²")):
             ax.plot(ends, factor * ends, color="black", linewidth=0.8, linestyle="-" if factor == 2 else (0, (1, 1.5)))
-            ax.annotate(text, (ends[1], factor * ends[1]), (1, 0), textcoords="offset points", fontsize=7, in_layout=False)
+            ax.annotate(
+                text, (ends[1], factor * ends[1]), (1, 0), textcoords="offset points", fontsize=small(), in_layout=False
+            )
         ax.set(xscale="log", yscale="log", title=group, xlabel="χ²(ref‖π)")
         ax.minorticks_off()
         ax.grid()
     axes[0].set_ylabel("tr Cov of the gradient")
     law, dots = laws[laws["via"] == "closed form"], laws[laws["via"] == "exact"]
-    axes[-1].plot(law["probability"], law["gradient_ratio"], "-", color=HUES["k3"])
-    axes[-1].plot(dots["probability"], dots["gradient_ratio"], "o", color=HUES["k3"], markersize=3)
+    axes[-1].plot(law["probability"], law["gradient_ratio"], "-", color=hue("k3"))
+    axes[-1].plot(dots["probability"], dots["gradient_ratio"], "o", color=hue("k3"), markersize=3)
     axes[-1].set(title="two tokens", xlabel="probability of a token", ylabel="tr Cov / χ²", ylim=(-0.05, 2.05), xlim=(0, 1))
     axes[-1].grid()
     handles = [

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradlab.plots.style import HUES, PAGE, TRUTH, VIA, Figure, dots, number, panels, style_of, styled
+from gradlab.plots.style import PAGE, TRUTH, VIA, Figure, dots, hue, number, panels, small, style_of, styled
 
 _TICK: dict[str, Any] = {"marker": "|", "color": "black", "linestyle": "none", "markersize": 11, "markeredgewidth": 0.9}
 
@@ -49,7 +49,7 @@ def schulman(frame: pd.DataFrame) -> Figure:
         kl = frame.loc[frame["scenario"] == scenario, "kl"].iloc[0]
         axes[0].text(
             0.012, -i * height - 0.2, f"{scenario},  KL {kl:.3g} nats", transform=axes[0].get_yaxis_transform(), va="center",
-            fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            fontsize=small(), bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
     closed = Line2D([], [], **{**_TICK, "markersize": 7}, label="closed form")
     figure.legend(handles=[*_via_handles(), closed], loc="outside upper right", ncols=3)
@@ -108,21 +108,21 @@ def crossover(frame: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid()
-    figure.supxlabel("KL(policy ‖ reference), nats", fontsize=7.5)
+    figure.supxlabel("KL(policy ‖ reference), nats")
     panels(axes)
     return figure
 
 
 def _ratios(ax: Axes, part: pd.DataFrame) -> None:
     """One line per scenario and a dot at its crossover; few groups are named at their line, many lines by a legend."""
-    ax.axhline(1, color=HUES["k1"], linewidth=1.3)
-    _label(ax, "k1", (7e-4, 1), (0, 1.5), color=HUES["k1"])
+    ax.axhline(1, color=hue("k1"), linewidth=1.3)
+    _label(ax, "k1", (7e-4, 1), (0, 1.5), color=hue("k1"))
     many = part["scenario"].nunique() > 2 * part["group"].nunique()
     for i, (group, rows) in enumerate(part.groupby("group", sort=False)):
         dash = ["-", (0, (4, 1.5)), (0, (1, 1))][i % 3] if many else "-"
         for _, line in rows.groupby("scenario", sort=False):
             shown = line[line["versus_k1"] <= 40]
-            ax.plot(shown["kl"], shown["versus_k1"], linestyle=dash, color=HUES["k3"], linewidth=0.7 if many else 1)
+            ax.plot(shown["kl"], shown["versus_k1"], linestyle=dash, color=hue("k3"), linewidth=0.7 if many else 1)
             if np.isfinite(meet := line["crossover"].iloc[0]):
                 ax.plot(meet, 1, "o", markersize=2.6, color="black", zorder=3)
             if not many:
@@ -130,14 +130,16 @@ def _ratios(ax: Axes, part: pd.DataFrame) -> None:
                 x, y = min(top["kl"], 6), min(top["versus_k1"], 24)
                 _label(ax, str(group), (x, y), (-2.5, 0 if y > 1 else -7), ha="right", va="center")
         if many:
-            ax.plot([], [], linestyle=dash, color=HUES["k3"], linewidth=0.8, label=group)
+            ax.plot([], [], linestyle=dash, color=hue("k3"), linewidth=0.8, label=group)
     if many:
         ax.legend(loc="upper left")
 
 
 def _label(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **kwargs: Any) -> None:
     """Text beside a point of the data, offset in points; it takes no room from the panels."""
-    ax.annotate(text, at, offset, textcoords="offset points", fontsize=7, annotation_clip=False, in_layout=False, **kwargs)
+    ax.annotate(
+        text, at, offset, textcoords="offset points", fontsize=small(), annotation_clip=False, in_layout=False, **kwargs
+    )
 
 
 @styled

@@ -38,9 +38,10 @@ T = TypeVar("T")
 CAPTION_WORDS = 80
 
 #: Nothing that differs between two runs of one command may enter a file.
-_METADATA: dict[str, dict[str, str | None]] = {
+METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None},
 }
 
 
@@ -98,9 +99,9 @@ class Study:
         from gradlab.plots import stylesheet  # who saves a figure has drawn one; nobody else waits for the library
 
         folder = ensure_writable(self.output)
-        for suffix, metadata in _METADATA.items():
+        for suffix in ("png", "pdf"):
             with atomic_write(folder / f"{name}.{suffix}") as part, stylesheet():
-                figure.savefig(part, format=suffix, metadata=metadata)
+                figure.savefig(part, format=suffix, metadata=METADATA[suffix])
             figure.set_layout_engine("none")  # laid out once: the same picture in every format
         self.save_frame(name, frame)
         stamp = ", ".join(f"{package} {number}" for package, number in versions().items())
