@@ -31,6 +31,7 @@ from gradlab.moments import (
     Loss,
     Moments,
     as_losses,
+    digits_lost,
     gathered,
     gradients,
     in_logits,
@@ -128,13 +129,24 @@ def moments(estimator: Loss | Iterable[Loss], scenario: Scenario) -> Moments | l
 
 def _of_estimators(losses: Sequence[Loss], scenario: Scenario) -> list[Moments]:
     if is_of(scenario, Markov):
-        return [markov.moments(loss, scenario) for loss in losses]
+        return _on_chain(losses, scenario)
     if is_of(scenario, Gaussian):
         return _by_quadrature(losses, scenario)
     if is_of(scenario, LanguageModel):
         return moments_of(losses, Rollout.enumerated(scenario), "enumeration", backprop.pullback_of(scenario.policy))
     assert is_of(scenario, Tabular)
     return _on_table(losses, scenario)
+
+
+def _on_chain(losses: Sequence[Loss], scenario: Scenario[Markov]) -> list[Moments]:
+    """Moments by dynamic programming; where a trace lost its digits, from the responses of a chain that is short enough."""
+    solved, policy = [markov.moments(loss, scenario) for loss in losses], scenario.policy
+    lost = [e for e, loss in enumerate(losses) if digits_lost(loss, solved[e])]
+    if lost and policy.enumerable and policy.vocab**policy.length * policy.table.numel() <= CENTRED_DOUBLES:
+        rollout = Rollout.enumerated(scenario)
+        for e in lost:
+            solved[e] = recentred(losses[e], solved[e], rollout)
+    return solved
 
 
 def _of_whole_losses(losses: Sequence[PolicyLoss], scenario: Scenario) -> list[Moments]:

@@ -175,9 +175,12 @@ def _walk(e: Estimator, scenario: Scenario, at: Rollout, rows: Rows, c: list[str
     """The recursion between the states `c`, and between the gradients of the states `x`."""
     policy, _, sampler = _chains(scenario)
     pi = at.table.softmax(-1)
-    injected = [Injection(_matrices(rows, x, c, 1, pi), 1.0, -pi)]  # the score, onehot(y) − π
+    score = Injection(_matrices(rows, x, c, 1, pi), 1.0, -pi, CATEGORICAL.score_norms(at.table))  # onehot(y) − π
+    injected = [score]
     if e.on_vocabulary:
-        injected.append(Injection(_matrices(rows, x, c, 2, pi), 0.0, at.family.slope(e.kernel, at.table, at.reference_table)))
+        slope = at.family.slope(e.kernel, at.table, at.reference_table)
+        norm = slope.square().sum(-1, keepdim=True).expand_as(slope)
+        injected.append(Injection(_matrices(rows, x, c, 2, pi), 0.0, slope, norm))
     lengths = torch.arange(1, policy.length + 1).to(pi.dtype)
     constant = {"sum": 1.0, "fixed": 1 / policy.length, "token_mean": 1 / float(sampler.occupancy().sum())}
     if policy.eos is None:

@@ -38,11 +38,15 @@ STRIDE = 2**15
 
 @dataclass(frozen=True)
 class Injection:
-    """Where a gradient enters: `factor` is `C'` `[r, v, m, k]`; token `y` pulls its row along `onehot · e_y + shift`, `[r, v]`."""
+    """Where a gradient enters: `factor` is `C'` `[r, v, m, k]`; token `y` pulls its row along `onehot · e_y + shift`, `[r, v]`.
+
+    `norm` `[r, v]` are the squares of those directions, to their own digits.
+    """
 
     factor: Tensor
     onehot: float
     shift: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +152,11 @@ class Walk:
         tables: Tables = {}
         for one in self.injected:
             for two in self.injected:
-                dot = one.onehot * two.onehot + one.onehot * two.shift + two.onehot * one.shift
-                flow = self.mu * (dot + (one.shift * two.shift).sum(-1, keepdim=True))
+                dot = one.norm
+                if two is not one:
+                    dot = one.onehot * two.onehot + one.onehot * two.shift + two.onehot * one.shift
+                    dot = dot + (one.shift * two.shift).sum(-1, keepdim=True)
+                flow = self.mu * dot
                 for i, k in _filled(one.factor):
                     for j, m in _filled(two.factor):
                         _add(tables, (*_sorted(k, m), *_sorted(i, j)), flow * one.factor[..., i, k] * two.factor[..., j, m])
