@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import runpy
 import subprocess
@@ -11,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -178,7 +179,7 @@ def _check(
             )
     with tempfile.TemporaryDirectory(prefix="gradlab-check-") as place:
         anew, moved = Path(place), 0
-        for name, seconds, _ in _runs(scripts, [*options, "--output", place], jobs):
+        for name, seconds, _ in _runs(scripts, [*options, "--output", place], jobs, shown=False):
             differences = check.compare(folder, anew, name)
             moved += not differences.empty
             print(f"{name} {'moved' if len(differences) else 'is the same within rounding'} ({seconds:.1f} s)")
@@ -210,17 +211,17 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _pulse(said: Callable[[], str]) -> Iterator[None]:
     """Print a line a minute while the block runs, where no progress bar is drawn: in a pipe or a file."""
     if sys.stderr.isatty():
         yield
         return
-    over, started = threading.Event(), time.perf_counter()
+    over, started, out = threading.Event(), time.perf_counter(), sys.stdout
 
     def beat() -> None:
         while not over.wait(PULSE):
-            print(f"after {_duration(time.perf_counter() - started)}: {said()}", flush=True)
+            print(f"after {_duration(time.perf_counter() - started)}: {said()}", flush=True, file=out)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -231,11 +232,13 @@ def _pulse(said: Callable[[], str]) -> Iterator[None]:
         thread.join()
 
 
-def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[tuple[str, float, list[str]]]:
+def _runs(
+    scripts: dict[str, Path], options: list[str], jobs: int, shown: bool = True
+) -> Iterator[tuple[str, float, list[str]]]:
     """Run analyses, several at a time if there are `jobs` for it; yield each one's name, seconds and imports when it is done.
 
     Alone they run in this process, where their progress is seen; together each is a process whose output is shown at its end,
-    the longest first.
+    the longest first. Without `shown` what they print is left out.
     """
     from rich.console import Console
     from tqdm import tqdm
@@ -260,7 +263,8 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
                 running[:] = [name]
                 try:
                     sys.argv = [str(script), *options]
-                    runpy.run_path(str(script), run_name="__main__")
+                    with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()):
+                        runpy.run_path(str(script), run_name="__main__")
                 finally:
                     sys.argv = arguments
                 finished.append(name)
@@ -290,7 +294,7 @@ def _runs(scripts: dict[str, Path], options: list[str], jobs: int) -> Iterator[t
             try:
                 for future in tqdm(as_completed(waiting), total=len(waiting), unit="analysis", disable=None):
                     name, seconds, sources, printed = future.result()
-                    print(printed, end="")
+                    print(printed if shown else "", end="")
                     yield name, seconds, sources
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what has not begun need not begin
