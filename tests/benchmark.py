@@ -138,6 +138,27 @@ def language_model(length: int, prompt: int, batch: int) -> None:
     line("  six estimators by vmap(grad)", against(ordinary, each_sample, 5), "x", "")
 
 
+def drawing() -> None:
+    """Responses of the small transformer, relative to one forward pass over the same sequences."""
+    for task in ("names", "addition"):
+        policy = gl.policies.small(task, "few")
+        draws = policy.sample(2048, np.random.default_rng(0))
+
+        def forward(policy: LanguageModel = policy, draws: gl.policies.Responses = draws) -> None:
+            with torch.no_grad():
+                policy.logits(draws.prompts, draws.tokens)
+
+        def draw(policy: LanguageModel = policy) -> None:
+            policy.sample(2048, np.random.default_rng(0))
+
+        line(
+            f"2048 responses of the small model, {task}, relative to a forward pass",
+            against(forward, draw),
+            "x",
+            "(aim: at most 1.5)",
+        )
+
+
 def large_tree(vocab: int, length: int) -> None:
     """Time and memory of the whole catalogue on a tree, in a process of its own."""
     code = f"""
@@ -248,6 +269,7 @@ def main() -> None:
             line(f"  sampled means, traces and batches of {count} estimators", taken, "x", f"(aim: at most {aim})")
 
     on_workers()
+    drawing()
 
     for batch in (256, 1024):
         language_model(4, 6, batch)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import gradlab as gl
 from gradlab import intervals
-from gradlab.policies import LanguageModel, Responses, small
+from gradlab.policies import LanguageModel, Responses, decoding, small
 from gradlab.policies.actions import inverse_cdf_sample
 from gradlab.policies.small import STAGES, TASKS, pairs
+from gradlab.policies.transformer import Cache
 from gradlab.policies.trunk import Trunk
 from gradlab.questions import language
 from gradlab.rollout import Rollout
@@ -125,6 +126,46 @@ def test_sampling_follows_the_distribution(scenario):  # noqa: F811
     assert bool((tokens[~mask] == scenario.behaviour.eos).all())
     again = scenario.behaviour.sample(n, np.random.default_rng(1))
     assert torch.equal(again.tokens, tokens)
+
+
+class Reread(LanguageModel):
+    """Overrides the network, so that every prefix is read anew."""
+
+    def network(self, features, *cache):
+        return super().network(features)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 2.0}, {"top_p": 0.8}, {"actions": (0, 2, 3), "eos": 1, "tolerance": 1.0}]
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_kept_keys_and_values_draw_the_tokens_of_prefixes_read_anew(fields, swapped, monkeypatch):
+    """Prompts of different lengths, responses that end, in several blocks."""
+    monkeypatch.setattr(decoding, "TOGETHER", 64)
+    given = {"eos": 2, "temperature": 4.0, **fields}
+    kept, anew = (of(network(0, vocab=4), [(1, 2), (0,), (3, 1)], 4, **given) for of in (LanguageModel, Reread))
+    assert kept.own_network
+    assert not anew.own_network
+    if swapped:
+        moved = kept.parameters + 0.3
+        kept, anew = kept.with_parameters(moved), anew.with_parameters(moved)
+    drawn, expected = (policy.sample(600, np.random.default_rng(3)) for policy in (kept, anew))
+    assert torch.equal(drawn.tokens, expected.tokens)
+    assert torch.equal(drawn.prompts, expected.prompts)
+    assert len(drawn.tokens.unique(dim=0)) > 20
+    assert 0 < int(drawn.mask.sum()) < drawn.mask.numel()
+
+
+def test_a_cache_reads_on_where_it_is():
+    model = network(0, vocab=4)
+    ids = torch.tensor([[1, 2, 0, 3], [3, 0, 1, 1]])
+    cache = Cache()
+    steps = [model(part, cache) for part in (ids[:, :2], ids[:, 2:3], ids[:, 3:])]
+    torch.testing.assert_close(torch.cat(steps, 1), model(ids), rtol=1e-12, atol=1e-13)
+    cache.select(torch.tensor([1]))
+    assert cache.length == 4
+    with pytest.raises(ValueError, match="are more than the context of"):
+        model(ids[:1].repeat(1, 20), cache)
 
 
 def test_draws_at_the_edges_are_possible_tokens():

@@ -212,7 +212,7 @@ class Tape:
 
 def replayable(policy: LanguageModel) -> bool:
     """Whether the network is our own and nothing was put around it, so that its backward pass is known."""
-    return type(policy.model) is Transformer and policy.trunk is None and type(policy).network is LanguageModel.network
+    return policy.own_network
 
 
 # ---- the basis ----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from torch import Tensor
 from gradlab._common.names import check_held
 from gradlab.policies import families, trees
 from gradlab.policies.actions import check_actions, cut_to_nucleus, inverse_cdf_sample
+from gradlab.policies.decoding import draw_cached
 from gradlab.policies.parameterised import Parameterised
 from gradlab.policies.responses import Responses
 from gradlab.policies.tabular import ENUMERATION_BYTES
+from gradlab.policies.transformer import Transformer
 
 #: Responses of all prompts together that are listed at most; each costs the network a pass over prompt and response.
 ENUMERATED_RESPONSES = 2**16
@@ -102,6 +104,11 @@ class LanguageModel(Parameterised):
     def vocab(self) -> int:
         """Number of tokens `v` the policy may emit."""
         return len(self._chosen)  # type: ignore[attr-defined]
+
+    @property
+    def own_network(self) -> bool:
+        """Whether the network is the small transformer of gradlab, run as it stands."""
+        return type(self.model) is Transformer and self.trunk is None and type(self).network is LanguageModel.network
 
     @property
     def chosen(self) -> Tensor:
@@ -259,8 +266,12 @@ class LanguageModel(Parameterised):
     def draw(self, prompts: Tensor, tokens: Tensor, uniforms: Tensor) -> None:
         """Fill `tokens` `[n, T]` by inverting the distribution of each step at `uniforms` `[n, T]`.
 
-        Reads every prefix anew; a network with a key-value cache overrides this and must give the same tokens.
+        Keys and values of a `Transformer` are kept from step to step; of any other network every prefix is read anew, unless its
+        policy overrides this.
         """
+        if self.own_network:
+            draw_cached(self, prompts, tokens, uniforms)
+            return
         unfinished = torch.arange(len(prompts))
         for t in range(self.length):
             for part in torch.split(unfinished, max(1, CHUNK // (getattr(self, "_width", 1024) * (t + 1)))):

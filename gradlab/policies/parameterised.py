@@ -86,9 +86,14 @@ class Parameterised:
         """What `model` reads for ids `[b, s]`: the ids, or the activations of the trunk."""
         return ids.to(self.device) if self.trunk is None else self.trunk(ids.to(self.device))
 
-    def network(self, features: Tensor) -> Tensor:
-        """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given."""
+    def network(self, features: Tensor, *cache: Any) -> Tensor:
+        """Raw logits `[b, s, ids]` of the network, with the parameters of `with_parameters` if they were given.
+
+        A network that keeps keys and values reads on where `cache` is.
+        """
         swapped = getattr(self, "_swapped", None)
         with portable(next(self.model.parameters()).dtype):
-            output = self.model(features) if swapped is None else functional_call(self.model, swapped, (features,))
+            output = (
+                self.model(features, *cache) if swapped is None else functional_call(self.model, swapped, (features, *cache))
+            )
         return output if isinstance(output, Tensor) else output.logits
