@@ -5,6 +5,7 @@ Machines are noisy, so nothing here is a test; each line names its floor and the
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import subprocess
@@ -198,6 +199,26 @@ def line(what: str, value: float, unit: str, aim: str) -> None:
     print(f"{what:<86} {value:9.3g} {unit:<8} {aim}")
 
 
+def whole_losses(what: str, policy: gl.Policy) -> None:
+    """Every named loss at groups of 8, off-policy, against one enumerated forward and backward pass of the reward's loss."""
+    behaviour = policy.perturbed(kl=0.05, seed=2)
+    scenario = gl.Scenario(
+        policy, policy.perturbed(kl=0.3, seed=1), behaviour, reward=lambda rollout: (rollout.tokens.sum(-1) % 3 == 0).double(),
+        old=behaviour.perturbed(kl=0.01, seed=3),
+    )  # fmt: skip
+    losses = [dataclasses.replace(loss, group=8) if loss.grouped else loss for loss in gl.LOSSES.values()]
+
+    def ordinary() -> None:
+        leaf = gl.Rollout.enumerated(scenario).differentiable()
+        loss = -(leaf.weight * leaf.rewards) @ leaf.log_prob.sum(-1)
+        torch.autograd.grad(loss, leaf.table)
+
+    taken = against(ordinary, partial(exact.moments, losses, scenario), 5) / len(losses)
+    line(
+        f"{what}: exact mean and trace of each of {len(losses)} whole losses, groups of 8", taken, "passes", "(aim: at most 20)"
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     catalogue = list(gl.ESTIMATORS.values())
@@ -267,6 +288,12 @@ def main() -> None:
         for count, aim in ((1, 4), (6, 6), (28, 15)):
             taken = against(ordinary, partial(gl.montecarlo.moments, chosen[:count], sampled, 20_000), 5)
             line(f"  sampled means, traces and batches of {count} estimators", taken, "x", f"(aim: at most {aim})")
+
+    for what, policy in (
+        ("Bandit, 50 tokens", gl.Bandit.random(50, seed=0)),
+        ("Tree, 625 responses", gl.Tree.random(5, 4, seed=0)),
+    ):
+        whole_losses(what, policy)
 
     on_workers()
     drawing()

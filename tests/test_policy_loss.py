@@ -565,3 +565,13 @@ def test_a_clip_on_the_sum_of_advantage_and_kl_has_limits():
     many = gl.Scenario(policy, policy.perturbed(kl=0.3), behaviour, reward=lambda r: (r.tokens.sum(-1) % 5).double())
     with pytest.raises(ValueError, match="advantages occur: too many for 4096 responses"):
         gl.exact.moments(loss, many)
+
+
+def test_rounding_is_no_signal():
+    """Rewards that are the same sum in another order."""
+    world = gl.Scenario(
+        BANDIT, BANDIT, reward=lambda rollout: torch.tensor([0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1, 0.6], dtype=torch.float64)
+    )
+    assert len(set(gl.Rollout.enumerated(world).rewards.tolist())) > 1
+    found = gl.exact.moments(gl.PolicyLoss("group_std", 4), world)
+    assert float(found.mean.norm()) == found.trace_cov == 0

@@ -58,6 +58,8 @@ ADVANTAGES: dict[str, Advantage] = {
     )
 }
 STDS = ("population", "sample")
+#: Rewards whose standard deviation is a smaller share of their size are equal.
+EQUAL = 1e-13
 
 
 def within_group(
@@ -65,7 +67,8 @@ def within_group(
 ) -> Function:
     """The part of an advantage that compares a group: a function of rewards `[…, G]`.
 
-    std: population (divide by G) or sample (by G − 1). A group of equal rewards has advantage 0 with any `epsilon`.
+    std: population (divide by G) or sample (by G − 1). A group of rewards that are equal but for rounding has advantage 0 with any
+    `epsilon`.
     Raises `ValueError` for an unknown kind, with the nearest; its function for rewards that are not 0 or 1 where only those will do.
     """
     if callable(kind):
@@ -131,7 +134,9 @@ def _leave_one_out(rewards: Tensor) -> Tensor:
 def _standardised(rewards: Tensor, std: str, epsilon: float) -> Tensor:
     centred, size = _centred(rewards), rewards.shape[-1]
     spread = (centred.square().sum(-1, keepdim=True) / (size if std == "population" else size - 1)).sqrt()
-    return torch.where(spread > 0, centred / (spread + epsilon), 0.0)
+    # Rewards that differ by rounding are equal: nothing of it may be blown up to the size of a standard deviation.
+    apart = spread > EQUAL * rewards.abs().amax(-1, keepdim=True)
+    return torch.where(apart, centred / (spread + epsilon), 0.0)
 
 
 def _pass_at_k(rewards: Tensor, k: int) -> Tensor:
