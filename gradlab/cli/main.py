@@ -15,6 +15,7 @@ import typer
 
 from gradlab._common.provenance import __version__
 from gradlab.cli.audit import audit_command
+from gradlab.cli.explore import explore_command
 from gradlab.cli.figure import figure_command
 from gradlab.cli.lesson import lesson_command
 from gradlab.cli.measure import measure_command
@@ -85,6 +86,7 @@ app.command(name="audit")(audit_command)
 app.command(name="utility")(utility_command)
 app.command(name="figure")(figure_command)
 app.command(name="lesson")(lesson_command)
+app.command(name="explore")(explore_command)
 
 
 class Listing(StrEnum):

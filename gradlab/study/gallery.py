@@ -115,7 +115,7 @@ def ledger(settled: pd.DataFrame) -> dict[str, Any]:
 
 
 def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Path:
-    """Write the pages of a folder of results: `index.html`, `claims.html`, and `NN_name.html` for each analysis.
+    """Write the pages of a folder: `index.html`, `claims.html`, `NN_name.html` for each analysis, and the explorer.
 
     `titles` maps an analysis's name, which starts with its number, to its question. All links are relative; pictures and data
     are those of the folder. Returns the path of `index.html`.
@@ -128,6 +128,7 @@ def write(folder: Path, settled: pd.DataFrame, titles: Mapping[str, str]) -> Pat
     for chapter in listed:
         pages.write(folder / f"{chapter.name}.html", "gradlab.study", "chapter.html", {**common, "chapter": chapter}, filters)
     pages.write(folder / "claims.html", "gradlab.study", "claims.html", {**common, "script": pages.script()}, filters)
+    pages.copy_explorer(folder / "explorer.html")
     return pages.write(folder / "index.html", "gradlab.study", "gallery.html", common, filters)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from gradlab._common.files import atomic_write
 
+#: The explorer, one file that needs nothing else; made from scripts/explorer.
+EXPLORER = Path(__file__).parent / "explorer.html"
+
 
 def write(
     path: Path, package: str, template: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None
@@ -32,3 +35,9 @@ def write(
 def script() -> str:
     """The script that filters long tables, `filter.js`."""
     return (Path(__file__).parent / "filter.js").read_text(encoding="utf-8")
+
+
+def copy_explorer(path: Path) -> None:
+    """Write the explorer to `path`."""
+    with atomic_write(path) as part:
+        part.write_bytes(EXPLORER.read_bytes())
