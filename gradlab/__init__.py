@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gradlab.questions import gradient_flow as ascent
     from gradlab.questions import training as runs
     from gradlab.questions.bandits import field, simplex
-    from gradlab.records import Recorder, Records, read_rollouts
+    from gradlab.records import Recorder, Records, inspect, read_rollouts
     from gradlab.rewards import TableReward
     from gradlab.rollout import Rollout
     from gradlab.scenario import Scenario
@@ -80,6 +80,7 @@ __all__ = [
     "field",
     "figure",
     "fixedpoints",
+    "inspect",
     "intervals",
     "language",
     "lengths",
@@ -116,7 +117,7 @@ _HOMES = {
     "Moments": "moments",
     "OBJECTIVES": "objectives",
     "TableReward": "rewards",
-    **dict.fromkeys(["Recorder", "Records", "read_rollouts"], "records"),
+    **dict.fromkeys(["Recorder", "Records", "inspect", "read_rollouts"], "records"),
     "Rollout": "rollout",
     "Scenario": "scenario",
     "TARGETS": "targets",

@@ -369,6 +369,14 @@ CALLS = {
     "intervals.anytime_squared_distance": call(
         gl.intervals.anytime_squared_distance, {"start": [0, 1]}, means=MEANS, target=[1.0, 1.0], level=0.9, start=2
     ),
+    "inspect": call(
+        gl.inspect,
+        {"records": [None, 3, "a", []]},
+        records=gl.Records.from_arrays(logprob=[[-1.0], [-2.0]], ref_logprob=[[-1.5], [-1.5]]),
+        level=0.9,
+        seed=0,
+        jobs=1,
+    ),
     "intervals.detectable": call(
         gl.intervals.detectable,
         {"samples": [0, np.inf], "noise": [0, np.inf], "dimension": [0, np.inf], "power": [0.05]},
@@ -433,6 +441,7 @@ ELSEWHERE = {
     "read_rollouts",
     "records.Block",
     "records.Finding",
+    "records.Inspection",
     "records.check",
     "report.study",
     "restoring.descent",
@@ -501,6 +510,7 @@ WRONG: dict[str, list[Any]] = {
     "relation": [3],
     "statistic": [None, 3],
     "traces": [],
+    "records": [],
     "recipe": [],
 }
 #: The same where the name says too little: function and parameter.
@@ -620,6 +630,7 @@ ALIASES = {
     "policies.Tree",
     "records.Recorder",
     "records.Records",
+    "records.inspect",
     "records.read_rollouts",
 }
 

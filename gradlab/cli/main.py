@@ -17,6 +17,7 @@ from gradlab._common.provenance import __version__
 from gradlab.cli.audit import audit_command
 from gradlab.cli.explore import explore_command
 from gradlab.cli.figure import figure_command
+from gradlab.cli.inspect import inspect_command
 from gradlab.cli.lesson import lesson_command
 from gradlab.cli.measure import measure_command
 from gradlab.cli.reproduce import Output, analyses, reproduce, title
@@ -87,6 +88,7 @@ app.command(name="utility")(utility_command)
 app.command(name="figure")(figure_command)
 app.command(name="lesson")(lesson_command)
 app.command(name="explore")(explore_command)
+app.command(name="inspect")(inspect_command)
 
 
 class Listing(StrEnum):

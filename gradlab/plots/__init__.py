@@ -13,6 +13,7 @@ from gradlab.plots.figures import FIGURES, Drawing
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
 from gradlab.plots.off_policy import lags, truncation, worth
+from gradlab.plots.records import run_estimators, run_kl, run_steps, run_weights
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
 from gradlab.plots.smollm2 import engines, named_tokens, stages, token_ratios
@@ -59,6 +60,10 @@ __all__ = [
     "rare_token",
     "ratios",
     "restoring",
+    "run_estimators",
+    "run_kl",
+    "run_steps",
+    "run_weights",
     "running",
     "schulman",
     "shifted",

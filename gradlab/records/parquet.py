@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,18 @@ def blocks(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[Block]:
         yield from _blocks(path, columns)
 
 
+def pieces(paths: Iterable[Path], columns: Sequence[str]) -> list[tuple[int, Callable[[], Iterator[Block]]]]:
+    """The row groups of files of one row per response, with their numbers of responses; none where a row is a token."""
+    found: list[tuple[int, Callable[[], Iterator[Block]]]] = []
+    for path in paths:
+        file = _file(path)
+        if not _has_lists(file, columns):
+            return []
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        found += [(count, partial(_blocks, path, columns, [group])) for group, count in enumerate(rows)]
+    return found
+
+
 def _file(path: Path) -> Any:
     pa = arrow()
     try:
@@ -99,16 +112,19 @@ def _file(path: Path) -> Any:
         ) from None
 
 
-def _blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
+def _has_lists(file: Any, columns: Sequence[str]) -> bool:
+    """Whether a row is a response, whose tokens stand in lists."""
+    pa, form = arrow(), file.schema_arrow
+    there = [form.field(name).type for name in columns if name in form.names]
+    return any(pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in there)
+
+
+def _blocks(path: Path, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[Block]:
     pa, file = arrow(), _file(path)
     there = [name for name in columns if name in file.schema_arrow.names]
-    lists = any(
-        pa.types.is_list(file.schema_arrow.field(n).type) or pa.types.is_large_list(file.schema_arrow.field(n).type)
-        for n in there
-    )
     try:
-        if lists:
-            for group in range(file.num_row_groups):
+        if _has_lists(file, columns):
+            for group in range(file.num_row_groups) if groups is None else groups:
                 yield of_table(file.read_row_group(group, columns=there))
         else:
             yield from _joined(file.iter_batches(TOKENS, columns=there))

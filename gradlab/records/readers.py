@@ -56,7 +56,9 @@ def read_rollouts(path: str | Path, format: str | None = None, allow_pickle: boo
         columns, others = parquet.columns_of(files)
         if not any(name in POLICIES for name in columns):
             _no_log_probabilities(path, set(others))
-        return Records(lambda: parquet.blocks(files, columns), columns, known, str(path))
+        return Records(
+            lambda: parquet.blocks(files, columns), columns, known, str(path), lambda: parquet.pieces(files, columns)
+        )
     if known in ("slime", "skyrl"):
         load = load_pt if known == "slime" else load_pkl
         return _lazily(lambda: (formats.of_dump(load(file, allow_pickle), known, _step(file)) for file in files), known, path)

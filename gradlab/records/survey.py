@@ -12,10 +12,12 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradlab._common.parallel import spread
 from gradlab.records.block import Block
 from gradlab.records.schema import POLICIES
 from gradlab.records.table import Records
@@ -46,7 +48,6 @@ class Survey:
     moments: dict[tuple[str, str], Array] = field(default_factory=dict)
     gaps: dict[tuple[str, str], Thinned] = field(default_factory=dict)
     siblings: dict[tuple[str, str], Thinned] = field(default_factory=dict)
-    repeats: dict[str, Thinned] = field(default_factory=dict)
     by_token: Array = field(default_factory=lambda: np.zeros((FOLDS, len(SHIFTS), 3, BUCKETS)))
     at_place: Array = field(default_factory=lambda: np.zeros((2 * PLACES, 2, BUCKETS)))
     k3_total: float = 0.0
@@ -71,6 +72,20 @@ class Survey:
         """Number of tokens that count of each response."""
         return self.counts[("", "live")]
 
+    def merge(self, other: Survey) -> None:
+        """Add what was seen of the part of the records that follows."""
+        for key, parts in other._parts.items():
+            self._parts.setdefault(key, []).extend(parts)
+        for key, sums in other.moments.items():
+            self.moments[key] = self.moments.get(key, 0) + sums
+        for mine, theirs in ((self.gaps, other.gaps), (self.siblings, other.siblings)):
+            for pair, kept in theirs.items():
+                mine.setdefault(pair, Thinned(kept.width)).merge(kept)
+        self.by_token, self.at_place, self.tops = (
+            self.by_token + other.by_token, self.at_place + other.at_place, self.tops + other.tops
+        )  # fmt: skip
+        self.k3_total += other.k3_total
+
     @property
     def base(self) -> str:
         """The policy that others are compared with: that of the trainer, where it is there."""
@@ -79,35 +94,76 @@ class Survey:
 
 @dataclass
 class Thinned:
-    """At most `KEPT` rows of a stream, evenly spread over it."""
+    """Of a stream of rows at most `KEPT`: those whose place in the records has a number below `2^(64 − halvings)`.
+
+    The number is a hash of the place, so that what is kept depends on neither order nor parts.
+    """
 
     width: int
-    stride: int = 1
-    seen: int = 0
+    halvings: int = 0
+    _keys: list[Array] = field(default_factory=list)
     _parts: list[Array] = field(default_factory=list)
 
-    def add(self, rows: Array) -> None:
-        """Take every `stride`-th row, and half of what is kept when it grows too large."""
-        start = -self.seen % self.stride
-        self.seen += len(rows)
-        self._parts.append(rows[start :: self.stride])
-        if sum(map(len, self._parts)) > KEPT:
-            self._parts, self.stride = [np.concatenate(self._parts)[::2]], 2 * self.stride
+    def add(self, rows: Array, response: Array, place: Array) -> None:
+        """Take rows `[m, width]` of responses `[m]` and places in them `[m]`."""
+        self._take(_scattered(response, place), rows)
+
+    def merge(self, other: Thinned) -> None:
+        """Take what another has kept of another part."""
+        self.halvings = max(self.halvings, other.halvings)
+        held = list(zip(self._keys + other._keys, self._parts + other._parts, strict=True))
+        self._keys, self._parts = [], []
+        for keys, rows in held:
+            self._take(keys, rows)
+
+    def _take(self, keys: Array, rows: Array) -> None:
+        kept = keys < self._limit
+        self._keys.append(keys[kept])
+        self._parts.append(rows[kept])
+        while sum(map(len, self._keys)) > KEPT:
+            self.halvings += 1
+            kept = (keys := np.concatenate(self._keys)) < self._limit
+            self._keys, self._parts = [keys[kept]], [np.concatenate(self._parts)[kept]]
+
+    @property
+    def _limit(self) -> Any:
+        return np.uint64(2**64 - 1 if not self.halvings else 2 ** (64 - self.halvings))
 
     @property
     def rows(self) -> Array:
-        """What is kept, `[k, width]`."""
-        return np.concatenate(self._parts) if self._parts else np.zeros((0, self.width))
+        """What is kept, `[k, width]`, in the order of the hash."""
+        if not self._parts:
+            return np.zeros((0, self.width))
+        return np.asarray(np.concatenate(self._parts)[np.argsort(np.concatenate(self._keys), kind="stable")])
 
 
-def survey(records: Records | Iterable[Block], policies: tuple[str, ...] | None = None) -> Survey:
-    """Go through all records once. Raises `ValueError` where there is none."""
-    names = policies if policies is not None else (records.policies if isinstance(records, Records) else POLICIES)
-    found = Survey(names, records.columns if isinstance(records, Records) else ())
-    for block in records:
-        _look(found, block)
+def _scattered(response: Array, place: Array) -> Array:
+    """A number below 2^64 for each place, that looks random. Source: splitmix64, Steele, Lea & Flood (2014)."""
+    x = (response.astype(np.uint64) << np.uint64(24)) + place.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def survey(records: Records | Iterable[Block], jobs: int = 1) -> Survey:
+    """Go through all records once, on `jobs` processes where they come in parts. Raises `ValueError` where there is none."""
+    if isinstance(records, Records):
+        tasks = [joblib.delayed(_survey)(part, records.policies, records.columns) for part in records.parts(jobs)]
+        seen = spread(tasks, jobs)
+        found: Survey = seen[0]
+        for other in seen[1:]:
+            found.merge(other)
+    else:
+        found = _survey(records, POLICIES, ())
     if not found._parts:
         raise ValueError("there are no responses in these records: the files are empty, or no response was kept")
+    return found
+
+
+def _survey(blocks: Iterable[Block], policies: tuple[str, ...], columns: tuple[str, ...]) -> Survey:
+    found = Survey(policies, columns)
+    for block in blocks:
+        _look(found, block)
     return found
 
 
@@ -149,11 +205,13 @@ def _of_column(found: Survey, block: Block, name: str, names: list[str], prompt:
     threshold = np.full(len(block), UNCERTAIN)
     if "top_p" in block:  # a nucleus of one token makes that token certain
         threshold = np.minimum(threshold, np.log(np.clip(np.nan_to_num(block["top_p"], nan=1.0), 1e-6, 1)) * 1.05)
-    against = np.zeros(len(x), dtype=bool)
-    for other in names:
-        if other != name:
-            near = {name, other} <= {"logprob", "old_logprob", "behaviour_logprob"}
-            against |= (block[other] < (threshold[owner] if near else DISTANT)) & (block[other] != 0)
+    kin = {"logprob", "old_logprob", "behaviour_logprob"}
+    near = [other for other in names if other != name and {name, other} <= kin]
+    limit = threshold[owner] if near else DISTANT
+    others = near or [other for other in names if other != name]
+    against = (
+        np.any([(block[other] < limit) & (block[other] != 0) for other in others], axis=0) if others else np.zeros(len(x), bool)
+    )
     found.add(name, "missing", block.sums(zero & against & ~prompt))
     found.add(name, "tiny", block.sums(live & (x < 0) & (x > -TINY)))
     place, last = block.place, block.live[owner] - 1
@@ -212,7 +270,8 @@ def _of_pair(found: Survey, block: Block, base: str, other: str) -> None:
             for m, product in enumerate((np.ones(len(x)), x, z, x * x, z * z, x * z)):
                 moments[:, s, k, m] += np.bincount(fold[there], weights=product[there], minlength=FOLDS)
     sign = np.sign(block["advantage"]) if "advantage" in block else np.full(len(a), np.nan)
-    found.gaps.setdefault((base, other), Thinned(3)).add(np.stack([a, b, sign], -1)[usable])
+    rows = np.stack([a, b, sign], -1)[usable]
+    found.gaps.setdefault((base, other), Thinned(3)).add(rows, (block.first + block.owner)[usable], block.place[usable])
 
 
 def _beside(marked: Array, owner: Array, shift: int) -> Array:
@@ -303,7 +362,7 @@ def _compare(found: Survey, block: Block, names: list[str]) -> tuple[Array, Arra
     shared, chance = np.zeros(len(block), dtype=np.int64), np.zeros(len(block))
     sampler = next((name for name in ("behaviour_logprob", "logprob", "old_logprob") if name in names), None)
     parted: list[list[float]] = []
-    again: dict[str, list[Array]] = {name: [] for name in names}
+    where: list[tuple[int, int]] = []
     for members in _groups(block):
         order = sorted(members, key=lambda i: ids[i].tolist())
         least = min(len(ids[i]) for i in members)
@@ -314,8 +373,7 @@ def _compare(found: Survey, block: Block, names: list[str]) -> tuple[Array, Arra
             distinct += at < max(len(ids[i]), len(ids[j]))
             if at < min(len(ids[i]), len(ids[j])):
                 parted.append([kept[name][i][at] for name in names] + [kept[name][j][at] for name in names])
-            for name in names:
-                again[name].append(np.stack([kept[name][i][:at], kept[name][j][:at]], -1))
+                where.append((block.first + int(i), at))
         if sampler is not None and distinct > 1 and 0 < common <= least:
             steps = kept[sampler][order[0]][:common]
             for other in (name for name in ("logprob", "old_logprob") if name in names):  # an engine is silent about a prompt
@@ -324,13 +382,12 @@ def _compare(found: Survey, block: Block, names: list[str]) -> tuple[Array, Arra
             steps = np.where(np.isfinite(steps) & (steps < 0), steps, 0.0)
             likely = (distinct - 1) * float(steps.sum())
             shared[members], chance[members] = common, likely
-    pairs = np.array(parted).reshape(-1, 2, len(names))
+    pairs, places = np.array(parted).reshape(-1, 2, len(names)), np.array(where, dtype=np.int64).reshape(-1, 2)
     for k, name in enumerate(names):
-        if again[name]:
-            found.repeats.setdefault(name, Thinned(2)).add(np.concatenate(again[name]))
         if name != found.base and found.base in names:
             steps = (pairs[:, 1] - pairs[:, 0])[:, [names.index(found.base), k]]
-            found.siblings.setdefault((found.base, name), Thinned(2)).add(steps[np.isfinite(steps).all(-1)])
+            finite = np.isfinite(steps).all(-1)
+            found.siblings.setdefault((found.base, name), Thinned(2)).add(steps[finite], *places[finite].T)
     return np.where(chance < LIKELY, shared, 0), chance
 
 

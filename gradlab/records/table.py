@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import joblib
 import numpy as np
 import pandas as pd
 
@@ -17,6 +20,26 @@ from gradlab.records.schema import COLUMNS, POLICIES
 
 if TYPE_CHECKING:
     from gradlab.rollout import Rollout
+
+
+#: A number of responses, and how to get them.
+Piece = tuple[int, Callable[[], Iterator[Block]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive responses of records, from number `first` on."""
+
+    first: int
+    pieces: tuple[Callable[[], Iterator[Block]], ...]
+
+    def __iter__(self) -> Iterator[Block]:
+        first = self.first
+        for blocks in self.pieces:
+            for block in blocks():
+                if len(block):
+                    yield replace(block, first=first)
+                    first += len(block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +62,21 @@ class Records:
     columns: tuple[str, ...]
     format: str = "arrays"
     source: str = ""
+    pieces: Callable[[], Sequence[Piece]] | None = None
 
     def __iter__(self) -> Iterator[Block]:
-        first = 0
-        for block in self.blocks():
-            if len(block):
-                yield replace(block, first=first)
-                first += len(block)
+        return iter(Part(0, (self.blocks,)))
+
+    def parts(self, jobs: int = 1) -> list[Part]:
+        """The records in parts of like size, in order: a few for each process that there is, or one where they cannot be parted."""
+        pieces = [] if self.pieces is None else self.pieces()
+        workers = joblib.effective_n_jobs(None if jobs == 1 else jobs)
+        if workers == 1 or len(pieces) < 2:
+            return [Part(0, (self.blocks,))]
+        ends = np.cumsum([rows for rows, _ in pieces])
+        cuts = np.searchsorted(ends, np.linspace(0, ends[-1], min(len(pieces), 4 * workers) + 1)[1:-1]) + 1
+        bounds = np.unique([0, *cuts.tolist(), len(pieces)]).tolist()
+        return [Part(int(ends[a - 1]) if a else 0, tuple(blocks for _, blocks in pieces[a:b])) for a, b in pairwise(bounds)]
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -111,7 +142,7 @@ class Records:
     def of(cls, blocks: Sequence[Block], format: str = "arrays", source: str = "") -> Records:
         """Records of blocks that are held in memory."""
         columns = tuple(name for name in COLUMNS if any(name in block for block in blocks))
-        return cls(lambda: iter(blocks), columns, format, source)
+        return cls(lambda: iter(blocks), columns, format, source, lambda: [(len(b), partial(_one, b)) for b in blocks])
 
     # ---- parts and views ------------------------------------------------------------------------------------------------
 
@@ -131,7 +162,7 @@ class Records:
                     kept &= np.array([item in some for item in block[name].tolist()], dtype=bool)
                 yield block.take(kept)
 
-        return replace(self, blocks=blocks)
+        return replace(self, blocks=blocks, pieces=None)
 
     def held(self) -> Records:
         """The same records in memory."""
@@ -171,3 +202,7 @@ class Records:
         from gradlab.records import parquet
 
         return parquet.write(self, self.columns, Path(path), rows)
+
+
+def _one(block: Block) -> Iterator[Block]:
+    yield block
