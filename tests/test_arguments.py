@@ -410,6 +410,7 @@ ELSEWHERE = {
     "ascent.FixedPoint",
     "claims.Verdict",
     "exact.ValueMoments",
+    "figure",
     "audit.Audit",
     "audit.Batch",
     "audit.Identification",

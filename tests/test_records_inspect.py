@@ -40,7 +40,7 @@ def lagging() -> gl.Records:
     batches = []
     for step in range(6):
         c = run("names", 192, stage="few", seed=step)
-        noise = generator(0, step).standard_normal(c["mask"].shape) * 0.1
+        noise = np.random.default_rng(step).standard_normal(c["mask"].shape) * 0.1
         batches.append(c | {"behaviour_logprob": np.minimum(c["logprob"] * (1 + noise), 0)})
     return of_steps(*batches)
 
@@ -61,7 +61,7 @@ def test_the_kl_lies_in_its_interval_where_that_is_said_to_hold():
     scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=2))
     truth, inside, held = float(gl.exact.objective("reverse_kl", scenario)), [], []
     for seed in range(400):
-        rollout = gl.Rollout.from_sampler(scenario, 256, generator(seed, 1))
+        rollout = gl.Rollout.from_sampler(scenario, 256, generator(seed, "montecarlo"))
         found = mean(rollout.log_ratio.sum(1).numpy(), np.ones(256), np.arange(256))
         held.append(found.reliable)
         inside.append(found.low <= truth <= found.high)
@@ -95,7 +95,7 @@ def test_intervals_hold_or_are_open(draw):
 def test_estimators_put_on_recorded_tokens_what_they_put_on_the_rollout_itself():
     stages = [gl.policies.small("names", stage, precision=torch.float64) for stage in ("few", "reference", "many")]
     scenario = gl.Scenario(*stages)
-    rollout = gl.Rollout.from_sampler(scenario, 64, generator(0, 3))
+    rollout = gl.Rollout.from_sampler(scenario, 64, generator(3, "montecarlo"))
     found = gl.inspect(gl.Records.from_rollout(rollout), force=True)["estimators"].set_index("estimator")
     mask = rollout.mask
     assert set(found.index) == set(estimators())

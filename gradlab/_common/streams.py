@@ -38,6 +38,8 @@ STREAMS = {
     "language": 28,
     "analysis.05": 29,
     "analysis.11.questions": 30,
+    "records.changes": 31,
+    "records.corrections": 32,
 }
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from gradlab.plots.style import HUES, NEUTRAL, PAGE, TRUTH, handle, panels, style_of, styled
+from gradlab.plots.style import NEUTRAL, PAGE, TRUTH, Figure, handle, hue, panels, style_of, styled
 
 #: Colours of what is no kernel: weights by kind.
 WEIGHTS = {"token": "#0072B2", "geometric": "#009E73", "prefix": "#D55E00", "sequence": "#CC79A7"}
@@ -44,14 +43,14 @@ def run_kl(ratios: pd.DataFrame, places: pd.DataFrame, largest: pd.DataFrame) ->
     axes[0].legend(loc="upper left")
     at = np.arange(len(places))
     for kernel in ("k1", "k2", "k3"):
-        axes[1].plot(at, places[kernel] / places["tokens"], color=HUES[kernel], marker="o", markersize=2.5, label=kernel)
+        axes[1].plot(at, places[kernel] / places["tokens"], color=hue(kernel), marker="o", markersize=2.5, label=kernel)
     shown = at[:: max(1, len(at) // 7)]
     axes[1].set_xticks(shown, [str(places["place"].iloc[i]) for i in shown], rotation=90 if len(at) > 8 else 0)
     axes[1].axhline(0, **{**TRUTH, "linewidth": 0.6})
     axes[1].set(xlabel="place in the response", ylabel="mean per token, nats", title="KL by place")
     axes[1].legend()
     running = np.cumsum(largest["share"])
-    axes[2].step(np.arange(1, len(running) + 1), running, where="mid", color=HUES["k3"])
+    axes[2].step(np.arange(1, len(running) + 1), running, where="mid", color=hue("k3"))
     axes[2].set(xlabel="tokens, the largest first", ylabel="share of k3", ylim=(0, 1), title="tokens that carry k3")
     for ax in axes:
         ax.grid()
@@ -164,7 +163,7 @@ def run_steps(steps: pd.DataFrame, changes: pd.DataFrame) -> Figure:
     for ax, (title, names) in zip(axes, panel_of.items(), strict=False):
         used.append(ax)
         for name in names:
-            colour = HUES.get(name, NEUTRAL)
+            colour = hue(name) if name in ("k1", "k3") else NEUTRAL
             ax.plot(x, steps[name], color=colour, marker="o", markersize=2, label=name)
             if f"{name}_low" in steps:
                 low, high = (steps[f"{name}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))

@@ -205,7 +205,7 @@ def corrections_frame(totals: Totals, level: float, seed: int) -> pd.DataFrame:
 
 def _wins(sums: dict[str, Array], batch: float, seed: int) -> Array:
     """Of how many bootstrap samples of the clusters each correction has the least error."""
-    rng, count = generator(seed, 22), len(sums["length"])
+    rng, count = generator(seed, "records.corrections"), len(sums["length"])
     columns = np.stack(list(sums.values()), -1)
     with np.errstate(invalid="ignore", over="ignore"):
         drawn = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) @ columns for _ in range(REPLICATES)])

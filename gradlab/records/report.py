@@ -21,7 +21,7 @@ from gradlab.records.sentences import interval
 from gradlab.study import pages
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from gradlab.plots import Figure
 
 #: Estimators that the screen shows; the page shows all.
 SHOWN = ("k1-loss", "k2-loss", "k3-loss", "k1-reward-to-go", "k3-both")

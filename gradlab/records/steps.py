@@ -27,7 +27,7 @@ def changes(values: Array, seed: int = 0) -> list[tuple[int, float]]:
     ranks = pd.Series(values).rank().to_numpy()
     found: list[tuple[int, float]] = []
     parts = [(0, len(ranks))]
-    rng = generator(seed, 21)
+    rng = generator(seed, "records.changes")
     while parts:
         start, end = parts.pop()
         part = ranks[start:end]
