@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradlab.per_sample import backprop
     from gradlab.plots.figures import figure
     from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
-    from gradlab.questions import asymmetry, language, lengths, off_policy, optima, restoring, sequences, tails
+    from gradlab.questions import asymmetry, combined, language, lengths, off_policy, optima, restoring, sequences, tails
     from gradlab.questions import compositions as search
     from gradlab.questions import fixed_points as fixedpoints
     from gradlab.questions import gradient_flow as ascent
@@ -75,6 +75,7 @@ __all__ = [
     "audit",
     "backprop",
     "claims",
+    "combined",
     "components",
     "exact",
     "field",
@@ -140,7 +141,7 @@ _MODULES = {
     "search": "questions.compositions",
     **{
         name: f"questions.{name}"
-        for name in ("asymmetry", "language", "lengths", "off_policy", "optima", "restoring", "sequences", "tails")
+        for name in ("asymmetry", "combined", "language", "lengths", "off_policy", "optima", "restoring", "sequences", "tails")
     },
     **{name: f"solvers.{name}" for name in ("exact", "montecarlo")},
 }

@@ -27,6 +27,8 @@ WORDS = gl.Scenario(NETWORK, gl.policies.small("names", "few", prompts=["."], le
 K2 = gl.ESTIMATORS["k2-loss"]
 WORLD = gl.ascent.World("w", BANDIT, torch.tensor([0.0, 1.0]))
 RECIPE = gl.training.Recipe(steps=2, batch=8, group=4, eval_every=1, eval_responses=8)
+REWARDED = gl.Scenario(BANDIT, gl.Bandit([0.0, 0.0]), reward=gl.TableReward(BANDIT, [1.0, 0.0]))
+WHOLE = gl.PolicyLoss("mean", 3, regulariser=gl.Estimator("k3"))
 MEANS = np.random.default_rng(0).normal(1.0, 1.0, (8, 2))
 
 
@@ -47,6 +49,7 @@ def frames(name: str) -> pd.DataFrame:
         "variances": lambda: gl.tails.variances([ON, TREES], "k3-loss").assign(group="a"),
         "running": lambda: gl.tails.running(["k3"], GAUSSIANS, [4, 8], 6),
         "parts": lambda: gl.language.parts(["k2-loss"], WORDS),
+        "contributions": lambda: gl.combined.contributions({"a": WHOLE, "b": WHOLE}, [REWARDED], [0.1, 0.2]),
         "settled": lambda: gl.claims.verify({}, only=["value-k1"]),
     }[name]()
 
@@ -237,6 +240,16 @@ CALLS = {
         points=3,
     ),
     "restoring.compared": call(gl.restoring.compared, frame="times", baseline="k2-loss"),
+    "combined.contributions": call(
+        gl.combined.contributions,
+        {"losses": [{}, None, {"a": gl.PolicyLoss("mean", 3)}], "coefficients": [0.0, -1.0, None]},
+        losses={"a": WHOLE},
+        scenarios=[REWARDED],
+        coefficients=[0.1],
+    ),
+    "combined.exponents": call(gl.combined.exponents, frame=frames("contributions")),
+    "combined.flatness": call(gl.combined.flatness, frame=frames("contributions")),
+    "combined.against": call(gl.combined.against, frame=frames("contributions"), estimator="a", other="b"),
     "lengths.expected_length": call(gl.lengths.expected_length, policy=TREE),
     "lengths.length_gradient": call(gl.lengths.length_gradient, policy=TREE),
     "lengths.length_distribution": call(gl.lengths.length_distribution, policy=TREE),
@@ -599,7 +612,7 @@ def test_what_cannot_be_taken_is_a_value_error_that_says_what_was_given(name: st
     assert not faults, f"{name}:\n" + "\n".join(faults)
 
 
-FRAMES = ("errors", "ranked", "shares", "times", "runs", "against", "variances", "running", "parts", "settled")
+FRAMES = ("errors", "ranked", "shares", "times", "runs", "against", "variances", "running", "parts", "settled", "contributions")
 
 
 def public() -> set[str]:

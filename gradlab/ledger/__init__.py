@@ -5,6 +5,7 @@ from gradlab.ledger import (
     asymmetry,
     bandits,
     coefficients,
+    combined,
     distance,
     fixed_points,
     language,
@@ -34,6 +35,7 @@ CLAIMS: tuple[Claim, ...] = (
     *smollm2.CLAIMS,
     *shipped.CLAIMS,
     *training.CLAIMS,
+    *combined.CLAIMS,
 )
 
 #: Claims of the user's, each named by its id and its scope.

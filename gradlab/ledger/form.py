@@ -42,6 +42,9 @@ DRAWN_IN = {
     "12_configurations": "12_kinds",
     "12_directions": "12_kinds",
     "13_pairs": "13_training",
+    "14_exponents": "14_weight",
+    "14_equal": "14_weight",
+    "14_heads": "14_lag",
 }
 
 

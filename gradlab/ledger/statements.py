@@ -60,6 +60,15 @@ PUBLISHED: dict[str, tuple[str, str]] = {
     "train-k1-loss": ("training with k1 as loss resembles training without a KL term, and drifts", f"{_P}, Fig. 2"),
     "train-k2-k3": ("k2 as loss keeps the policy nearer the reference and trains more stably than k3 as loss", f"{_P}, Fig. 3"),
     "train-k1-reward": ("k1 in reward and k2 as loss train alike", _P),
+    "combined": (
+        "a KL term keeps its gradient in the advantage (combined) and in a clipped head of its own (decoupled)",
+        f"after {_P}",
+    ),
+    "standardised-kl": (
+        "a KL in the reward keeps its coefficient where groups are standardised",
+        "GRPO with the KL in the reward",
+    ),
+    "kl-beside-reward": ("at the coefficients in use the KL's gradient is small beside the reward's", "folklore"),
 }
 
 _REVERSE, _FROZEN = "an unbiased gradient of the reverse KL", "an unbiased gradient of the reverse KL with frozen prefixes"
@@ -191,4 +200,10 @@ STATEMENTS: dict[str, str] = {
     "train-k2-k3.reward": "at the same final KL, training with k3 as loss earns less than with k2 as loss",
     "train-k2-k3.spread": "training with k3 as loss spreads more over seeds than with k2 as loss",
     "train-k1-reward": "training with k1 in reward ends at the KL of training with k2 as loss",
+    "combined": "on-policy, the KL term contributes β∇KL(π‖ref) to the loss",
+    "combined.clipped": "off-policy, beside a clipped ratio, the KL term contributes β∇KL(π‖ref) within 1 %",
+    "combined.nearer": "off-policy and clipped, a head of its own is nearer to β∇KL(π‖ref) than a KL in the advantage",
+    "standardised-kl": "the KL's weight beside the reward is proportional to β",
+    "standardised-kl.flat": "the KL's weight does not depend on β",
+    "kl-beside-reward": "the gradient of k2 is less than a tenth of the reward's",
 }

@@ -7,6 +7,7 @@ from gradlab.plots.asymmetry import dropped_sides, restoring, sides, tail_indice
 from gradlab.plots.audit import audited_curves, matches
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.coefficients import coefficients
+from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.figures import FIGURES, Drawing
@@ -37,6 +38,7 @@ __all__ = [
     "batches",
     "catalogue",
     "chi2",
+    "clipped_kl",
     "coefficients",
     "compositions",
     "credit",
@@ -51,6 +53,7 @@ __all__ = [
     "gap",
     "gradients",
     "growth",
+    "kl_weights",
     "lags",
     "language_models",
     "matches",

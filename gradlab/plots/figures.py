@@ -16,6 +16,7 @@ from gradlab.plots.audit import audited_curves
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.canvas import Figure
 from gradlab.plots.coefficients import coefficients
+from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
@@ -218,6 +219,8 @@ _OWN = {
     "12_pulls": _alone(audited_curves, "12_pulls"),
     "13_runs": _alone(training_runs, "13_runs"),
     "13_training": Drawing(training_compared, ("13_training", "13_ends")),
+    "14_weight": _alone(kl_weights, "14_weight"),
+    "14_lag": _alone(clipped_kl, "14_lag"),
 }  # fmt: skip
 
 #: Every figure of the analyses by its name; what is registered stands behind gradlab's own.
