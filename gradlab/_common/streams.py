@@ -36,7 +36,7 @@ STREAMS = {
     "audit.padding": 26,
     "smollm2.reinforce": 27,
     "language": 28,
-    "analysis.14.bandits": 31,
+    "analysis.14.bandits": 33,
     "analysis.05": 29,
     "analysis.11.questions": 30,
     "records.changes": 31,
