@@ -31,3 +31,19 @@ def test_its_tables_tell_every_column_fault_and_format():
 
     assert told >= set(FORMATS)
     assert told >= set(re.findall(r"`([\w ]+)`", gl.records.check.__doc__.split("Faults:")[1].split(".")[0]))
+
+
+def test_the_page_on_spikes_runs_and_says_whose_it_is(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "my_kl_spiked.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "my_kl_spiked.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "at step 6" in printed
+    assert "the spike is the estimator's" in printed
+    largest = names["found"]["largest"].iloc[0]
+    assert (largest["response"], largest["place"]) == (6 * 128 + 3, 1)
+    assert largest["share"] > 0.9
+    half = names["found"]["estimators"].set_index("estimator")["half"]
+    assert half["k3-loss"] == 1
+    assert half["k2-loss"] > 100

@@ -11,17 +11,33 @@ if TYPE_CHECKING:
     from gradlab.records import report
     from gradlab.records.block import Block
     from gradlab.records.checks import Finding, check
+    from gradlab.records.choosing import budget, equivalents, frontier
     from gradlab.records.inspection import Inspection, inspect
     from gradlab.records.readers import read_rollouts
     from gradlab.records.recorder import Recorder
     from gradlab.records.schema import COLUMNS
     from gradlab.records.table import Records
 
-__all__ = ["COLUMNS", "Block", "Finding", "Inspection", "Recorder", "Records", "check", "inspect", "read_rollouts", "report"]
+__all__ = [
+    "COLUMNS",
+    "Block",
+    "Finding",
+    "Inspection",
+    "Recorder",
+    "Records",
+    "budget",
+    "check",
+    "equivalents",
+    "frontier",
+    "inspect",
+    "read_rollouts",
+    "report",
+]
 
 _HOMES = {
     **dict.fromkeys(["Finding", "check"], "checks"),
     **dict.fromkeys(["Inspection", "inspect"], "inspection"),
+    **dict.fromkeys(["budget", "equivalents", "frontier"], "choosing"),
     "COLUMNS": "schema",
     "Recorder": "recorder",
     "Records": "table",

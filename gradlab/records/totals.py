@@ -141,7 +141,7 @@ def _add(totals: Totals, block: Block, first: Array) -> None:
     totals.add("step", block["step"] if "step" in block else np.zeros(len(block)))
     if "reward" in block:
         totals.add("reward", block["reward"])
-    totals.add("cluster", _clusters(block, first))
+    totals.add("cluster", clusters(block, first))
     log_p = np.where(mask, block[totals.policy], 0.0)
     totals.add("surprise", -block.sums(log_p))
     if "removed" in block:
@@ -175,7 +175,7 @@ def _add(totals: Totals, block: Block, first: Array) -> None:
             totals.add(name, value)
 
 
-def _clusters(block: Block, first: Array) -> Array:
+def clusters(block: Block, first: Array) -> Array:
     """A number for each group of a step, whose responses share a prompt; without groups, for each response."""
     own = pd.util.hash_array(first.astype(np.uint64))
     name = next((name for name in ("group_id", "prompt_id") if name in block), None)
