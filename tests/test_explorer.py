@@ -118,6 +118,9 @@ def exact_numbers(shown: dict[str, Any]) -> dict[str, float]:
         "kl_after": kls[1], "true_after": true_kls[1], "kl_end": kls[-1], "true_end": true_kls[-1],
     }  # fmt: skip
     columns: dict[str, Any] = {"mean": mean, "truth": truth}
+    if scenario.policy.length > 1:
+        found["bias_frozen"] = float(gl.measure(estimator, scenario, target="reverse_kl_frozen_prefix")["bias"].iloc[0])
+        columns["frozen"] = gl.exact.gradient("reverse_kl_frozen_prefix", scenario)
     given = {"policy": scenario.policy, "reference": scenario.reference, "behaviour": scenario.behaviour}
     for role, policy in given.items():
         if policy is not None:
@@ -308,6 +311,31 @@ def test_the_page_composes_what_gradlab_does_and_nothing_else(page):
         return True
 
     assert [reason is None for reason in refused] == [possible(chosen) for chosen in given]
+
+
+@needs_browser
+@pytest.mark.parametrize(("vocab", "length"), [(2, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_every_composition_has_the_exact_moments(page, vocab, length, off_policy):
+    """All that gradlab composes of the page's parts, on a random tree, deeper than the page shows, too."""
+    rng = np.random.default_rng(vocab + length)
+    size = sum(vocab ** (t + 1) for t in range(length))
+    given = {role: rng.normal(size=size).tolist() for role in ("policy", "reference", "behaviour")}
+    given |= {"kind": "tree", "vocab": vocab, "length": length} | ({} if off_policy else {"behaviour": None})
+    parts = (KERNELS, PLACEMENTS, CREDITS, WEIGHTS, (False, True), CLAMPS.values())
+    names = ("kernel", "placement", "credit", "weight", "differentiate", "clampLogRatio", "clampValue")
+    every = [dict(zip(names, (*most, *bounds), strict=True)) for *most, bounds in product(*parts)]
+    chosen = [
+        e for e, reason in zip(every, page.evaluate("(all) => all.map(explorer.refusal)", every), strict=True) if reason is None
+    ]
+    found = page.evaluate("([all, scenario]) => all.map((e) => explorer.measure(e, scenario))", [chosen, given])
+    scenario = scenario_of(given)
+    assert len(chosen) > 200
+    for each, ours in zip(chosen, found, strict=True):
+        theirs = gl.exact.moments(composition(each), scenario)
+        scale = max(float(theirs.mean.norm()), ours["target_norm"])
+        assert ours["mean"] == pytest.approx(theirs.mean.tolist(), abs=CLOSE * scale), each
+        assert ours["traceCov"] == pytest.approx(theirs.trace_cov, rel=CLOSE, abs=CLOSE), each
 
 
 @needs_browser

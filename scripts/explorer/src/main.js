@@ -1,7 +1,7 @@
 // The explorer. For scripts and tests: explorer.set({...}) changes choices and draws at once, explorer.state() says what is shown.
 
 import { render } from "lit-html";
-import { refusal } from "./math.js";
+import { measure, refusal } from "./math.js";
 import { page } from "./page.js";
 import { withProbability } from "./policies.js";
 import { PRESETS } from "./presets.js";
@@ -12,7 +12,7 @@ const status = Object.assign(document.createElement("p"), { className: "hidden" 
 status.setAttribute("role", "status");
 document.body.append(status);
 
-let state = initial(), shown = null, waiting = false, saying = 0;
+let state = initial(), shown = null, waiting = false, saying = 0, scrolled = null;
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const dark = () => (state.theme ? state.theme === "dark" : prefersDark.matches);
 
@@ -23,6 +23,9 @@ function draw() {
   html.dataset.theme = dark() ? "dark" : "light";
   html.style.setProperty("--estimate", colour(state.estimator.kernel, state.estimator.placement, dark()));
   render(page(state, shown, actions), root);
+  const chosen = document.querySelector(".findings [aria-pressed=true]"), list = chosen?.closest("ol");
+  if (list && state.preset !== scrolled) list.scrollLeft = chosen.offsetLeft - list.offsetLeft - (list.clientWidth - chosen.offsetWidth) / 2;
+  scrolled = state.preset;
   clearTimeout(saying);
   saying = setTimeout(() => {
     status.textContent = `${nameOf(state)}: bias ${shown.bias.toPrecision(3)}, cosine ${shown.cosine.toPrecision(3)}, noise ${shown.noise.toPrecision(3)}`;
@@ -95,12 +98,17 @@ window.explorer = {
       world: state.world, preset: state.preset, batch: state.batch, step: state.step, scenario: s, estimator: composed(state),
       name: nameOf(state), colour: colour(state.estimator.kernel, state.estimator.placement, dark()),
       numbers: {
-        mean, truth, trace_cov: traceCov, bias, cosine, noise, crossover, rmse, sampled, kl, forward, lag, gradient_norm, target_norm, descends,
+        frozen: shown.frozen, bias_frozen: shown.bias_frozen, mean, truth, trace_cov: traceCov, bias, cosine, noise, crossover, rmse, sampled, kl, forward, lag, gradient_norm, target_norm, descends,
         kls: down.kls, true_kls: true_down.kls, policies: down.policies, cloud,
       },
     };
   },
   presets: PRESETS,
+  /** Mean gradient, trace of the covariance, bias, … of an estimator in a scenario, both as `state()` has them; draws nothing. */
+  measure(estimator, scenario) {
+    const { rollout, each, ...found } = measure(estimator, scenario);
+    return found;
+  },
   /** Why gradlab refuses a composition, or null. */
   refusal,
 };

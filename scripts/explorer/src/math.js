@@ -262,6 +262,12 @@ export const kl = (s, p, q) => klOf(rollout({ ...s, policy: p, reference: q, beh
 // A gradient smaller than this share of its terms is rounding, and a relative bias below the other counts as 0.
 const ZERO = 1e-12, NO_BIAS = 1e-10;
 
+/** ‖g − target‖ / ‖target‖, 0 where it is rounding and NaN for a target of 0. */
+export function relative(g, target) {
+  const bias = norm(target) > ZERO ? norm(minus(g, target)) / norm(target) : NaN;
+  return bias < NO_BIAS ? 0 : bias;
+}
+
 /** Bias, cosine, noise and crossover of an estimator as a gradient of the reverse KL. */
 export function measure(e, s) {
   const r = rollout(s);
@@ -270,8 +276,7 @@ export function measure(e, s) {
   const scale = Math.sqrt(sum(r.weight.map((w, i) => w * dot(each[i], each[i]))));
   const size = norm(truth);
   const defined = size > ZERO;
-  const raw = defined ? norm(minus(mean, truth)) / size : NaN;
-  const bias = raw < NO_BIAS ? 0 : raw;
+  const bias = relative(mean, truth);
   const noise = defined ? traceCov / size ** 2 : NaN;
   const still = norm(mean) <= ZERO * Math.max(scale, 1e-300) || !defined;
   return {

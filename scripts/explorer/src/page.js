@@ -79,7 +79,7 @@ function findings(state, actions) {
   ${preset ? html`<section class="finding" aria-label="Finding">
     <p class="sentence">${preset.text}</p>
     ${preset.variants ? html`<p class="variants" role="group" aria-label="Compare">${preset.variants.map((each, i) => html`<button type="button" aria-pressed=${i === state.variant} @click=${() => actions.preset(preset.slug, i)}>${each.label}</button>`)}</p>` : nothing}
-    <p class="row"><span class=${`verdict ${claim.verdict}`}>${claim.verdict}</span> “${claim.statement}”, <span class="soft">for: ${claim.scope}.</span> <code>gradlab claims ${claim.id}</code></p>
+    <p class="row">Ledger: <span class=${`verdict ${claim.verdict}`}>${claim.verdict}</span> “${claim.statement}”, <span class="soft">for: ${claim.scope}.</span> <code>gradlab claims ${claim.id}</code></p>
   </section>` : html`<section class="finding free" aria-label="Finding"><p class="sentence">Your own position. Every number on this page is exact, but for the cloud of sampled batches.</p></section>`}`;
 }
 
@@ -89,10 +89,10 @@ function verdict(state, d) {
     <h2><span class="name">${nameOf(state)}</span> descends ${objective ? html`<em>${objective[0]}</em>` : html`<em>none of the usual objectives</em>`}</h2>
     <p class="soft">${objective ? `On average and exactly: ${objective[1]}.` : "Its expected gradient equals that of no divergence known to this page."}</p>
     <dl>
-      <div><dt>Bias</dt><dd>${number("bias", d.bias)}</dd><dd class="note">‖E g − ∇KL‖ / ‖∇KL‖</dd></div>
-      <div><dt>Cosine</dt><dd>${number("cosine", d.cosine)}</dd><dd class="note">of E g and ∇KL</dd></div>
+      <div><dt>Bias</dt><dd>${number("bias", d.bias)}</dd><dd class="note">‖E g − ∇KL‖ / ‖∇KL‖${d.frozen ? html`; ${number("bias_frozen", d.bias_frozen)} as the gradient of single steps` : nothing}</dd></div>
+      <div><dt>Cosine</dt><dd>${number("cosine", d.cosine)}</dd><dd class="note">of E g and ∇KL${d.cosine < 0 ? ": more than 90° apart" : ""}</dd></div>
       <div><dt>Noise</dt><dd>${number("noise", d.noise)}</dd><dd class="note">of one response, tr Cov / ‖∇KL‖²</dd></div>
-      <div><dt>Crossover</dt><dd>${number("crossover", d.crossover)}</dd><dd class="note">batch size at which bias overtakes noise</dd></div>
+      <div><dt>Crossover</dt><dd>${number("crossover", d.crossover)}</dd><dd class="note">${d.crossover === Infinity ? "no bias, so no batch is too large" : d.crossover < 1 ? "bias is the larger part in every batch" : "batch size at which bias overtakes noise"}</dd></div>
       <div class=${d.down.kls[1] > d.kl ? "up" : ""}><dt>KL(π‖ref)</dt><dd>${number("kl", d.kl, 5)} → ${number("kl_after", d.down.kls[1] ?? NaN, 5)}</dd><dd class="note">by one exact step of ${state.step}${d.down.kls[1] > d.kl ? ": it rises" : ""}; the true gradient: ${number("true_after", d.true_down.kls[1] ?? NaN, 5)}</dd></div>
       <div><dt>Error of a batch</dt><dd>${number("rmse", d.rmse)}</dd><dd class="note">exactly; ${number("sampled", d.sampled)} in ${d.cloud.length} drawn batches of ${state.batch}</dd></div>
     </dl>
@@ -113,12 +113,12 @@ function table(state, d, actions) {
     <p class="soft">${gaussian ? "Mean and standard deviation are the parameters." : "The logits are the parameters."} A positive gradient means that descent lowers the ${gaussian ? "parameter" : "logit"}. The policies can be typed in here.</p>
     <div class="scroll" tabindex="0" role="region" aria-label="Table of numbers"><table>
     <thead><tr><th scope="col">${gaussian ? "parameter" : "token"}</th>${roles.map((role) => html`<th scope="col">${role === "policy" ? "π" : role === "reference" ? "ref" : "μ"}</th>`)}
-      ${gaussian ? nothing : html`<th scope="col">log-ratio ℓ</th><th scope="col">coefficient</th>`}<th scope="col">∇KL</th><th scope="col">E g</th><th scope="col"><span class="hidden">drawn</span></th></tr></thead>
+      ${gaussian ? nothing : html`<th scope="col">log-ratio ℓ</th><th scope="col">coefficient</th>`}<th scope="col">∇KL</th>${d.frozen ? html`<th scope="col">∇ single steps</th>` : nothing}<th scope="col">E g</th><th scope="col"><span class="hidden">drawn</span></th></tr></thead>
     <tbody>${tokens.map((name, i) => html`<tr class=${d.flips[i] ? "flipped" : ""}>
       <th scope="row">${name}</th>
       ${roles.map((role) => html`<td><input inputmode="decimal" data-n=${`${role}.${i}`} aria-label=${`${NAMES[role]}, ${gaussian ? name : `token ${name}`}`} .value=${live(show(shown[role][i], 4))} @change=${(event) => actions.type(role, i, event.target.value)}></td>`)}
       ${gaussian ? nothing : html`<td>${number(`log_ratio.${i}`, r.logPi[i] - r.logRef[i])}</td><td>${single(d.e) ? number(`coefficient.${i}`, tokenCoefficient(d.e, r, i)) : "–"}</td>`}
-      <td>${number(`truth.${i}`, d.truth[i])}</td><td>${number(`mean.${i}`, d.mean[i])}${d.flips[i] ? html` <b class="flip">flipped</b>` : nothing}</td>
+      <td>${number(`truth.${i}`, d.truth[i])}</td>${d.frozen ? html`<td>${number(`frozen.${i}`, d.frozen[i])}</td>` : nothing}<td>${number(`mean.${i}`, d.mean[i])}${d.flips[i] ? html` <b class="flip">flipped</b>` : nothing}</td>
       <td class="drawn" aria-hidden="true"><div>${bar(d.truth[i], "truth")}${bar(d.mean[i], "estimate")}</div></td>
     </tr>`)}</tbody></table></div>
     <p class="soft">KL(π‖ref) ${number("kl", d.kl, 5)} nats · KL(ref‖π) ${number("forward", d.forward, 5)} · ${s.behaviour ? html`KL(μ‖π) ${number("lag", d.lag, 5)} · ` : nothing}‖∇KL‖ ${number("target_norm", d.target_norm)} · ‖E g‖ ${number("gradient_norm", d.gradient_norm)}</p>
@@ -132,7 +132,7 @@ const POLICY_TEXT = {
   three: "Drag π, the reference or μ. Thin lines: equal KL(·‖ref). Lines from π: where exact descent goes.",
   ten: "Drag a disc (π), a square (reference) or a triangle (μ). The other tokens share the rest.",
   gaussian: "Drag a peak: sideways its mean, up and down its width.",
-  steps: "Drag the probability of A at each step. Below: the four responses, bars for π, lines for the reference.",
+  steps: "Drag the probability of A at each step: disc π, square reference. Below, the four responses: bars π, lines reference.",
 };
 
 export function page(state, d, actions) {
@@ -154,7 +154,7 @@ export function page(state, d, actions) {
       <div class="plots">
         ${figure("Bias and noise of the gradient", html`The dotted gap between the arrows is the bias. Dots: ${d.cloud.length} batches of ${state.batch}. <button type="button" class="link" @click=${actions.draw}>Draw again</button>`, plane(state, d))}
         ${figure("When bias overtakes noise", "A larger batch averages noise away and leaves the bias. Drag the batch size.", batchPlot(state, d, actions.batch))}
-        ${figure("What multiplies each token’s score", "The thin line is the reverse KL’s: the log-ratio. A disc is a token; large ones are drawn often.", coefficientCurve(state, d))}
+        ${figure("What multiplies each token’s score", `The thin line is the reverse KL’s: the log-ratio. ${state.world === "gaussian" ? "" : d.e.weight !== "none" && d.s.behaviour ? "A disc is a token; its weight ρ takes it off the curve." : "A disc is a token; large ones are drawn often."}`, coefficientCurve(state, d))}
         ${figure("Where descent takes the KL", html`Exact steps of ${state.step}, without noise: to ${number("kl_end", d.down.kls.at(-1), 4)} nats; the true gradient to ${number("true_end", d.true_down.kls.at(-1), 4)}.`, descentPlot(state, d))}
       </div>
     </div>

@@ -20,15 +20,19 @@ export function plane(state, d) {
   const along = d.truth.map((x) => x / size);
   const across = acrossOf(state, along, d.mean);
   const at = (g) => [dot(g, along) / size, dot(g, across) / size];
+  const frozen = d.frozen && at(d.frozen);
+  const same = frozen && d.bias_frozen < 1e-6;
   const [mx, my] = at(d.mean), spread = Math.sqrt(d.noise / state.batch);
   // The view holds both arrows, and the circle unless it is far larger.
   const room = Math.min(1.25 * spread, 1.6 * Math.max(1, Math.hypot(mx, my)));
-  const [x1, x2] = [Math.min(-0.15, mx - room), Math.max(1.15, mx + room)];
-  const [y1, y2] = [Math.min(-0.3, my - room), Math.max(0.3, my + room)];
+  const [x1, x2] = [Math.min(-0.15, mx - room, (frozen?.[0] ?? 0) - 0.15), Math.max(1.15, mx + room, (frozen?.[0] ?? 0) + 0.15)];
+  const [y1, y2] = [Math.min(-0.3, my - room, (frozen?.[1] ?? 0) - 0.2), Math.max(0.3, my + room, (frozen?.[1] ?? 0) + 0.2)];
   const { left, right, top, bottom } = FRAME;
   const unit = Math.min((right - left) / (x2 - x1), (bottom - top) / (y2 - y1));
   const X = (v) => (left + right) / 2 + unit * (v - (x1 + x2) / 2), Y = (v) => (top + bottom) / 2 - unit * (v - (y1 + y2) / 2);
-  const dots = d.cloud.map((g) => at(g)).map(([a, b]) => `M${X(a).toFixed(1)},${Y(b).toFixed(1)}h0`).join("");
+  const points = d.cloud.map((g) => at(g)).map(([a, b]) => [X(a), Y(b)]);
+  const dots = points.map(([a, b]) => `M${a.toFixed(1)},${b.toFixed(1)}h0`).join("");
+  const outside = points.filter(([a, b]) => a < 6 || a > 394 || b < 12 || b > 244).length;
   return svg`<svg viewBox=${BOX} role="img" aria-label=${`True gradient and expected gradient: bias ${show(d.bias)}, cosine ${show(d.cosine)}; ${d.cloud.length} batches of ${state.batch} around it`}>
     <defs><clipPath id="plane"><rect x="6" y="12" width="388" height="232" /></clipPath></defs>
     <g clip-path="url(#plane)">
@@ -36,11 +40,12 @@ export function plane(state, d) {
       <path class="cloud" d=${dots} />
       <circle class="spread" cx=${X(mx)} cy=${Y(my)} r=${unit * spread} />
       <line class="gap" x1=${X(1)} y1=${Y(0)} x2=${X(mx)} y2=${Y(my)} />
-      ${arrow(X(0), Y(0), X(1), Y(0), "truth", 11)}${arrow(X(0), Y(0), X(mx), Y(my), "estimate", 11)}
+      ${arrow(X(0), Y(0), X(mx), Y(my), "estimate", 14)}${arrow(X(0), Y(0), X(1), Y(0), "truth", 10)}
+      ${frozen ? svg`${arrow(X(0), Y(0), X(frozen[0]), Y(frozen[1]), "frozen", 10)}${same ? "" : svg`<text class="letter halo" x=${X(frozen[0])} y=${Y(frozen[1]) + (frozen[1] > my ? -9 : 18)} text-anchor="middle">∇ single steps</text>`}` : ""}
       <text class="label halo" x=${X(1)} y=${Y(0) + (my > 0 ? 19 : -10)} text-anchor="middle">∇KL</text>
-      <text class="label halo estimate" x=${X(mx)} y=${Y(my) + (my > 0 ? -10 : 19)} text-anchor="middle">E g</text>
+      <text class="label halo estimate" x=${X(mx)} y=${Y(my) + (my > 0 ? -10 : 19)} text-anchor=${same && mx < 0.2 ? "start" : "middle"}>E g${same ? " = ∇ of single steps" : ""}</text>
     </g>
-    <text class="note" x="8" y="262">${d.truth.length > 3 || state.world === "steps" ? "projected on the plane of both arrows" : "the whole gradient"}; circle: one standard deviation</text>
+    <text class="note" x="8" y="262">${d.truth.length > 3 || state.world === "steps" ? "on the plane of both arrows" : "the whole gradient"}; circle: one standard deviation${outside ? `; ${outside} dots lie outside` : ""}</text>
   </svg>`;
 }
 
@@ -86,7 +91,7 @@ export function coefficientCurve(state, d) {
     <defs><clipPath id="curve"><rect x=${FRAME.left} y=${FRAME.top - 4} width=${FRAME.right - FRAME.left} height=${FRAME.bottom - FRAME.top + 8} /></clipPath></defs>
     ${axes({ x, y, ticksX: ticks(x, 6), ticksY: ticks(y, 5), nameX: "log-ratio ℓ", nameY: "coefficient", frame: FRAME })}
     <g clip-path="url(#curve)">
-      <path class="curve truth" d=${trace(steps.map((l) => [x(l), y(l)]))} /><path class="curve estimate" d=${curve ?? ""} />
+      <path class="curve estimate" d=${curve ?? ""} /><path class="curve truth" d=${trace(steps.map((l) => [x(l), y(l)]))} />
     </g>
     ${placedCells.map(({ at: [cx, cy], r, outside }) => svg`<circle class=${`token ${outside ? "outside" : ""}`} cx=${cx} cy=${cy} r=${r} />`)}
     ${labelled(placedCells).map(({ name, x, y }) => svg`<text class="letter halo" x=${x} y=${y} text-anchor="middle">${name}</text>`)}
@@ -117,6 +122,8 @@ export function batchPlot(state, d, chooseBatch) {
   const trace = line();
   const meets = Number.isFinite(crossover) && crossover >= 1 && crossover <= 2 ** 20;
   const at = x(state.batch);
+  // The name of the noise stands where neither the bias nor the crossover is.
+  const named = [1.3, 4096, 256, 65536].find((n) => Math.abs(Math.log2(n / crossover)) > 5 && Math.sqrt(noise / n) > 1.5 * low && Math.abs(Math.log2(n / state.batch)) > 2.5);
   const decades = [];
   for (let t = low; t <= high * 1.01; t *= 10) decades.push(t);
   const most = state.world === "gaussian" ? 12 : MOST;
@@ -127,7 +134,7 @@ export function batchPlot(state, d, chooseBatch) {
       <path class="curve noise" d=${trace(sizes.map((n) => [x(n), y(Math.sqrt(noise / n))]))} />
       ${bias > 0 ? svg`<line class="curve bias" x1=${FRAME.left} x2=${FRAME.right} y1=${y(bias)} y2=${y(bias)} />` : ""}
       <path class="curve estimate" d=${trace(sizes.map((n) => [x(n), y(Math.sqrt(bias ** 2 + noise / n))]))} /></g>
-      <text class="letter halo" x=${FRAME.left + 8} y=${y(Math.sqrt(noise / 1.5)) + 22}>noise</text>
+      ${named ? svg`<text class="letter halo" x=${x(named) + 8} y=${y(Math.sqrt(noise / named)) - 4}>noise</text>` : ""}
       <text class="letter halo" x=${FRAME.right - 4} y=${bias > 0 ? y(bias) - 7 : FRAME.bottom - 8} text-anchor="end">${bias > 0 ? svg`bias ${numberInDrawing("bias", bias)}` : svg`no bias: ${numberInDrawing("bias", bias)}`}</text>
       ${meets ? svg`<circle class="meet" cx=${x(crossover)} cy=${y(bias)} r="5" /><text class="label halo" x=${Math.min(Math.max(x(crossover), 90), 330)} y=${y(bias) + 22} text-anchor="middle">n = ${numberInDrawing("crossover", crossover)}</text>` : ""}` : ""}
     <line class="now" x1=${at} x2=${at} y1=${FRAME.top} y2=${FRAME.bottom} aria-hidden="true" />
@@ -154,7 +161,7 @@ export function descentPlot(state, d) {
     <defs><clipPath id="descent"><rect x=${FRAME.left} y=${FRAME.top - 6} width=${FRAME.right - FRAME.left + 8} height=${FRAME.bottom - FRAME.top + 8} /></clipPath></defs>
     ${axes({ x, y, ticksX: [0, 15, 30, 45, 60], ticksY: ticks(y, 4), nameX: "exact steps", nameY: "KL(π‖ref), nats", frame: FRAME })}
     <g clip-path="url(#descent)">
-    <path class="curve truth" d=${path(d.true_down)} /><path class="curve estimate" d=${path(d.down)} />
+    <path class="curve estimate" d=${path(d.down)} /><path class="curve truth" d=${path(d.true_down)} />
     <circle class="tip estimate" cx=${last(d.down)[0]} cy=${last(d.down)[1]} r="4" />${mark("policy", x(0), y(d.kl), 5)}</g>
   </svg>`;
 }

@@ -3,7 +3,7 @@
 import { contours } from "d3-contour";
 import { scaleLinear, scaleLog } from "d3-scale";
 import { line } from "d3-shape";
-import { nothing, svg } from "lit-html";
+import { svg } from "lit-html";
 import { arrow, handle, mark, NAMES, show, SYMBOLS } from "./draw.js";
 import { logSoftmax } from "./math.js";
 import { WORLDS } from "./state.js";
@@ -72,6 +72,10 @@ function simplex(state, d, move) {
   };
   const [wanted, expected] = [velocity(d.truth), velocity(d.mean)];
   const scale = 64 / Math.max(Math.hypot(...wanted), Math.hypot(...expected), 1e-12);
+  // The name of π stands where no arrow goes.
+  const lengths = [wanted, expected].map((v) => v.map((x) => x / Math.max(Math.hypot(...v), 1e-12)));
+  const ahead = [lengths[0][0] + lengths[1][0], lengths[0][1] + lengths[1][1]], size = Math.hypot(...ahead);
+  const away = size > 0.05 ? ahead.map((x) => (-19 * x) / size) : [lengths[0][1] * 19, -lengths[0][0] * 19];
   const trace = line();
   const path = (down) => trace(down.policies.map((logits) => place(probabilities(logits))));
   return svg`<svg viewBox="0 0 400 372" role="group" aria-label="Simplex of three outcomes: policy, reference and behaviour policy can be moved with the arrow keys">
@@ -81,9 +85,9 @@ function simplex(state, d, move) {
     <path class="edge" d=${`M${CORNERS.join("L")}Z`} />
     <g aria-hidden="true">
       ${["A", "B", "C"].map((name, v) => svg`<text class="corner" x=${CORNERS[v][0] + [-4, 4, 0][v]} y=${CORNERS[v][1] + [19, 19, -9][v]} text-anchor="middle">${name}</text>`)}
-      <path class="path truth" d=${path(d.true_down)} /><path class="path estimate" d=${path(d.down)} />
+      <path class="path estimate" d=${path(d.down)} /><path class="path truth" d=${path(d.true_down)} />
+      ${arrow(x0, y0, x0 + scale * expected[0], y0 + scale * expected[1], "estimate", 13)}
       ${arrow(x0, y0, x0 + scale * wanted[0], y0 + scale * wanted[1], "truth")}
-      ${arrow(x0, y0, x0 + scale * expected[0], y0 + scale * expected[1], "estimate")}
     </g>
     ${roles(s).map((role) => {
       const p = probabilities(s[role]), [x, y] = place(p);
@@ -92,7 +96,7 @@ function simplex(state, d, move) {
         text: `A ${percent(p[0])}, B ${percent(p[1])}, C ${percent(p[2])}`,
         to: (px, py) => move(role, fromPlace(px, py).map(Math.log)),
         by: (dx, dy, fine) => move(role, fromPlace(x + dx * (fine ? 0.5 : 4), y - dy * (fine ? 0.5 : 4)).map(Math.log)),
-        shape: svg`${mark(role, x, y)}<text class="label" x=${x + 12} y=${y - 9} aria-hidden="true">${SYMBOLS[role]}</text>`,
+        shape: svg`${mark(role, x, y)}<text class="label" x=${role === "policy" ? x + away[0] : x + 12} y=${role === "policy" ? y + away[1] + 4 : y - 9} text-anchor=${role === "policy" ? "middle" : "start"} aria-hidden="true">${SYMBOLS[role]}</text>`,
       });
     })}
   </svg>`;
@@ -183,11 +187,11 @@ function tree(state, d, move) {
     </g>`;
   };
   const responses = [["AA", 0, 0], ["AB", 0, 1], ["BA", 1, 0], ["BB", 1, 1]];
-  const height = scaleLinear([0, 1], [0, 74]);
+  const height = scaleLinear([0, 1], [0, 96]);
   return svg`<svg viewBox="0 0 410 356" role="group" aria-label="Two steps of two tokens: the probability of A at each step can be moved with the arrow keys">
     <g aria-hidden="true">${[1, 2].map((node) => {
       const share = pi[0][node - 1], x = node === 1 ? [105, 105] : [305, 305];
-      return svg`<line class="branch" x1=${node === 1 ? 130 : 280} y1="72" x2=${x[0]} y2="132" stroke-width=${1 + 9 * share} />`;
+      return svg`<line class="branch" x1=${node === 1 ? 150 : 260} y1="78" x2=${x[0]} y2="128" stroke-width=${1 + 9 * share} />`;
     })}</g>
     ${tracks.map(track)}
     <g class="axes" aria-hidden="true"><line class="zero" x1="22" x2="388" y1="318" y2="318" />
@@ -196,6 +200,5 @@ function tree(state, d, move) {
       return svg`<rect class="bar over" x=${x - 18} width="36" y=${318 - height(p)} height=${height(p)} /><line class="level-ref" x1=${x - 26} x2=${x + 26} y1=${318 - height(q)} y2=${318 - height(q)} />
         <text class="corner" x=${x} y="338" text-anchor="middle">${name}</text>`;
     })}</g>
-    ${nothing}
   </svg>`;
 }

@@ -53,7 +53,7 @@ export const PRESETS = [
     ],
   },
   {
-    slug: "repels", title: "k1 as loss flees the sampler", at: bandit("three", [0.3, 0.4, 0.3], [0.6, 0.25, 0.15], [0.45, 0.35, 0.2]),
+    slug: "repels", title: "k1 as loss flees the sampler", at: bandit("three", [0.35, 0.4, 0.25], [0.15, 0.2, 0.65], [0.2, 0.5, 0.3]),
     estimator: { kernel: "k1" }, batch: 64, step: 0.1,
     text: "On data of an older policy μ, k1 as loss pushes π away from μ, wherever the reference is: drag the reference, and " +
       "nothing moves.",

@@ -5,9 +5,9 @@ import { PRESETS } from "./presets.js";
 import * as math from "./math.js";
 
 export const WORLDS = {
-  three: { label: "Three outcomes", kind: "tree", vocab: 3, length: 1, tokens: ["A", "B", "C"] },
-  ten: { label: "Ten tokens", kind: "tree", vocab: 10, length: 1, tokens: [..."ABCDEFGHIJ"] },
-  steps: { label: "Two steps", kind: "tree", vocab: 2, length: 2, tokens: ["A", "B", "A after A", "B after A", "A after B", "B after B"] },
+  three: { label: "3 outcomes", kind: "tree", vocab: 3, length: 1, tokens: ["A", "B", "C"] },
+  ten: { label: "10 tokens", kind: "tree", vocab: 10, length: 1, tokens: [..."ABCDEFGHIJ"] },
+  steps: { label: "2 steps", kind: "tree", vocab: 2, length: 2, tokens: ["A", "B", "A after A", "B after A", "A after B", "B after B"] },
   gaussian: { label: "Gaussian", kind: "gaussian", vocab: 0, length: 1, tokens: ["mean", "std"] },
 };
 export const KERNELS = ["k1", "k2", "k3", "abs", "k3_swapped", "full", "mse"];
@@ -117,7 +117,10 @@ export function derive(state) {
   const cloud = math.batches(each, r.weight, state.batch, BATCHES, randomLcg(state.seed / 1000));
   const rmse = Math.sqrt(found.bias ** 2 + found.noise / state.batch);
   const sampled = Math.sqrt(cloud.reduce((total, g) => total + math.norm(math.minus(g, found.truth)) ** 2, 0) / cloud.length) / found.target_norm;
-  return { ...found, s, e, down, true_down, cloud, rmse, sampled, flips: flips(found, r) };
+  // Of a single step, the prefixes' distribution held fixed: what a loss per token can see.
+  const frozen = s.length > 1 ? math.TARGETS.reverse_kl_frozen_prefix(r) : null;
+  const bias_frozen = frozen && math.relative(found.mean, frozen);
+  return { ...found, frozen, bias_frozen, s, e, down, true_down, cloud, rmse, sampled, flips: flips(found, r) };
 }
 
 /** Parameters whose expected pull has the opposite sign of the true one. */
