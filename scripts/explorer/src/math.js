@@ -66,6 +66,14 @@ const SPACING = 1 / 6;
 const GRID = Array.from({ length: 289 }, (_, i) => (i - 144) * SPACING);
 const GRID_RESPONSES = GRID.map((_, i) => [i]);
 
+/** KL(π ‖ ref) of two Gaussians and its gradient, in closed form. */
+function gaussianKl({ policy: [mean, std], reference: [a, b] }) {
+  return {
+    full: Math.log(b / std) + (std ** 2 + (mean - a) ** 2) / (2 * b ** 2) - 0.5,
+    fullGradient: [(mean - a) / b ** 2, std / b ** 2 - 1 / std],
+  };
+}
+
 function gaussianRollout(s) {
   const [mean, std] = s.policy, [a, b] = s.reference, [m, sd] = s.behaviour ?? s.policy;
   const logDensity = (centre, spread) => {
@@ -73,8 +81,7 @@ function gaussianRollout(s) {
     return (z) => -0.5 * ((m + sd * z - centre) / spread) ** 2 - constant;
   };
   const logMu = GRID.map(logDensity(m, sd));
-  const full = Math.log(b / std) + (std ** 2 + (mean - a) ** 2) / (2 * b ** 2) - 0.5;
-  const fullGradient = [(mean - a) / b ** 2, std / b ** 2 - 1 / std];
+  const { full, fullGradient } = gaussianKl(s);
   return {
     logPi: GRID.map(logDensity(mean, std)), logRef: GRID.map(logDensity(a, b)), logMu,
     score: GRID.map((z) => [(m + sd * z - mean) / std ** 2, ((m + sd * z - mean) ** 2 / std ** 2 - 1) / std]),
@@ -297,10 +304,12 @@ const held = (s) => (s.kind === "gaussian" ? s.policy[1] > 0.05 : s.policy.every
 export function descend(e, s, step, count) {
   const policies = [], kls = [];
   for (let now = s; policies.length <= count && held(now); ) {
-    const r = rollout(now);
+    const closed = !e && s.kind === "gaussian" ? gaussianKl(now) : null;
+    const r = closed ? null : rollout(now);
     policies.push(now.policy);
-    kls.push(klOf(r));
-    now = { ...now, policy: moved(now, e ? meanGradient(e, r) : TARGETS.reverse_kl(r), step) };
+    kls.push(closed ? closed.full : klOf(r));
+    const gradient = closed ? closed.fullGradient : e ? meanGradient(e, r) : TARGETS.reverse_kl(r);
+    now = { ...now, policy: moved(now, gradient, step) };
   }
   return { policies, kls };
 }
@@ -309,7 +318,7 @@ export function descend(e, s, step, count) {
 export function batches(each, weight, size, count, random) {
   const many = each.length > 32;
   // Long lists are drawn one by one, so their batches are fewer when they are large.
-  const number = many ? Math.max(24, Math.min(count, Math.floor(2e5 / size))) : count;
+  const number = many ? Math.max(24, Math.min(count, Math.floor(1e5 / size))) : count;
   return Array.from({ length: number }, () => {
     const mean = new Array(each[0].length).fill(0);
     const add = (i, share) => each[i].forEach((x, j) => (mean[j] += share * x));
