@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gradlab._common.lazy import attach
 
 if TYPE_CHECKING:
-    from gradlab.records import report
+    from gradlab.records import report, vocabulary
     from gradlab.records.block import Block
     from gradlab.records.checks import Finding, check
     from gradlab.records.choosing import budget, equivalents, frontier
@@ -32,6 +32,7 @@ __all__ = [
     "inspect",
     "read_rollouts",
     "report",
+    "vocabulary",
 ]
 
 _HOMES = {

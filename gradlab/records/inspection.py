@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from gradlab._common.names import check_jobs, check_probability, check_seed
-from gradlab.records import checks, frames, sentences
+from gradlab.records import checks, frames, sentences, vocabulary
 from gradlab.records.survey import survey
 from gradlab.records.table import Records
 from gradlab.records.totals import add_up
@@ -19,8 +19,9 @@ class Inspection:
     """What `inspect` found: `sentences` by subject, `findings` of the checks, what was `withheld` because of them, and `frames`.
 
     frames: `overview`, `faults`, `kl`, `tokens` (by id), `places`, `largest` (single tokens), `ratios` (histograms), `estimators`,
-    `weights`, `corrections`, `engine`, `steps`, `changes`; a frame is missing where its columns are, or cannot be right. The columns
-    that need a word are told in `gradlab.records.frames.COLUMNS`.
+    `weights`, `corrections`, `engine`, `steps`, `changes`, and of
+    lists of likely tokens `vocabulary` and `prefixes`; a frame is missing where its columns are, or cannot be right. The columns that
+    need a word are told in `gradlab.records.frames.COLUMNS`.
 
     >>> found = gl.inspect(gl.Records.from_arrays(logprob=[[-1.0], [-2.0]], ref_logprob=[[-1.5], [-1.5]]))
     >>> found["overview"][["responses", "tokens"]].values.tolist(), "weights" in found.frames
@@ -83,6 +84,10 @@ def inspect(records: Records, force: bool = False, level: float = 0.95, seed: in
         found |= frames.token_frames(totals, "token_id" not in bad)
         found["estimators"] = frames.estimators_frame(totals)
         told["KL"] = sentences.of_kl(found, totals)
+    if set(vocabulary.NEEDED) <= set(records.columns) and not bad & {"logprob", "ref_logprob", "token_id"}:
+        found["vocabulary"] = vocabulary.kl_frame(records, level)
+        if found["vocabulary"]["value"].any():  # at the reference there is no gradient to compare with
+            found["prefixes"] = vocabulary.gradient_frame(records)
     found["ratios"] = frames.ratios_frame(totals)
     if behaviour is not None:
         found |= {"weights": frames.weights_frame(totals), "corrections": frames.corrections_frame(totals, level, seed)}

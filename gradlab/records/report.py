@@ -71,6 +71,9 @@ def tables(found: Inspection, subject: str, rows: int | None = None) -> dict[str
                 "interval holds": ["yes" if ok else "no, open" for ok in per["response"]["reliable"]],
             }
         )
+        if "vocabulary" in frames:
+            shown["KL over the listed tokens, nats per token"] = frames["vocabulary"]
+            shown["gradients at the recorded prefixes, exact"] = frames["prefixes"]
         if "tokens" in frames:
             columns = ["token_id", "token", "tokens", "k1", "k3", "share"]
             shown["tokens by their k3"] = frames["tokens"][columns].rename(columns={"tokens": "times"})
@@ -107,7 +110,7 @@ def number(value: Any) -> str:
 def _print(console: Any, title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in frame:
-        text = name in ("kernel", "token", "estimator", "correction", "statement", "per token", "per response")
+        text = name in ("kernel", "token", "estimator", "correction", "statement", "form", "per token", "per response")
         table.add_column(str(name), justify="left" if text else "right")
     for row in frame.itertuples(index=False):
         table.add_row(*map(escape, row))
