@@ -462,6 +462,41 @@ def test_two_objectives_are_told_apart_with_their_coefficients(first, second):
     assert f"{first} − 1.3·{second}" in verdict.name
 
 
+def test_what_an_identification_says():
+    """Of gradients made up from objectives, single and in pairs; of noise; and of what is no number."""
+    on = worlds.standard()[::2]
+    known = [candidates.candidate_gradients(world) for world in on]
+
+    def verdict(make):
+        return identify([("everywhere", [made_up(world, make(each)) for world, each in zip(on, known, strict=True)])], 1e-7)
+
+    up = verdict(lambda g: -2.5 * g["reverse_kl"])
+    assert (up.name, up.closest, up.descends("reverse_kl")) == ("−reverse_kl", "reverse_kl", False)
+    assert up.scale == pytest.approx(-2.5)
+    assert up.cosine == pytest.approx(-1)
+    assert "minus the gradient of" in up.text
+    assert "scale 2.5" in up.text
+    pair = verdict(lambda g: g["reverse_kl"] - 0.5 * g["forward_kl"])
+    assert math.isnan(pair.scale)
+    assert "0.5 × that of" in pair.text
+    assert " minus 0.5" in pair.text
+    length = verdict(lambda g: 3 * g["length"])
+    assert "in which the reference does not enter at all" in length.text
+    nothing = verdict(lambda g: g["reverse_kl"] + torch.linspace(-1, 1, len(g["mse"]), dtype=torch.float64).cos() * 1e-3)
+    assert (nothing.combination, nothing.name, nothing.scope, nothing.resolved) == ({}, "none", "everywhere", True)
+    assert f"equals the gradient of no known objective; the closest is {candidates.words(nothing.closest)}" in nothing.text
+    fields = [g["reverse_kl"] + torch.linspace(-1, 1, len(g["mse"]), dtype=torch.float64).cos() * 1e-3 for g in known]
+    cosines = [float(f @ g[nothing.closest] / f.norm() / g[nothing.closest].norm()) for f, g in zip(fields, known, strict=True)]
+    assert nothing.cosine == pytest.approx(np.mean(cosines), rel=1e-9)
+    assert math.isnan(nothing.error)
+    silent = identify(
+        [("everywhere", [made_up(world, torch.full_like(g["mse"], math.nan)) for world, g in zip(on, known, strict=True)])],
+        1e-7,
+    )
+    assert (silent.name, silent.closest) == ("none", "")
+    assert "is not a number" in silent.text
+
+
 def made_up(world: worlds.AuditScenario, mean: torch.Tensor) -> engine.ExpectedGradient:
     """A field with a given mean."""
     one = torch.ones(1, dtype=torch.float64)

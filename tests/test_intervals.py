@@ -601,3 +601,60 @@ MEANS, TARGET = np.ones((8, 3)), np.ones(3)
 def test_bad_input_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_law_of_the_distance_is_a_pearson_law_and_a_lower_hypothesis_does_not_borrow_the_noisiest_direction() -> None:
+    """Against scipy's, by its skewness; above the estimate `dᵀSd` grows by `tr S³/tr S²` for each unit of distance, below by `slope`."""
+    second, third, slope, along = 0.6, 0.3, 0.1, 0.4
+    known = intervals._Statistics(16, *map(np.asarray, (1.0, 2.0, 1.0, second, third, along, slope)))  # type: ignore[arg-type]
+    for distance, rate in ((3.0, third / second), (1.5, slope)):
+        expected = along + rate * (distance - 2.0)
+        variance = 2 * second * 16 / 15 + 4 * expected
+        law = stats.pearson3((8 * third + 24 * rate * expected) / variance**1.5, loc=distance, scale=variance**0.5)
+        for excess in (1.0, 2.0, 4.0):
+            found = intervals._probability_below(known, np.asarray(excess), np.asarray(distance))
+            assert found == pytest.approx(law.cdf(excess), rel=1e-9)
+
+
+@pytest.mark.parametrize("batches", [8, 64])
+def test_estimated_moments_cost_half_of_the_degrees_of_freedom(batches: int) -> None:
+    known = intervals._Statistics(batches, *[np.ones(())] * 7)
+    for level in (0.5, 0.9, 0.99):
+        assert intervals._studentised(known, level) == pytest.approx(
+            stats.norm.cdf(stats.t((batches - 1) / 2).ppf(level)), rel=1e-10
+        )
+
+
+def test_a_third_moment_that_is_lost_in_the_noise_is_bounded_by_the_second() -> None:
+    found = intervals._statistics(run := intervals.Batches.of(generator(31).standard_normal((200, 8, 400))), run.mean)
+    share = found.third / found.second**1.5
+    assert share.min() == pytest.approx(1e-3, rel=1e-9)  # where the average of triples is negative
+    assert share.max() <= 1 + 1e-12
+
+
+def test_a_cosine_of_means_knows_no_scale_and_takes_runs_one_by_one() -> None:
+    rng = generator(32)
+    one, two = (rng.normal(centre, 0.3, size=(3, 16, 2)) for centre in ([1.0, 0.2], [0.5, 1.0]))
+    together = intervals.cosine_of_means(one, 1e-3 * two)
+    for run in range(3):
+        alone = intervals.cosine_of_means(one[run], two[run])
+        for field in ("estimate", "low", "high"):
+            assert getattr(together, field)[run] == pytest.approx(getattr(alone, field), rel=1e-10)
+    assert (together.high - together.low > 0.01).all()
+
+
+def test_looks_begin_where_they_are_told_to() -> None:
+    means = generator(33).normal(1.0, 0.1, size=(24, 3))
+    for start in (2, 5):
+        found = intervals.anytime_squared_distance(means, np.zeros(3), start=start)
+        assert np.isfinite(found.high).tolist() == [k + 1 >= start for k in range(12)]
+    scalars = intervals.anytime_mean(means[:, 0], start=2)
+    assert np.isfinite(scalars.high).tolist() == [k > 0 for k in range(24)]
+
+
+def test_less_power_needs_fewer_samples() -> None:
+    needed = {power: intervals.samples_needed(0.1, 2.0, power=power) for power in (0.5, 0.8, 0.95)}
+    assert needed[0.5] < needed[0.8] < needed[0.95]
+    # One direction, known noise: the root of n effect²/noise is the quantile of 1 − level/2 plus that of the power.
+    root = stats.norm.ppf(0.975) + stats.norm.ppf(0.95)
+    assert needed[0.95] == pytest.approx(2.0 * (root / 0.1) ** 2, rel=1e-3)
