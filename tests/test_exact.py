@@ -47,7 +47,7 @@ def test_a_trace_diverges_whatever_the_unit_of_length(scale):
 
 def test_a_mean_that_does_not_exist_is_refused_with_the_name_of_its_scenario():
     """`E_μ[ref/π]` exists iff `1/σ_μ² + 1/σ_ref² > 1/σ²`."""
-    scenario = gl.Scenario(gl.Gaussian(0, 0.7), gl.Gaussian(0, 1), gl.Gaussian(0, 1))
+    scenario = gl.Scenario(gl.Gaussian(0, 0.706), gl.Gaussian(0, 1), gl.Gaussian(0, 1))
     with pytest.raises(ValueError, match=re.escape(f"the expected gradient on {scenario.label} does not fit")):
         gl.exact.moments(gl.ESTIMATORS["k3-loss"], scenario)
 
