@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from gradlab.per_sample import backprop
     from gradlab.plots.figures import figure
     from gradlab.policies import Bandit, Gaussian, LanguageModel, Markov, Policy, Tree
-    from gradlab.questions import asymmetry, combined, language, lengths, off_policy, optima, restoring, sequences, tails
+    from gradlab.questions import (
+        asymmetry,
+        choice,
+        combined,
+        language,
+        lengths,
+        off_policy,
+        optima,
+        restoring,
+        sequences,
+        tails,
+    )
     from gradlab.questions import compositions as search
     from gradlab.questions import fixed_points as fixedpoints
     from gradlab.questions import gradient_flow as ascent
@@ -74,6 +85,7 @@ __all__ = [
     "asymmetry",
     "audit",
     "backprop",
+    "choice",
     "claims",
     "combined",
     "components",
@@ -141,7 +153,18 @@ _MODULES = {
     "search": "questions.compositions",
     **{
         name: f"questions.{name}"
-        for name in ("asymmetry", "combined", "language", "lengths", "off_policy", "optima", "restoring", "sequences", "tails")
+        for name in (
+            "asymmetry",
+            "choice",
+            "combined",
+            "language",
+            "lengths",
+            "off_policy",
+            "optima",
+            "restoring",
+            "sequences",
+            "tails",
+        )
     },
     **{name: f"solvers.{name}" for name in ("exact", "montecarlo")},
 }

@@ -240,6 +240,13 @@ CALLS = {
         points=3,
     ),
     "restoring.compared": call(gl.restoring.compared, frame="times", baseline="k2-loss"),
+    "choice.differences": call(
+        gl.choice.differences,
+        {"losses": [None, {"a": K2}], "other": ["b"]},
+        losses={"a": WHOLE},
+        other="a",
+        scenarios=[REWARDED],
+    ),
     "combined.contributions": call(
         gl.combined.contributions,
         {"losses": [{}, None, {"a": gl.PolicyLoss("mean", 3)}], "coefficients": [0.0, -1.0, None]},

@@ -4,6 +4,7 @@ from gradlab._common.registry import Registry
 from gradlab.ledger import (
     asymmetry,
     bandits,
+    choice,
     coefficients,
     combined,
     distance,
@@ -36,6 +37,7 @@ CLAIMS: tuple[Claim, ...] = (
     *shipped.CLAIMS,
     *training.CLAIMS,
     *combined.CLAIMS,
+    *choice.CLAIMS,
 )
 
 #: Claims of the user's, each named by its id and its scope.

@@ -68,6 +68,10 @@ PUBLISHED: dict[str, tuple[str, str]] = {
         "a KL in the reward keeps its coefficient where groups are standardised",
         "GRPO with the KL in the reward",
     ),
+    "kl-choice": (
+        "the choice of a KL estimator changes what a whole loss ascends",
+        f"implied by {_P} and by the debates it settles",
+    ),
     "kl-beside-reward": ("at the coefficients in use the KL's gradient is small beside the reward's", "folklore"),
 }
 
@@ -205,5 +209,7 @@ STATEMENTS: dict[str, str] = {
     "combined.nearer": "off-policy and clipped, a head of its own is nearer to β∇KL(π‖ref) than a KL in the advantage",
     "standardised-kl": "the KL's weight beside the reward is proportional to β",
     "standardised-kl.flat": "the KL's weight does not depend on β",
+    "kl-choice": "in place of k2 it changes the expected gradient of the whole loss by less than 1 %",
+    "kl-choice.visible": "k3 in place of k2 does not show in a batch of 100,000 responses",
     "kl-beside-reward": "the gradient of k2 is less than a tenth of the reward's",
 }

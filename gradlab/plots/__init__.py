@@ -6,6 +6,7 @@ Colour = estimator (hue by kernel, lightness by placement), marker = credit and 
 from gradlab.plots.asymmetry import dropped_sides, restoring, sides, tail_indices
 from gradlab.plots.audit import audited_curves, matches
 from gradlab.plots.bandits import field, objectives, tokens
+from gradlab.plots.choice import estimator_choice
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -48,6 +49,7 @@ __all__ = [
     "dropped_sides",
     "engine_noise",
     "engines",
+    "estimator_choice",
     "field",
     "fixed_points",
     "gap",

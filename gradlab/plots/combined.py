@@ -17,6 +17,8 @@ ZERO = 1e-3
 
 def _look(name: str) -> tuple[Style, Any]:
     """Colour by kernel, marker and line style by where the regulariser stands."""
+    if name == "none":  # upon a regulariser whose expected gradient is 0
+        return Style(NEUTRAL, "x"), ":"
     kernel, _, place = name.partition(" ")
     marker = {"before the std": "^", "before, no std": "v", "after the std": "s", "in a head": "D", "beside": "o"}.get(
         place, "P"
@@ -25,12 +27,15 @@ def _look(name: str) -> tuple[Style, Any]:
     return Style(hue(kernel) if kernel in ("k1", "k2", "k3") else style_of(name).colour, marker), line
 
 
-def _line(ax: Axes, x: pd.Series, y: pd.Series, name: str) -> None:
-    look, line = _look(name)
-    ax.plot(x, y, line, color=look.colour, marker=look.marker, markersize=3.5, linewidth=1.2, label=name)
+def line(ax: Axes, x: pd.Series, y: pd.Series, name: str, **kwargs: Any) -> None:
+    """A line of a loss, named by its regulariser and where it stands."""
+    look, dashes = _look(name)
+    shown = {"linestyle": dashes, "marker": look.marker, "markersize": 3.5, "linewidth": 1.2, "label": name}
+    ax.plot(x, y, color=look.colour, **{**shown, **kwargs})
 
 
-def _legend(figure: Figure, names: list[str]) -> None:
+def legend(figure: Figure, names: list[str]) -> None:
+    """Entries of losses, below the panels."""
     handles = []
     for name in names:
         look, line = _look(name)
@@ -60,14 +65,14 @@ def kl_weights(frame: pd.DataFrame, success: float = 0.1) -> Figure:
     for name in names:
         own = middle[middle["estimator"] == name]
         part = own[np.isclose(own["coefficient"], betas[len(betas) // 2])].sort_values("success")
-        _line(shares, part["success"], part["share"], name)
+        line(shares, part["success"], part["share"], name)
         part = own[np.isclose(own["success"], success)].sort_values("coefficient")
-        _line(beside, part["coefficient"], part["per_reward"], name)
+        line(beside, part["coefficient"], part["per_reward"], name)
     beside.plot(betas, betas, **{**TRUTH, "color": NEUTRAL, "linestyle": ":"})
     chosen = [betas[0], betas[len(betas) // 2], betas[-1]]
-    for beta, line in zip(chosen, (":", "--", "-"), strict=True):
+    for beta, dashes in zip(chosen, (":", "--", "-"), strict=True):
         part = middle[(middle["estimator"] == "k2 beside") & np.isclose(middle["coefficient"], beta)].sort_values("success")
-        sizes.plot(part["success"], part["size"], line, color=hue("k2"), marker="o", markersize=3)
+        sizes.plot(part["success"], part["size"], dashes, color=hue("k2"), marker="o", markersize=3)
         sizes.annotate(f"β = {beta:g}", (part["success"].iloc[0], part["size"].iloc[0]), (6, 1), textcoords="offset points")
     for ax in (shares, beside, sizes):
         ax.set_yscale("log")
@@ -81,7 +86,7 @@ def kl_weights(frame: pd.DataFrame, success: float = 0.1) -> Figure:
     shares.set(ylabel="effective β / β", title=f"β = {betas[len(betas) // 2]:g}")
     sizes.set(ylabel="‖KL gradient‖ / ‖reward gradient‖", title="k2 beside")
     panels((shares, beside, sizes))
-    _legend(figure, names)
+    legend(figure, names)
     return figure
 
 
@@ -110,7 +115,7 @@ def clipped_kl(frame: pd.DataFrame) -> Figure:
             ax.fill_between(
                 middle.index, low.clip(lower=floor), high.clip(lower=floor), color=look.colour, alpha=0.1, linewidth=0
             )
-            _line(ax, middle.index.to_series(), middle.clip(lower=floor), name)
+            line(ax, middle.index.to_series(), middle.clip(lower=floor), name)
         ax.set(xscale="log", xlabel="lag KL(μ‖π), nats", title=f"{family}s")
         ax.grid()
     for ax in grid[: len(families)]:
@@ -120,5 +125,5 @@ def clipped_kl(frame: pd.DataFrame) -> Figure:
     grid[0].set_ylabel("effective β / β")
     grid[len(families)].set_ylabel("error of the KL's part")
     panels(grid)
-    _legend(figure, names)
+    legend(figure, names)
     return figure
