@@ -49,7 +49,7 @@ def differences(losses: Mapping[str, PolicyLoss], other: str, scenarios: Sequenc
     >>> frame["difference"].gt(1e-9).to_dict()
     {'k3': True, 'full': False}
     """
-    if not isinstance(losses, Mapping) or not all(isinstance(loss, PolicyLoss) for loss in losses.values()):
+    if not isinstance(losses, Mapping) or not losses or not all(isinstance(loss, PolicyLoss) for loss in losses.values()):
         raise ValueError(f"losses must be a mapping of names to gl.PolicyLoss, got {losses!r}")
     check_name("loss", other, dict.fromkeys(losses))
     rows = []
