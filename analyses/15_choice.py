@@ -98,7 +98,8 @@ def text(frame: pd.DataFrame) -> tuple[str, str]:
         f"{median('difference', 'k3 beside', 0.1, 1.0):.0%} at β = .1 and one nat. In a language model that adds, at β = .01, by "
         f"{model['difference'].max():.2%} at most: visible from {model['visible_at'].min():.0e} responses on. Medians of {draws} "
         f"bandits, {count} stage(s); exact.",
-        "* Open points: the language model. Groups of 8, on-policy. none: without a regulariser, so that its line is the size of the KL's own gradient.\n"
+        "* Open points: the language model. Groups of 8, on-policy.\n"
+        "* none: without a regulariser, so that its line is the size of the KL's own gradient.\n"
         "* (c) Batch size at which the error of a batch's mean is as large as the change, at β = .01.\n"
         "* k1 after the std and k2 beside are one gradient on bandits (no line) and differ where responses have several tokens.\n"
         f"* The data have groups of {', '.join(map(str, GROUPS))}, too.",
