@@ -11,16 +11,19 @@ target, `[..., B, p]` and `[p]` are replicates of one run. A single run gives nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy import fft, special
 
 from gradlab._common.arguments import checked
 from gradlab._common.names import check_probability
 from gradlab._common.statistics import jackknife
+from gradlab.sums import Deviations, Layout, Sums
 
 Array = npt.NDArray[np.float64]
 
@@ -76,14 +79,54 @@ class Batches:
         return int(self.deviations.shape[-2])
 
     @cached_property
+    def gram(self) -> Array:
+        """Inner products of the deviations, `[..., B, B]`."""
+        return np.asarray(self.deviations @ np.swapaxes(self.deviations, -1, -2))
+
+    @cached_property
     def noise(self) -> Array:
         """Gram matrix of the noise rows, `[..., B − 1, B − 1]`; they are those of the deviations."""
-        gram = self.deviations @ np.swapaxes(self.deviations, -1, -2)
-        return _noise_rows(np.swapaxes(_noise_rows(gram), -1, -2))
+        return _noise_rows(np.swapaxes(_noise_rows(self.gram), -1, -2))
 
     def along(self, direction: Array) -> Array:
         """Inner products of the deviations with a vector `[..., p]`, `[..., B]`."""
         return np.asarray((self.deviations @ direction[..., None])[..., 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Scattered(Batches):
+    """Batches of several runs on a wide table, `mean` `[e, 1, p]`: their deviations are known by inner products, never in full.
+
+    >>> policy = gl.Bandit.random(vocab=40_000, seed=0)
+    >>> scenario = gl.Scenario(policy, policy.perturbed(kl=0.3, seed=1))
+    >>> run = gl.montecarlo.moments(gl.ESTIMATORS["k2-loss"], scenario, samples=1_000)
+    >>> batches = gl.intervals.Scattered.sums([run.batches])
+    >>> found = gl.intervals.bias(batches, gl.exact.gradient("reverse_kl", scenario).numpy()[None])
+    >>> batches.count, found.low.shape
+    (62, (1, 1))
+    """
+
+    runs: Sequence[Deviations] = ()
+
+    @classmethod
+    def sums(cls, means: Sequence[Sums]) -> Scattered:
+        """Batches of the means of several losses over the same responses."""
+        layout, batches = Layout(means[0]), means[0].shape[0]
+        even = torch.full((batches,), 1 / batches, dtype=torch.float64)
+        mean = np.stack([each.weighted(even)[0].numpy() for each in means])[:, None]
+        return cls(mean, np.empty(0), [layout.deviations(each) for each in means])
+
+    @property
+    def count(self) -> int:
+        return len(self.runs[0].gram)
+
+    @cached_property
+    def gram(self) -> Array:
+        return np.stack([run.gram for run in self.runs])[:, None]
+
+    def along(self, direction: Array) -> Array:
+        each = np.broadcast_to(direction, (len(self.runs), *direction.shape[-2:]) if direction.ndim > 1 else self.mean.shape)
+        return np.stack([[run.along(vector) for vector in row] for run, row in zip(self.runs, each, strict=True)])
 
 
 @checked
@@ -212,9 +255,9 @@ def noise(means: npt.ArrayLike | Batches, traces: npt.ArrayLike | None, target: 
     True
     """
     run, target = _validated(means, target, level)
-    batches, shape = run.count, run.deviations.shape[:-1]
+    batches, shape = run.count, run.gram.shape[:-1]
     if traces is None:
-        traces = np.square(run.deviations).sum(-1) * (batches / (batches - 1))
+        traces = np.diagonal(run.gram, axis1=-2, axis2=-1) * (batches / (batches - 1))
     traces = _finite("traces", traces)
     if traces.shape != shape or (traces < 0).any():
         raise ValueError(f"traces must be one number ≥ 0 per batch, shape {shape}; got shape {traces.shape}")

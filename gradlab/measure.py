@@ -29,6 +29,7 @@ from gradlab.moments import Loss, Moments
 from gradlab.objectives import ScenarioTarget, given, parameters_of
 from gradlab.scenario import Scenario, check_scenario
 from gradlab.solvers import exact, montecarlo
+from gradlab.sums import Sums
 
 Array = npt.NDArray[np.float64]
 
@@ -386,23 +387,26 @@ def _sampled(moments: Sequence[Moments], truths: Sequence[Tensor], level: float)
 
 
 def _blocks(moments: Sequence[Moments]) -> list[list[int]]:
-    """Indices of runs whose batches have one shape, as many together as a few megabytes of batch means hold."""
-    by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
+    """Indices of runs whose batches are alike, as many together as a few megabytes of batch means hold."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for e, run in enumerate(moments):
-        assert run.batch_means is not None
-        by_shape.setdefault((run.batch_means.shape, run.batch_traces is None), []).append(e)
+        # Runs on a wide table are compared by the cells that they have in common, and are never held in full.
+        cells = run.batches.cells if isinstance(run.batches, Sums) and run.batches.scattered else None
+        batches = 1 if cells is not None else len(run.batch_means) if run.batch_means is not None else 0
+        alike.setdefault((batches * run.mean.numel(), id(cells), run.batch_traces is None), []).append(e)
     return [
         list(part)
-        for (shape, _), every in by_shape.items()
-        for part in np.array_split(every, -(-len(every) * shape.numel() // BLOCK_NUMBERS))
+        for (numbers, *_), every in alike.items()
+        for part in np.array_split(every, -(-len(every) * numbers // BLOCK_NUMBERS))
         if len(part)
     ]
 
 
 def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[str, intervals.Interval]:
     """Intervals `[e, g]` of bias, cosine and noise."""
-    means = np.stack([run.batch_means.numpy() for run in runs if run.batch_means is not None])[:, None]
-    if means.shape[-2] < intervals.MINIMUM_BATCHES:
+    scattered = [run.batches for run in runs if isinstance(run.batches, Sums) and run.batches.scattered]
+    means = [] if scattered else [run.batch_means.numpy() for run in runs if run.batch_means is not None]
+    if (scattered[0].shape[0] if scattered else len(means[0])) < intervals.MINIMUM_BATCHES:
         # Too few to say anything: the widest intervals there are, around what has no estimate.
         no_estimate = np.where(targets.any(-1), 0.0, np.nan) + np.zeros((len(runs), 1))
         widest = {"bias": (0.0, np.inf), "cosine": (-1.0, 1.0), "noise": (0.0, np.inf)}
@@ -410,7 +414,7 @@ def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[st
             key: intervals.Interval(no_estimate * np.nan, no_estimate + low, no_estimate + high)
             for key, (low, high) in widest.items()
         }
-    batches = intervals.Batches.of(means)
+    batches = intervals.Scattered.sums(scattered) if scattered else intervals.Batches.of(np.stack(means)[:, None])
     traces = [run.batch_traces.numpy() for run in runs if run.batch_traces is not None]
     return {
         "bias": intervals.bias(batches, targets, level),

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy import sparse
 from torch import Tensor
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +110,12 @@ class Sums:
             found.append(table.flatten())
         return found
 
+    @property
+    def scattered(self) -> bool:
+        """Whether inner products of segments are better had from cells and lines than from whole tables."""
+        segments, r, v = self.shape
+        return not self.full and r * v > WIDE and 4 * (len(self.cells) + len(self.lines)) < segments * r * v
+
     def dense(self) -> Tensor:
         """All sums in full, `[e, segments, p]`."""
         segments, r, v = self.shape
@@ -118,6 +130,118 @@ class Sums:
     def _row(self) -> Tensor:
         """Place of every line's row among `rows`."""
         return torch.searchsorted(self.rows, self.lines % self.shape[1])
+
+
+#: Parameters of a table up to which segments are compared in full.
+WIDE = 2**12
+#: A cell or row that this share of the segments touches is held for all of them.
+FREQUENT = 0.25
+
+
+class Pattern:
+    """Which of `columns` each of `segments` touches, as sorted keys `segment · columns + column`.
+
+    A column that many segments touch is worked on for all of them, so that its mean is taken off before anything is multiplied. In
+    the others most segments have 0, and the mean is so small that nothing is lost by taking it off afterwards.
+    """
+
+    def __init__(self, keys: Tensor, segments: int, columns: int) -> None:
+        self.segments = segments
+        self.segment, column = keys.numpy() // columns, keys.numpy() % columns
+        self.columns, place, count = np.unique(column, return_inverse=True, return_counts=True)
+        frequent = count >= FREQUENT * segments
+        self.frequent, self.rare = frequent.nonzero()[0], (~frequent).nonzero()[0]
+        index = np.where(frequent, frequent.cumsum(), (~frequent).cumsum()) - 1
+        self.among_frequent, self.among_rare = frequent[place].nonzero()[0], (~frequent)[place].nonzero()[0]
+        self.column = index[place]
+
+    def often(self, values: Array) -> Array:
+        """Values `[k]` in the frequent columns, less their means, `[segments, f]`."""
+        at = self.among_frequent
+        found = np.zeros((self.segments, len(self.frequent)))
+        found[self.segment[at], self.column[at]] = values[at]
+        return np.asarray(found - found.mean(0))
+
+    def seldom(self, values: Array) -> sparse.csr_array:
+        """Values `[k]` in the other columns, `[segments, c]`."""
+        at = self.among_rare
+        starts = np.searchsorted(self.segment[at], np.arange(self.segments + 1))
+        return sparse.csr_array((values[at], self.column[at], starts), shape=(self.segments, len(self.rare)))
+
+
+class Layout:
+    """Inner products of the segments' deviations from their mean, for sums that have cells, lines and directions in common."""
+
+    def __init__(self, sums: Sums) -> None:
+        segments, r, v = self.shape = sums.shape
+        self.directions = sums.directions.numpy()
+        self.cells, self.lines = Pattern(sums.cells, segments, r * v), Pattern(sums.lines, segments, r)
+        # Every line's row among those of the directions, and every cell's line.
+        self.row = np.searchsorted(sums.rows.numpy(), sums.lines.numpy() % r)
+        self.rows = np.searchsorted(sums.rows.numpy(), self.lines.columns)
+        self.line = np.searchsorted(sums.lines.numpy(), sums.cells.numpy() // v)
+        self.at_cells = self.directions.reshape(len(self.directions), -1)[:, self.row[self.line] * v + sums.cells.numpy() % v]
+
+    @cached_property
+    def products(self) -> Array:
+        """Inner products of the directions of every row, `[d, d, q]`."""
+        found: Array = np.einsum("dqv,cqv->dcq", self.directions, self.directions)
+        return found
+
+    @cached_property
+    def _frequent_cells(self) -> tuple[Array, sparse.csr_array]:
+        """The directions at the frequent cells, `[d, f]`, and which of the frequent rows has each, `[f, rows]`."""
+        _, _, v = self.shape
+        cells, lines = self.cells.columns[self.cells.frequent], self.lines.columns[self.lines.frequent]
+        rows = self.rows[self.lines.frequent]
+        owner = np.searchsorted(lines, cells // v)
+        held = sparse.csr_array((np.ones(len(cells)), (np.arange(len(cells)), owner)), shape=(len(cells), len(lines)))
+        return self.directions.reshape(len(self.directions), -1)[:, rows[owner] * v + cells % v], held
+
+    def deviations(self, sums: Sums) -> Deviations:
+        """Those of one loss."""
+        segments = self.shape[0]
+        taken, along = sums.taken[0].numpy(), sums.along[:, 0].numpy()
+        used = [d for d, multiples in enumerate(along) if multiples.any()]
+        often, seldom = self.cells.often(taken), self.cells.seldom(taken)
+        gram = often @ often.T + (seldom @ seldom.T).toarray()
+        at_frequent, held = self._frequent_cells
+        rare_cells = np.zeros(len(taken))
+        rare_cells[self.cells.among_rare] = taken[self.cells.among_rare]
+        frequent_rows, parts = self.rows[self.lines.frequent], {}
+        for d in used:
+            parts[d] = self.lines.often(along[d]), self.lines.seldom(along[d])
+        for d in used:
+            # What the cells have along a direction, in the rows that many segments visit and in the others.
+            at_lines = np.bincount(self.line, rare_cells * self.at_cells[d], len(along[d])).astype(np.float64)
+            many = self.lines.often(at_lines) + (held.T @ (often * at_frequent[d]).T).T
+            few = at_lines + sum(0.5 * along[c] * self.products[c, d][self.row] for c in used)
+            many = many + sum(0.5 * parts[c][0] * self.products[c, d][frequent_rows] for c in used)
+            half = parts[d][0] @ many.T + (parts[d][1] @ self.lines.seldom(few).T).toarray()
+            gram = gram + half + half.T
+        centre = np.eye(segments) - 1 / segments
+        return Deviations(self, centre @ gram @ centre, often, seldom, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Deviations of a loss's segments from their mean: their Gram matrix `[s, s]`, and what inner products with others take."""
+
+    layout: Layout
+    gram: Array
+    often: Array
+    seldom: sparse.csr_array
+    lines: Mapping[int, tuple[Array, sparse.csr_array]]
+
+    def along(self, vector: Array) -> Array:
+        """Inner products with a vector `[p]`, `[s]`."""
+        layout, (_, r, v) = self.layout, self.layout.shape
+        at_cells, table = vector[layout.cells.columns], vector.reshape(r, v)[layout.lines.columns]
+        found = self.often @ at_cells[layout.cells.frequent] + self.seldom @ at_cells[layout.cells.rare]
+        for d, (often, seldom) in self.lines.items():
+            at_rows = np.einsum("qv,qv->q", layout.directions[d][layout.rows], table)
+            found = found + often @ at_rows[layout.lines.frequent] + seldom @ at_rows[layout.lines.rare]
+        return np.asarray(found - found.mean())
 
 
 def _used(along: Tensor) -> list[int]:

@@ -288,6 +288,8 @@ def main() -> None:
         for count, aim in ((1, 4), (6, 6), (28, 15)):
             taken = against(ordinary, partial(gl.montecarlo.moments, chosen[:count], sampled, 20_000), 5)
             line(f"  sampled means, traces and batches of {count} estimators", taken, "x", f"(aim: at most {aim})")
+            taken = against(ordinary, partial(gl.measure, chosen[:count], sampled, samples=20_000), 5)
+            line("    and the frame: with intervals, their reliability, and the target's exact gradient", taken, "x", "")
 
     for what, policy in (
         ("Bandit, 50 tokens", gl.Bandit.random(50, seed=0)),

@@ -453,6 +453,7 @@ ELSEWHERE = {
     "exact.enumerated",
     "intervals.Batches",
     "intervals.Interval",
+    "intervals.Scattered",
     "language.along",
     "language.score_norms",
     "language.text",

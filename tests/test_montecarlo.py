@@ -467,3 +467,38 @@ def test_few_samples_give_open_intervals(path, request):
             assert frame[["bias", "noise", "trace_cov"]].isna().all(axis=None)  # one sample says nothing about its spread
     grouped = gl.measure(GROUPED, WORLDS["eos"], samples=4)
     assert (grouped.bias_high == math.inf).all()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        gl.Tree.random(vocab=6, length=6, seed=0),
+        gl.Tree.random(vocab=6, length=6, seed=0, eos=3),
+        gl.Tree.random(vocab=6, length=6, seed=0, scale=8.0),
+        gl.Bandit.random(vocab=40_000, seed=0),
+        gl.Bandit.random(vocab=40_000, seed=0, scale=8.0),
+    ],
+    ids=["tree", "eos", "sharp tree", "bandit", "sharp bandit"],
+)
+def test_on_wide_tables_intervals_are_those_of_the_whole_batch_means(policy):
+    scenario = gl.Scenario(policy, policy.perturbed(scale=0.3, seed=1), policy.perturbed(scale=0.1, seed=2))
+    names = ["k2-loss", "k1-reward-to-go", "k3-loss-sequence", "full-both-prefix", "mse-loss"]
+    losses = [gl.ESTIMATORS[name] for name in names]
+    if policy.length == 1:  # where a step's whole distribution says all, a weight is what varies
+        losses[3:] = [E("full", weight="sequence"), E("full", "loss+reward", "return", weight="sequence")]
+    runs = gl.montecarlo.moments(losses, scenario, samples=2_000)
+    assert all(run.batches.scattered for run in runs)
+    truth = gl.exact.gradient("reverse_kl", scenario).numpy()
+    wide = intervals.Scattered.sums([run.batches for run in runs])
+    whole = intervals.Batches.of(torch.stack([run.batch_means for run in runs]).numpy()[:, None])
+    size = np.trace(whole.gram, axis1=-2, axis2=-1)[..., None, None]
+    assert np.abs(wide.mean - whole.mean).max() <= 1e-12 * np.abs(whole.mean).max()
+    assert (np.abs(wide.gram - whole.gram) <= 1e-12 * size).all()
+    targets = truth[None]
+    for given, dense in (
+        (intervals.bias(wide, targets), intervals.bias(whole, targets)),
+        (intervals.cosine(wide, targets), intervals.cosine(whole, targets)),
+        (intervals.noise(wide, None, targets), intervals.noise(whole, None, targets)),
+    ):
+        for end in ("estimate", "low", "high"):
+            np.testing.assert_allclose(getattr(given, end), getattr(dense, end), rtol=1e-10, atol=1e-12)
