@@ -137,7 +137,7 @@ def test_the_caption_tells_the_frame(ran: Run) -> None:
         ("combined.nearer", "14_heads", "bias_ratio", 0.5, "HOLDS"),
         ("standardised-kl", "14_exponents", "exponent", 0.5, "FAILS"),
         ("standardised-kl.flat", "14_equal", "relative", 1.01, "FAILS"),
-        ("kl-beside-reward", "14_weight", "size", 0.01, "HOLDS"),
+        ("kl-choice.size", "14_weight", "size", 0.01, "HOLDS"),
     ],
 )
 def test_a_planted_change_of_a_frame_changes_its_verdict(

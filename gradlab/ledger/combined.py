@@ -22,7 +22,7 @@ def _exponent(scope: str, estimator: str, *ranges: Condition) -> Claim:
 
 def _size(scope: str, relation: Relation, beta: float, low: float, high: float) -> Claim:
     ranges = (*within("coefficient", beta * 0.9, beta * 1.1), *within("success", low, high))
-    return claim("kl-beside-reward", scope, "14_weight", "size", relation, 0.1, 0, *ranges, estimator=K2)
+    return claim("kl-choice.size", scope, "14_weight", "size", relation, 0.1, 0, *ranges, estimator=K2)
 
 
 _CLIPPED = within("nominal", low=0.02)

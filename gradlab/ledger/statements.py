@@ -72,7 +72,6 @@ PUBLISHED: dict[str, tuple[str, str]] = {
         "the choice of a KL estimator changes what a whole loss ascends",
         f"implied by {_P} and by the debates it settles",
     ),
-    "kl-beside-reward": ("at the coefficients in use the KL's gradient is small beside the reward's", "folklore"),
 }
 
 _REVERSE, _FROZEN = "an unbiased gradient of the reverse KL", "an unbiased gradient of the reverse KL with frozen prefixes"
@@ -211,5 +210,5 @@ STATEMENTS: dict[str, str] = {
     "standardised-kl.flat": "the KL's weight does not depend on β",
     "kl-choice": "in place of k2 it changes the expected gradient of the whole loss by less than 1 %",
     "kl-choice.visible": "k3 in place of k2 does not show in a batch of 100,000 responses",
-    "kl-beside-reward": "the gradient of k2 is less than a tenth of the reward's",
+    "kl-choice.size": "the gradient of k2 is less than a tenth of the reward's",
 }
