@@ -11,8 +11,8 @@
 # ## Before you run anything
 #
 # Which of these have the gradient of the KL of whole responses, for four tokens? "k2-loss" (per token), "k2-loss-sequence" (½S², S the
-# sum), "k1-reward" (each token its own), "k1-reward-to-go", "full-loss" (the KL of each step, summed over the vocabulary), "full-both" (that,
-# and the KL of later steps in the reward). Write down a list of names.
+# sum), "k1-reward" (each token its own), "k1-reward-to-go", "full-loss" (the KL of each step, summed over the vocabulary),
+# "full-both" (that, and the KL of later steps in the reward). Write down a list of names.
 
 # %%
 import pandas as pd

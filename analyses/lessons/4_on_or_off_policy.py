@@ -3,8 +3,8 @@
 #
 # The responses of a batch are seldom drawn by the policy that is updated: several optimiser steps are taken on one batch, weights arrive
 # late at the inference engine, and the engine computes in another precision. With data from μ the expectation is E_μ, and every
-# identity of the lessons before was about E_π. Importance weights ρ = π/μ repair that: of the token, of the prefix up to it, or of the whole
-# response.
+# identity of the lessons before was about E_π. Importance weights ρ = π/μ repair that: of the token, of the prefix up to it,
+# or of the whole response.
 #
 # 25 minutes. You need lessons 2 and 3.
 
@@ -56,14 +56,15 @@ gl.plots.credit(pd.concat([exact, drawn]))
 # %% [markdown]
 # Two things are to be seen:
 #
-# * Token weights are enough for the KL with frozen prefixes, if the weight of k2 is detached or that of k3 is differentiated. Differentiating
-#   the weight of k2 makes it the gradient of E[½ℓ²].
+# * Token weights are enough for the KL with frozen prefixes, if the weight of k2 is detached or that of k3 is differentiated.
+#   Differentiating the weight of k2 makes it the gradient of E[½ℓ²].
 # * For whole responses the weight has to reach further, and then the noise is that of a product of many ratios.
 #
 # ### Exercise: unbiased, from sampled tokens
 #
-# Compose an estimator, `gl.Estimator(kernel, placement=…, credit=…, weight=…, differentiate_weight=…)`, that is unbiased for whole responses
-# here, reads the probabilities of the sampled tokens only, and has less noise than k1 in the reward with the sequence weight (12.3).
+# Compose an estimator, `gl.Estimator(kernel, placement=…, credit=…, weight=…, differentiate_weight=…)`, that is unbiased for
+# whole responses here, reads the probabilities of the sampled tokens only, and has less noise than k1 in the reward with the
+# sequence weight (12.3).
 
 # %%
 unbiased = None

@@ -95,8 +95,8 @@ told = lesson.check("guess", guess)
 # %% [markdown]
 # ## What to take away
 #
-# Ask of a bias: at which batch size? And of an estimate: has the sample seen what carries the expectation? An error bar cannot know what was
-# never drawn; the policy's probabilities can.
+# Ask of a bias: at which batch size? And of an estimate: has the sample seen what carries the expectation? An error bar cannot
+# know what was never drawn; the policy's probabilities can.
 #
 # ## To read
 #

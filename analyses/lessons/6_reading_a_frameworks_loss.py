@@ -82,8 +82,8 @@ print(gl.audit(k1_mean).on_policy.text)
 #
 # ### Exercise: repair
 #
-# Write a loss that descends the reverse KL with frozen prefixes, on-policy *and* off-policy, without a clamp. Off-policy the data are drawn by
-# the policy of `old_log_probs`.
+# Write a loss that descends the reverse KL with frozen prefixes, on-policy *and* off-policy, without a clamp. Off-policy the
+# data are drawn by the policy of `old_log_probs`.
 
 # %%
 repair = None  # def repair(log_probs, old_log_probs, ref_log_probs, mask): …

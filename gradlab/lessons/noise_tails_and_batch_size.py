@@ -36,7 +36,9 @@ def guess(answer: float) -> Reply:
     if given < 0 or given > 100:
         raise ValueError("a number from 0 to 100 is asked for")
     if abs(given - truth) <= 1:
-        return Reply(True, f"Its probability is {probability:.2g}: in {truth:.1f} of 100 batches, and the others know nothing of it.")
+        return Reply(
+            True, f"Its probability is {probability:.2g}: in {truth:.1f} of 100 batches, and the others know nothing of it."
+        )
     return Reply(False, f"It is drawn in {truth:.1f} of 100 batches: its probability is {probability:.2g}.")
 
 

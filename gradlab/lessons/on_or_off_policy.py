@@ -27,9 +27,13 @@ def guess(answer: str) -> Reply:
     check_name("weight", answer, WEIGHTS)
     bias = cell(measure({"k1": Estimator("k1", "reward", "to_go", answer)}, scenario()), "bias")  # type: ignore[arg-type]
     if bias < ZERO:
-        return Reply(True, "What a token is credited with is drawn up to the end of the response, and so must its weight reach.")
+        return Reply(
+            True, "What a token is credited with is drawn up to the end of the response, and so must its weight reach."
+        )
     reach = {"none": "no token is", "token": "only the token itself is", "prefix": "the tokens up to it are"}[answer]
-    return Reply(False, f"With weight {answer} the relative bias is {bias:.3f}: {reach} reweighted, and later ones are credited.")
+    return Reply(
+        False, f"With weight {answer} the relative bias is {bias:.3f}: {reach} reweighted, and later ones are credited."
+    )
 
 
 def unbiased(answer: Estimator) -> Reply:

@@ -49,7 +49,9 @@ def silent(answer: float) -> Reply:
 
     edge = float(optimize.brentq(value, -10, -0.1))
     if abs(given - edge) <= 0.01:
-        return Reply(True, f"At ℓ = {edge:.3f} the value is {BOUND:g}. A token that the policy has dropped is not brought back.")
+        return Reply(
+            True, f"At ℓ = {edge:.3f} the value is {BOUND:g}. A token that the policy has dropped is not brought back."
+        )
     if abs(given + edge) <= 0.01:
         return Reply(False, "Mind the sign: a token that the policy has dropped has log π < log ref.")
     if abs(given + BOUND) <= 0.01:
@@ -68,7 +70,9 @@ def repair(answer: Callable[..., Any]) -> Reply:
     if reason := found.why_not("reverse_kl_frozen_prefix"):
         return Reply(False, f"{reason}. Which kernel has the gradient of the reverse KL as a loss?")
     if reason := found.why_not("reverse_kl_frozen_prefix", off_policy=True):
-        return Reply(False, f"{reason}. The data come from the policy of old_log_probs: each token needs a weight, and it is detached.")
+        return Reply(
+            False, f"{reason}. The data come from the policy of old_log_probs: each token needs a weight, and it is detached."
+        )
     wrong = [probe for probe in found.failures if probe.name in ("clamps", "padding")]
     if wrong:
         return Reply(False, f"It descends the right objective, and then: {wrong[0].finding}.")

@@ -27,12 +27,12 @@ CHOICES = {
 ZERO = 1e-9
 
 
-def bandits() -> list[Scenario]:
+def bandits() -> list[Scenario[Bandit]]:
     """Random bandits at several distances: what holds on all of them holds."""
     found = []
-    for seed, kl in enumerate((0.1, 0.5, 1.0)):
-        policy = Bandit.random(6, seed=seed)
-        found.append(Scenario(policy, policy.perturbed(kl=kl, seed=seed + 10)))
+    for draw, kl in enumerate((0.1, 0.5, 1.0)):
+        policy = Bandit.random(6, seed=draw)
+        found.append(Scenario(policy, policy.perturbed(kl=kl, seed=10 + draw)))
     return found
 
 
@@ -48,7 +48,9 @@ def guess(answer: Iterable[str]) -> Reply:
     wrong = sorted(given - right)
     if wrong:
         return Reply(False, f"{wrong[0]} has a relative bias of up to {worst[wrong[0]]:.2g}.")
-    return Reply(False, f"So far that is right, and there {'is' if len(right - given) == 1 else 'are'} {len(right - given)} more.")
+    return Reply(
+        False, f"So far that is right, and there {'is' if len(right - given) == 1 else 'are'} {len(right - given)} more."
+    )
 
 
 def descends(answer: str) -> Reply:
@@ -75,5 +77,6 @@ def compose(answer: Estimator) -> Reply:
     both = measure({"yours": answer}, bandits()[0], target=["reverse_kl", "forward_kl"])
     told = "; ".join(f"{target} {cell(both, 'bias', target=target):.2g}" for target in ("reverse_kl", "forward_kl"))
     return Reply(
-        False, f"Its relative biases are {told}. ∇E[k] = E[k ∇log π] + E[∇k]: the reward has the first part, the loss the second."
+        False,
+        f"Its relative biases are {told}. ∇E[k] = E[k ∇log π] + E[∇k]: the reward has the first part, the loss the second.",
     )

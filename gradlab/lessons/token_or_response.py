@@ -32,11 +32,15 @@ def guess(answer: Iterable[str]) -> Reply:
     found = measure(CHOICES, scenario()).set_index("estimator")["bias"]
     right = {name for name in CHOICES if found[name] < ZERO}
     if given == right:
-        return Reply(True, f"{', '.join(name for name in CHOICES if name in right)}: each counts what a token does to later ones.")
+        return Reply(
+            True, f"{', '.join(name for name in CHOICES if name in right)}: each counts what a token does to later ones."
+        )
     wrong = sorted(given - right)
     if wrong:
         return Reply(False, f"{wrong[0]} has a relative bias of {found[wrong[0]]:.3f}: it takes the prefixes as given.")
-    return Reply(False, f"So far that is right, and there {'is' if len(right - given) == 1 else 'are'} {len(right - given)} more.")
+    return Reply(
+        False, f"So far that is right, and there {'is' if len(right - given) == 1 else 'are'} {len(right - given)} more."
+    )
 
 
 def breaks_even(answer: float) -> Reply:
@@ -55,7 +59,9 @@ def breaks_even(answer: float) -> Reply:
     if given <= 0:
         return Reply(False, "A batch has at least one response.")
     errors = (bias**2 + token / given) ** 0.5, (to_go / given) ** 0.5
-    return Reply(False, f"There the root mean squared errors are {errors[0]:.3f} (k1-reward) and {errors[1]:.3f} (k1-reward-to-go).")
+    return Reply(
+        False, f"There the root mean squared errors are {errors[0]:.3f} (k1-reward) and {errors[1]:.3f} (k1-reward-to-go)."
+    )
 
 
 def quieter(answer: str | Estimator) -> Reply:
@@ -69,6 +75,7 @@ def quieter(answer: str | Estimator) -> Reply:
         return Reply(False, f"It has a relative bias of {bias:.3f} for whole responses.")
     if noise >= to_go / 2:
         return Reply(
-            False, f"Its noise is {noise:.2f}, and that of to-go {to_go:.2f}. What of it could be summed over the vocabulary, not drawn?"
+            False,
+            f"Its noise is {noise:.2f}, and that of to-go {to_go:.2f}. What of it could be summed over the vocabulary, not drawn?",
         )
     return Reply(True, f"Its noise is {noise:.2f}, {noise / to_go:.0%} of that of to-go.")
