@@ -162,3 +162,8 @@ def test_a_registered_figure_is_drawn_like_gradlabs_own(tmp_path):
     texts = [text.get_text() for text in gl.figure("20_mine", folder=tmp_path).axes[0].texts]
     assert texts[0] == "0"
     assert float(texts[1]) == pytest.approx(frame["bias"][1], rel=0.05)
+
+
+def test_the_style_of_slides_has_larger_type() -> None:
+    plain, slides = (gl.figure("03_tokens", folder=FOLDER, style=style) for style in (None, "slides"))
+    assert slides.axes[0].xaxis.label.get_size() > 1.2 * plain.axes[0].xaxis.label.get_size()
