@@ -15,6 +15,7 @@ import typer
 
 from gradlab._common.provenance import __version__
 from gradlab.cli.audit import audit_command
+from gradlab.cli.docs import docs_command
 from gradlab.cli.explore import explore_command
 from gradlab.cli.figure import figure_command
 from gradlab.cli.inspect import inspect_command
@@ -86,6 +87,7 @@ app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
 app.command(name="utility")(utility_command)
 app.command(name="figure")(figure_command)
+app.command(name="docs")(docs_command)
 app.command(name="lesson")(lesson_command)
 app.command(name="explore")(explore_command)
 app.command(name="inspect")(inspect_command)
@@ -114,7 +116,7 @@ def list_command(
     from gradlab._common.console import wide_console
 
     table = Table(header_style="bold")
-    headings, rows = _listed(what)
+    headings, rows = listed(what)
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
@@ -122,7 +124,7 @@ def list_command(
     wide_console().print(table)
 
 
-def _listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+def listed(what: Listing) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
     """Headings and rows of a list."""
     if what is Listing.estimators:
         from gradlab.estimators.catalogue import CATALOGUE

@@ -1,12 +1,12 @@
 // Filters of long tables. A form with data-filter="ID" hides the rows (data-row) of the element with that id which its controls do
-// not select, and every group (data-group) without a row left. A control named `scope` is compared with a row's data-scope: words
+// not select, and every group (data-group, or a section) without a row left. A control named `scope` is compared with a row's data-scope: words
 // of a text field must all occur, a selection must be one of those that semicolons separate, and of checkboxes with one name one must
 // be equal. What shows a row once more has data-row="again" and is not counted. The address keeps the state.
 for (const form of document.querySelectorAll("form[data-filter]")) {
   const table = document.getElementById(form.dataset.filter);
   const rows = [...table.querySelectorAll("[data-row]")];
   const counted = rows.filter((row) => row.dataset.row !== "again");
-  const groups = [...table.querySelectorAll("[data-group]")];
+  const groups = [...table.querySelectorAll("[data-group], section")];
   const total = form.querySelector("output");
   const names = [...new Set([...form.elements].map((control) => control.name).filter(Boolean))];
   const passes = (row, name) => {
