@@ -23,7 +23,7 @@ from gradlab.study import gallery
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 #: Pages whose code other tests run.
-OTHERS = {"records.md", "objective.md", *(page.name for page in (ROOT / "docs" / "lessons").glob("*.md"))}
+OTHERS = {"records.md", "objective.md", "my_kl_spiked.md", *(page.name for page in (ROOT / "docs" / "lessons").glob("*.md"))}
 
 
 def run(monkeypatch, *arguments: object) -> int:
@@ -179,8 +179,8 @@ def test_the_code_of_the_pages_runs(page, tmp_path):
 @pytest.fixture(scope="module")
 def chromium():
     """A browser; the one of the system, since the library's own is a download."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; install the extra browser")
-    pytest.importorskip("axe_playwright_python", reason="axe is not installed; install the extra browser")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; install the extra test")
+    pytest.importorskip("axe_playwright_python", reason="axe is not installed; install the extra test")
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("chromium is not installed; install it from the system's packages")

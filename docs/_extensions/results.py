@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import cached_property, lru_cache
 from html import escape
@@ -322,6 +323,12 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def link_files(app: Sphinx, name: str, source: list[str]) -> None:
+    """Turn links of the sources to the folder of results into links to where its files lie in the site."""
+    target = link("figures/", name)
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+figures/([^)\s]+)\)", rf'<a href="{target}\2">\1</a>', source[0])
+
+
 def copy_files(app: Sphinx, error: Exception | None) -> None:
     """Lay data and pictures, and the script of the filters, beside the pages."""
     if error or app.builder.name != "html":
@@ -371,6 +378,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("plate", PlateDirective)
     app.add_js_file("filter.js", loading_method="defer")
     app.connect("builder-inited", write_pages)
+    app.connect("source-read", link_files)
     app.connect("build-finished", copy_files)
     app.connect("build-finished", finish_pages)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
