@@ -494,7 +494,11 @@ def test_what_an_identification_says():
         1e-7,
     )
     assert (silent.name, silent.closest) == ("none", "")
-    assert "is not a number" in silent.text
+    assert silent.text.startswith("is not a number")
+    null = verdict(lambda g: 0 * g["mse"])
+    assert (null.name, null.closest, null.scale) == ("zero", "zero", 0)
+    two = [made_up(world, g["reverse_kl"] + 2 * g["forward_kl"]) for world, g in zip(on[:2], known, strict=False)]
+    assert identify([("equal lengths", two)], 1e-7).combination == pytest.approx({"reverse_kl": 1, "forward_kl": 2}, rel=1e-6)
 
 
 def made_up(world: worlds.AuditScenario, mean: torch.Tensor) -> engine.ExpectedGradient:
@@ -638,6 +642,7 @@ def test_rounding_decides_only_what_the_other_worlds_leave_open():
     assert verdict(moved, 3e-4, 0, 0).error == pytest.approx(1e-3, rel=0.2)
     assert verdict(moved, 0, 3e-4, 3e-4).name == "none"  # an error in one world excuses none in another
     assert verdict(moved, 0.5, 0, 0).name == "unresolved"
+    assert verdict(moved, 0.5, 0, 0).combination == {}
     assert "elsewhere it equals the gradient of the sequence reverse KL, relative error" in verdict(moved, 0.5, 0, 0).text
     assert verdict(moved, 0.5, 0.5, 0).name == "unresolved"  # one world fits no pair, so it rules none out
     foreign = [
