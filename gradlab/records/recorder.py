@@ -116,7 +116,7 @@ def _attached(recorder: Recorder, trainer: Any) -> Any:
             _add(recorder, trainer, inputs, latest[0])
         return found
 
-    class Detach(TrainerCallback):
+    class Detach(TrainerCallback):  # type: ignore[misc]
         """Give the trainer its own methods back."""
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
