@@ -35,13 +35,14 @@ COLUMNS: dict[str, str] = {
     "effective": "effective coefficient ⟨Δ, ∇KL⟩ / ‖∇KL‖² of the reverse KL of responses",
     "share": "effective coefficient over β",
     "reward_weight": "weight of the reward's gradient, ⟨E g, ∇(−E r)⟩ / ‖∇E r‖² at β = 0",
-    "per_reward": "effective coefficient over the weight of the reward: the β of the regularised reward that is ascended",
+    "per_reward": "effective coefficient over the weight of the reward: the β of the regularised reward that is ascended; missing where "
+    "the reward has no weight",
     "bias": "‖Δ − β ∇KL‖ / ‖β ∇KL‖",
     "size": "‖Δ‖ / ‖E g at β = 0‖: the regulariser's gradient beside the reward's",
     "noise": "tr Cov of the loss over tr Cov at β = 0",
 }
 
-#: Errors below this are rounding, and have no ratio.
+#: Errors and weights below this are rounding, and have no ratio.
 ROUNDING = 1e-9
 
 
@@ -99,7 +100,7 @@ def _contribution(alone: Moments, both: Moments, beta: float, kl: Tensor, reward
         "effective": effective,
         "share": effective / beta,
         "reward_weight": reward_weight,
-        "per_reward": effective / reward_weight if reward_weight else float("nan"),
+        "per_reward": effective / reward_weight if abs(reward_weight) > ROUNDING else float("nan"),
         "bias": float((delta - beta * kl).norm() / (beta * kl.norm())),
         "size": float(delta.norm()) / size if size > 0 else float("inf"),
         "noise": both.trace_cov / alone.trace_cov if alone.trace_cov > 0 else float("inf"),

@@ -22,13 +22,14 @@ EXACT, SINGLE, SAMPLED, SHARE = 1e-6, 1e-3, 1e-2, 0.1
 #: Analyses of networks that compute in single precision.
 _SINGLE = ("10", "11")
 
-#: Columns that are differences of nearly equal numbers in single precision: what they may move by.
+#: Columns that are differences of nearly equal numbers: what they may move by.
 _ABSOLUTE = {
     ("10_growth", "lag"): 1e-5,  # KL to the same weights at a lower precision
     ("10_precision", "bias_error"): 1e-4,  # single against double precision
     ("10_precision", "noise_error"): 1e-3,
     ("11_engine", "log_ratio"): 1e-4,  # a network's own report against a second pass of it
     ("11_mismatch", "excess"): 1e-4,  # bias less bias
+    ("14_weight", "bias"): 1e-9,  # a loss less the same loss at β = 0, over β down to 1e-4
 }
 
 #: Batches of more responses than this are told apart from infinite ones by rounding alone.
