@@ -10,7 +10,7 @@ import torch
 
 import gradlab as gl
 from gradlab.audit import Batch, bind, load
-from gradlab.audit.bind import ROLES, role_of
+from gradlab.audit.roles import ROLES, role_of
 
 
 def k3(x):
@@ -33,10 +33,17 @@ NAMES = {
         "sampling_logprobs", "rollout_log_probs", "inference_logprobs", "generation_logprobs", "prev_logprobs", "vllm_logps",
         "mu_logprobs", "old_logp", "sampling_per_token_logps",
     ),
-    "mask": ("mask", "loss_mask", "eos_mask", "response_mask", "completion_mask", "attention_mask", "action_mask", "token_mask"),
+    "mask": (
+        "mask", "loss_mask", "eos_mask", "response_mask", "completion_mask", "attention_mask", "action_mask", "token_mask",
+        "padding_masks",
+    ),
     "advantages": ("advantages", "advantage", "adv", "advs"),
-    "rewards": ("rewards", "reward", "token_level_rewards", "scores", "token_level_scores"),
-    "tokens": ("completion_ids", "input_ids", "response_ids", "tokens", "actions", "labels", "responses"),
+    "rewards": ("rewards", "reward", "scores"),
+    "token_rewards": ("token_level_rewards", "token_level_scores", "token_rewards"),
+    "returns": ("returns", "return"),
+    "values": ("values", "old_values", "vpreds"),
+    "labels": ("labels", "label"),
+    "tokens": ("completion_ids", "input_ids", "response_ids", "tokens", "actions", "responses"),
     "logits": ("logits", "policy_logits", "student_logits"),
     "reference_logits": ("ref_logits", "reference_logits", "teacher_logits"),
     "log_ratio": ("log_ratio", "logratio", "log_ratios", "logr"),
@@ -45,7 +52,8 @@ NAMES = {
     "lengths": ("lengths", "response_lengths", "seq_lens"),
     "tokens_in_batch": ("num_items_in_batch", "num_tokens", "batch_num_tokens"),
     "max_length": ("max_length", "max_completion_length", "max_tokens", "max_seq_len"),
-    "batch": ("batch",),
+    "batch": ("batch", "data", "micro_batch", "samples", "inputs", "td"),
+    "micro_batches": ("micro_batches", "minibatches", "batches"),
 }  # fmt: skip
 
 

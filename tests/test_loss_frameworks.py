@@ -151,7 +151,7 @@ def test_trl(name):
 
     def scalar(log_prob: torch.Tensor) -> torch.Tensor:
         batch: Any = SimpleNamespace(
-            log_prob=log_prob, rewards=advantages, behaviour_log_prob=rollout.behaviour_log_prob, tokens=rollout.tokens,
+            log_prob=log_prob, response_advantages=advantages, behaviour_log_prob=rollout.behaviour_log_prob, tokens=rollout.tokens,
             reference_log_prob=rollout.reference_log_prob, mask=rollout.mask_float,
         )  # fmt: skip
         kind = name if name in ("dapo", "dr_grpo") else "grpo"

@@ -41,6 +41,7 @@ STREAMS = {
     "analysis.11.questions": 30,
     "records.changes": 31,
     "records.corrections": 32,
+    "audit.rewards": 34,
 }
 
 

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from gradlab._common.lazy import attach, callable_module
 
 if TYPE_CHECKING:
-    from gradlab.audit.batch import Batch, Subject
+    from gradlab.audit.batch import Batch, Bound, Subject
     from gradlab.audit.bind import called as bind
     from gradlab.audit.call import LossError
+    from gradlab.audit.examine import Part
     from gradlab.audit.identify import Identification
     from gradlab.audit.load import called as load
     from gradlab.audit.probes.setting import Probe
@@ -15,11 +16,25 @@ if TYPE_CHECKING:
 
     called = callable_module(__name__, audit)
 
-__all__ = ["Audit", "Batch", "Identification", "LossError", "Probe", "Subject", "audit", "bind", "frame", "load"]
+__all__ = [
+    "Audit",
+    "Batch",
+    "Bound",
+    "Identification",
+    "LossError",
+    "Part",
+    "Probe",
+    "Subject",
+    "audit",
+    "bind",
+    "frame",
+    "load",
+]
 
 _HOMES = {
-    **dict.fromkeys(["Batch", "Subject"], "batch"),
+    **dict.fromkeys(["Batch", "Bound", "Subject"], "batch"),
     "LossError": "call",
+    "Part": "examine",
     "Identification": "identify",
     **dict.fromkeys(["Audit", "audit", "frame"], "run"),
     "Probe": "probes.setting",

@@ -2,79 +2,34 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import itertools
 import re
+import textwrap
+import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradlab._common.lazy import callable_module
 from gradlab._common.names import check_name
-from gradlab.audit.batch import Batch, Subject
+from gradlab.audit import trial
+from gradlab.audit.batch import Batch, Bound, Subject
 from gradlab.audit.call import LossError
 from gradlab.audit.load import version
-from gradlab.audit.synthetic import Tokens, responses
+from gradlab.audit.results import RETURNS, AmbiguousError, picked, reduced
+from gradlab.audit.roles import CONFIGURATION, OF_THE_POLICY, OF_THE_TASK, ROLES, of_padding, plain, role_of, uncertain
+from gradlab.audit.user_batch import UserBatch, built, nested
 
-#: What an argument can be, and how it is read off a batch.
-ROLES: dict[str, Callable[[Batch], Any]] = {
-    "log_prob": lambda b: b.log_prob,
-    "reference_log_prob": lambda b: b.reference_log_prob,
-    "behaviour_log_prob": lambda b: b.behaviour_log_prob,
-    "logits": lambda b: b.logits,
-    "reference_logits": lambda b: b.reference_logits,
-    "behaviour_logits": lambda b: b.behaviour_logits,
-    "log_ratio": lambda b: b.log_prob - b.reference_log_prob,
-    "importance_ratio": lambda b: (b.log_prob - b.behaviour_log_prob).exp(),
-    "mask": lambda b: b.mask,
-    "tokens": lambda b: b.tokens,
-    "advantages": lambda b: b.advantages,
-    "rewards": lambda b: b.rewards,
-    "lengths": lambda b: b.lengths,
-    "tokens_in_batch": lambda b: b.mask.sum(),
-    "max_length": lambda b: b.mask.shape[1],
-    "batch": lambda b: b,
-    "coefficient": lambda b: 1.0,
-}
-#: Roles that are configuration: a default, if there is one, stays.
-CONFIGURATION = ("coefficient", "max_length", "tokens_in_batch")
-#: Ways to read the result of a function: what it is, or what of the reward it is.
-RETURNS = ("loss", "penalty", "rewards", "advantages")
-#: Patterns of names, underscores left out, in order; the first that matches decides. In log-probabilities and logits the
-#: prefix or suffix says whose they are.
-_WHOSE = (
-    (r"ref|base|sft|init|anchor|teacher|prior", "reference_"),
-    (r"old|behaviou?r|sampl|rollout|infer|generat|prev|vllm|mu(?=log)|actorold|proximal", "behaviour_"),
-)
-_PATTERNS = (
-    (r"^batch$", "batch"),
-    (r"log(prob|p|its?p?r?ob)?s?ratios?|^logrs?$|^logratios?$", "log_ratio"),
-    (r"logits?", "logits"),
-    (r"logp|logprob|loglikelihood|^lp$|logπ|^logps?$", "log_prob"),
-    (r"^(is|importance|iw|rho|ratio)(weights?|ratios?|sampling(weights?|ratios?))?s?$", "importance_ratio"),
-    (r"mask$|^masks?", "mask"),
-    (r"^adv|advantages?$", "advantages"),
-    (r"^(token(level)?)?(rewards?|scores?)$|returns?$", "rewards"),
-    (r"^(inputids|completionids?|responseids?|tokens?(ids?)?|actions?|labels?|responses?|targetids?|sequences?)$", "tokens"),
-    (r"^(response|completion|sequence|seq)?(lengths?|lens?)$", "lengths"),
-    (r"^(num|n)(items|tokens|actions)|batchnumtokens|globaltokens|totaltokens", "tokens_in_batch"),
-    (r"^max(completion|response|seq|sequence|token)?s?(length|len|tokens?)$|loss(scale)?factor", "max_length"),
-    (r"^(kl|ref|loss|penalty)*(loss|penalty|ctl|reg)?(coeff?s?|beta|weight|lambda|scale)$", "coefficient"),
-)  # fmt: skip
-
-
-def role_of(name: str) -> str | None:
-    """The role that an argument of this name has, or `None` when the name is not understood."""
-    plain = re.sub(r"[^a-zα-ω]", "", name.lower())
-    for pattern, role in _PATTERNS:
-        if re.search(pattern, plain):
-            if role in ("log_prob", "logits"):
-                return next((who for words, who in _WHOSE if re.search(words, plain)), "") + role
-            return str(role)
-    return None
+#: Names of arguments that are a configuration as a whole.
+_CONFIGURATIONS = r"^(self|config|cfg|conf|args|options|hparams|trainingargs|actorconfig)$"
+#: What an argument is passed as: what it is called, and how it is made.
+Form = tuple[str, Callable[[Any], Any]]
+_AS_IT_IS: Form = ("", lambda x: x)
 
 
 def bind(
@@ -84,46 +39,66 @@ def bind(
     roles: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
     returns: str = "loss",
+    result: str | int | None = None,
+    vocab: int | None = None,
+    temperature: float | None = None,
 ) -> Subject:
     """Make a `Subject` of any function by its argument names; `roles` and `settings` decide what names cannot.
 
-    A mask is passed as numbers, or as booleans or integers where the function wants those. Of a tuple the first tensor is
-    the loss, of a mapping or an object `loss`. Per-token values `[B, T]` are summed over live tokens and averaged over
-    responses, values `[B]` averaged; `configuration` says so. Raises `ValueError` for unknown roles, arguments that cannot be
-    bound (with the signature and the names understood) and a function without the policy's log-probabilities, `LossError`
-    when it raises.
+    A mask is passed as numbers, or as booleans or integers where the function wants those; advantages `[B, T]`, `[B]` or `[B, 1]`,
+    in the form in which one response's do not reach another. One argument that is a batch is a mapping whose fields are found by
+    their names; a dataclass is built. A setting `config.beta` is an attribute of a configuration `config`.
+    result: which of several results is the loss, by key or place; left out, `loss`, `total_loss` or the only one with a gradient.
+    Per-token values `[B, T]` are summed over live tokens and averaged over responses, values `[B]` averaged; `configuration` says
+    so. vocab: tokens of the policies; left out, 3, or one more than the k of a top-k. temperature: what the sampler divides logits
+    by; left out, the function's own argument of that name, or 1. `binding` says what each argument was given, and why.
+    Raises `ValueError` for unknown roles, arguments that cannot be bound (with the signature and the names understood), for what is
+    ambiguous (with the line to type) and a function without the policy's log-probabilities, `LossError` when it raises.
     """
     check_name("kind of result", returns, RETURNS)
-    roles, settings = dict(roles or {}), dict(settings or {})
     function = getattr(function, "_torchdynamo_orig_callable", function)  # compiling for tiny batches would take minutes
     label = name or str(getattr(function, "__name__", type(function).__name__))
-    bound = _bound(function, label, roles, settings)
-    package, number = version(str(getattr(function, "__module__", "") or ""))
-    configuration = {**settings, **({} if returns == "loss" else {"returns": returns})}
-    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', label)}".lstrip(".")
-    trial, _ = responses(Tokens.at(0.3, -0.2, 0.1), Tokens.at(0.1, 0.4), columns=4)
+    flat = dict(settings or {})
+    call = _Call.of(function, label, dict(roles or {}), nested(flat), returns, result)
+    tokens = trial.vocabulary(call.plain_value, label) if vocab is None else vocab
+    own = call.temperature()
+    home = type(function) if isinstance(function, torch.nn.Module) else function
+    package, number = version(str(getattr(home, "__module__", "") or ""))
+    subject = _fitting(call, tokens)
+    configuration = {**flat, **({} if returns == "loss" else {"returns": returns}), **subject.configuration}
+    sampled = own if temperature is None else temperature
+    at = (Bound("temperature", f"{sampled:g}", "the data are sampled at it"),) if sampled != 1 else ()
+    return dataclasses.replace(
+        subject,
+        package=package,
+        version=number,
+        function=f"{getattr(home, '__module__', '')}.{getattr(home, '__qualname__', label)}".lstrip("."),
+        configuration=configuration,
+        binding=(*call.told, *subject.binding, *at),
+        vocab=tokens,
+        temperature=sampled,
+    )
+
+
+def _fitting(call: _Call, vocab: int | None) -> Subject:
+    """The loss with its arguments in the first forms that fit, else in the first that it takes."""
+    taken: list[Subject] = []
     problems: list[Exception] = []
-    for convert in _conversions(bound.values()):
-
-        def value(batch: Batch, convert: Mapping[str, Callable[[Any], Any]] = convert) -> Any:
-            given = {key: convert.get(role, lambda x: x)(ROLES[role](batch)) for key, role in bound.items()}
-            return _call(function, {**given, **settings})
-
+    for forms in call.forms():
         try:
-            with torch.enable_grad():
-                reduction = _reduced(value(trial), trial, returns)[1]
+            subject, misfit = call.subject(forms, vocab)
+        except AmbiguousError:
+            raise
         except Exception as error:
             problems.append(error)
             continue
-
-        def loss(batch: Batch, value: Callable[[Batch], Any] = value) -> Any:
-            return _reduced(value(batch), batch, returns)[0]
-
-        if reduction:
-            configuration["reduced"] = reduction
-        return Subject(label, loss, package, number, where, configuration)
+        if not misfit:
+            return subject
+        taken.append(subject)
+    if taken:
+        return taken[0]
     told = _likeliest(problems)
-    raise LossError.of(Subject(label, lambda batch: batch.mask), told) from told
+    raise LossError.of(Subject(call.label, lambda batch: batch.mask), told) from told
 
 
 def _likeliest(problems: Sequence[Exception]) -> Exception:
@@ -135,105 +110,261 @@ def _likeliest(problems: Sequence[Exception]) -> Exception:
     return max(problems, key=lambda problem: counts[type(problem), str(problem)])
 
 
-def _bound(function: Callable[..., Any], label: str, roles: dict[str, str], settings: dict[str, object]) -> dict[str, str]:
-    """Argument → role for every argument that gets a tensor."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        raise ValueError(f"{label} has no signature to bind by; wrap it: def loss(batch): return {label}(…)") from None
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A function with what its arguments are given: roles, settings, and dataclasses that are built of a batch."""
+
+    function: Callable[..., Any]
+    label: str
+    parameters: Mapping[str, inspect.Parameter]
+    bound: dict[str, str]
+    told: tuple[Bound, ...]
+    settings: dict[str, Any]
+    built: Mapping[str, type]
+    returns: str
+    chosen: str | int | None
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Any],
+        label: str,
+        roles: dict[str, str],
+        settings: dict[str, Any],
+        returns: str,
+        chosen: str | int | None,
+    ) -> _Call:
+        signed = function.forward if isinstance(function, torch.nn.Module) else function
+        try:
+            signature = inspect.signature(signed)
+        except (TypeError, ValueError):
+            raise ValueError(f"{label} has no signature to bind by; wrap it: def loss(batch): return {label}(…)") from None
+        kinds = _dataclasses(signed, signature)
+        bound, told = _bound(signed, signature, label, roles, settings, kinds, returns)
+        return cls(function, label, signature.parameters, bound, tuple(told), settings, kinds, returns, chosen)
+
+    def temperature(self) -> float:
+        """The function's own temperature, by a setting or its default; 1 without one."""
+        parameter = self.parameters.get("temperature")
+        default = None if parameter is None else parameter.default
+        given = self.settings.get("temperature", default)
+        return float(given) if isinstance(given, int | float) and given > 0 else 1.0
+
+    def forms(self) -> list[dict[str, Form]]:
+        """The forms in which masks, advantages, rewards and labels are offered, the commonest first."""
+        offered = {key: _forms(key, role) for key, role in self.bound.items()}
+        some = {key: forms for key, forms in offered.items() if len(forms) > 1}
+        return [dict(zip(some, choice, strict=True)) for choice in itertools.product(*some.values())]
+
+    def value(self, batch: Batch, forms: Mapping[str, Form], read: dict[str, str]) -> Any:
+        """What the function returns for a batch; `read` collects which of its fields were read as what."""
+        given: dict[str, Any] = {}
+        for key, role in self.bound.items():
+            if key not in self.parameters and "." in key:
+                continue  # a field of a batch
+            if role not in ("batch", "micro_batches"):
+                given[key] = forms.get(key, _AS_IT_IS)[1](ROLES[role](batch))
+                continue
+            user = UserBatch.of(batch, read, {name.rpartition(".")[2]: r for name, r in self.bound.items()})
+            parts = [user.rows([i]) for i in range(len(batch.mask))] if role == "micro_batches" else [user]
+            made = [built(self.built[key], part) for part in parts] if key in self.built else parts
+            given[key] = made if role == "micro_batches" else made[0]
+        arguments = {**given, **self.settings}
+        positional = [k for k, p in self.parameters.items() if p.kind is p.POSITIONAL_ONLY and k in arguments]
+        named = {k: v for k, v in arguments.items() if k not in positional}
+        return trial.distributed(lambda: self.function(*(arguments[k] for k in positional), **named))
+
+    def plain_value(self, batch: Batch) -> Any:
+        """The result in whatever forms of the arguments the function takes first."""
+        problem: Exception | None = None
+        for forms in self.forms():
+            try:
+                return self.value(batch, forms, {})
+            except Exception as error:
+                problem = error
+        assert problem is not None
+        raise problem
+
+    def subject(self, forms: Mapping[str, Form], vocab: int | None) -> tuple[Subject, bool]:
+        """The loss with its arguments in these forms, and whether they cannot be meant. Raises what the function raises."""
+        read: dict[str, str] = {}
+        batch = trial.batch_of(vocab)
+        with torch.enable_grad():
+            result = self.value(batch, forms, read)
+            pick, which = picked(result, self.chosen, self.label)
+            loss, reduction = reduced(pick(result), batch, self.returns)
+        told = [Bound(key, role, "a field of the batch, by its name") for key, role in read.items()]
+        told += [
+            Bound(key, form[0], "the form in which it is taken", form[0] == "1 where padded")
+            for key, form in forms.items()
+            if form[0]
+        ]
+        if self.chosen is not None:
+            told.append(Bound("result", which, "given"))
+        elif which not in ("", "loss", "0"):
+            told.append(Bound("result", which, "the total, or the only one with a gradient", guessed=True))
+
+        def value(batch: Batch) -> Any:
+            return reduced(pick(self.value(batch, forms, {})), batch, self.returns)[0]
+
+        misfit = False
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            padding_mask = any(of_padding(key) for key, role in self.bound.items() if role == "mask")
+            misfit = trial.misfit(value, batch, self.bound.values(), padding_mask)
+        configuration = {"reduced": reduction} if reduction else {}
+        return Subject(self.label, value, configuration=configuration, binding=tuple(told)), misfit
+
+
+def _forms(name: str, role: str) -> list[Form]:
+    if role == "mask":
+        forms: list[Form] = [_AS_IT_IS, ("", lambda x: x.bool())]
+        inverted: list[Form] = [("1 where padded", lambda x: 1 - x), ("1 where padded", lambda x: ~x.bool())]
+        # Integers last: ~1 is −2.
+        return [*forms, *(inverted if of_padding(name) else []), ("", lambda x: x.long())]
+    if role == "advantages":
+        return [("[B, T]", lambda x: x), ("[B]", lambda x: x[:, 0]), ("[B, 1]", lambda x: x[:, :1])]
+    if role == "rewards":
+        return [("[B]", lambda x: x), ("[B, 1]", lambda x: x[:, None])]
+    if role == "labels":
+        return [("−100 where padded", lambda x: x), ("any token where padded", lambda x: x.clamp(min=0))]
+    return [_AS_IT_IS]
+
+
+def _bound(
+    function: Callable[..., Any],
+    signature: inspect.Signature,
+    label: str,
+    roles: dict[str, str],
+    settings: dict[str, Any],
+    kinds: Mapping[str, type],
+    returns: str,
+) -> tuple[dict[str, str], list[Bound]]:
+    """Argument → role for every argument that gets something of the batch; and what each was given, and why."""
     parameters = signature.parameters
     catch_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    batches = [
+        k
+        for k, p in parameters.items()
+        if k in kinds or p.annotation in (Batch, "Batch") or role_of(k) in ("batch", "micro_batches")
+    ]
     for given in (*roles, *settings):
-        if given not in parameters and not catch_all:
+        if given not in parameters and not catch_all and not (given in roles and batches):
             check_name(f"argument of {label}", given, parameters)
     for role in roles.values():
         check_name("role", role, ROLES)
-    bound, unbound = dict(roles), []
+    bound = {key: role for key, role in roles.items() if key in parameters or catch_all}
+    bound |= {f"{batches[0]}.{key}": role for key, role in roles.items() if key not in bound and batches}
+    told = [Bound(key, role, "given") for key, role in roles.items()]
+    told += [Bound(key, _shown(value), "set") for key, value in settings.items()]
+    unbound: list[str] = []
     for key, parameter in parameters.items():
         if key in roles or key in settings or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        role_of_key: str | None = "batch" if parameter.annotation in (Batch, "Batch") else role_of(key)
-        required = parameter.default is parameter.empty
+        required, role_of_key = parameter.default is parameter.empty, _role(key, parameter, kinds)
         # What is off by default stays off: a tensor is bound where it is required or optional, a number where it is required.
         optional = parameter.default is None and role_of_key not in CONFIGURATION
         if role_of_key is not None and role_of_key not in bound.values() and (required or optional):
             bound[key] = role_of_key
+            sure = parameter.annotation in (Batch, "Batch") or key in kinds
+            told.append(Bound(key, role_of_key, "by its annotation" if sure else "by its name"))
         elif required:
             unbound.append(key)
-    if unbound or not {"log_prob", "logits", "log_ratio", "importance_ratio", "batch"} & set(bound.values()):
-        missing = (
-            f"cannot tell what {', '.join(unbound)} is"
-            if unbound
-            else "nothing of the policy, such as log_probs, among the arguments"
-        )
+        else:
+            told.append(Bound(key, _shown(parameter.default), "its default"))
+    _check_pairs(label, parameters)
+    _check_bound(function, signature, label, bound, unbound)
+    _check_old(label, bound, roles, returns)
+    return bound, told
+
+
+def _role(key: str, parameter: inspect.Parameter, kinds: Mapping[str, type]) -> str | None:
+    several = "list" in str(parameter.annotation).lower() and "batch" in plain(key)
+    if parameter.annotation in (Batch, "Batch") or (key in kinds and not several):
+        return "batch"
+    return "micro_batches" if several else role_of(key)
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _check_pairs(label: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    pairs = {word: [name for name in parameters if word in name.lower()] for word in ("chosen", "rejected")}
+    if all(pairs.values()):
         raise ValueError(
-            f"cannot bind {label}{signature}: {missing}. Say it with --bind NAME=ROLE or --set NAME=VALUE (roles: "
-            f"{', '.join(ROLES)}), or wrap it: def loss(batch): return {label}(batch.log_prob, …). Understood: "
-            f"{', '.join(f'{key}={role}' for key, role in bound.items()) or 'none of the names'}"
+            f"{label} compares pairs of responses, {pairs['chosen'][0]} with {pairs['rejected'][0]}: preference losses (DPO, IPO, …) are "
+            "out of scope, for their data are pairs that somebody labelled and not draws of a policy, so that there is no expected "
+            "gradient over responses to name"
         )
-    return bound
 
 
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Call by name, except what can only be given by position."""
-    positional = [
-        key for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_ONLY and key in arguments
-    ]  # fmt: skip
-    return function(*(arguments[key] for key in positional), **{k: v for k, v in arguments.items() if k not in positional})
-
-
-def _conversions(roles: Iterable[str]) -> list[dict[str, Callable[[Any], Any]]]:
-    """The forms in which masks and advantages are offered, the commonest first."""
-    used = set(roles)
-    masks: list[Callable[[Tensor], Tensor]] = [lambda x: x, lambda x: x.bool(), lambda x: x.long()]
-    shapes: list[Callable[[Tensor], Tensor]] = [lambda x: x, lambda x: x[:, 0], lambda x: x[:, :1]]
-    rewards: list[Callable[[Tensor], Tensor]] = [lambda x: x, lambda x: x[:, None]]
-    choices = itertools.product(
-        masks if "mask" in used else masks[:1],
-        shapes if "advantages" in used else shapes[:1],
-        rewards if "rewards" in used else rewards[:1],
+def _check_bound(
+    function: Callable[..., Any], signature: inspect.Signature, label: str, bound: Mapping[str, str], unbound: Sequence[str]
+) -> None:
+    if not unbound and set(OF_THE_POLICY) & set(bound.values()):
+        return
+    missing = (
+        f"cannot tell what {', '.join(unbound)} is"
+        if unbound
+        else "nothing of the policy, such as log_probs, among the arguments"
     )
-    return [{"mask": mask, "advantages": shape, "rewards": reward} for mask, shape, reward in choices]
+    configured = [key for key in unbound if re.search(_CONFIGURATIONS, plain(key))]
+    read = [f"--set {path}=VALUE" for key in configured for path in _attributes(function, key)]
+    asked = f" It reads {', '.join(read[:6])}{', …' if len(read) > 6 else ''}." if read else ""
+    raise ValueError(
+        f"cannot bind {label}{signature}: {missing}. Say it with --bind NAME=ROLE or --set NAME=VALUE (roles: "
+        f"{', '.join(ROLES)}), or wrap it: def loss(batch): return {label}(batch.log_prob, …).{asked} Understood: "
+        f"{', '.join(f'{key}={role}' for key, role in bound.items()) or 'none of the names'}"
+    )
 
 
-def _reduced(result: Any, batch: Batch, returns: str) -> tuple[Any, str]:
-    """The scalar that an optimiser would minimise, and how it came about."""
-    result_tensor = _tensor(result)
-    if not isinstance(result_tensor, Tensor):
-        return result_tensor, ""
-    if returns != "loss":
-        return _policy_loss(result_tensor, batch, returns)
-    if result_tensor.shape == batch.mask.shape:
-        return (torch.where(batch.mask.bool(), result_tensor, 0.0)).sum(-1).mean(), "sum over live tokens, mean over responses"
-    if result_tensor.dim() == 1 and result_tensor.shape == batch.mask.shape[:1] and len(result_tensor) > 1:
-        return result_tensor.mean(), "mean over responses"
-    return result_tensor, ""
+def _check_old(label: str, bound: Mapping[str, str], roles: Mapping[str, str], returns: str) -> None:
+    """Raise `ValueError` where log-probabilities that are called old may be the sampler's or the reference's."""
+    of_reference = any(role.startswith("reference") or role in ("log_ratio", "batch") for role in bound.values())
+    of_task = bool(set(OF_THE_TASK) & set(bound.values())) and returns == "loss"
+    for key, role in bound.items():
+        if role.startswith("behaviour") and key not in roles and uncertain(key) and not of_reference and not of_task:
+            other = role.replace("behaviour", "reference")
+            raise ValueError(
+                f"{key} of {label} may be the sampler's or those of a frozen reference: no other argument is the reference's, and none is "
+                f"an advantage; say it with --bind {key}={other} or --bind {key}={role}"
+            )
 
 
-def _policy_loss(values: Tensor, batch: Batch, returns: str) -> tuple[Tensor, str]:
-    """`−Σ_t sg(A_t) log π_t`, mean over responses, with `A` as returned or as the sum of the rewards that follow."""
-    mask = batch.mask.bool()
-    per_token = values if values.shape == batch.mask.shape else values.reshape(-1, 1).expand_as(batch.mask)
-    if returns == "advantages" or values.shape != batch.mask.shape:
-        advantage = -per_token if returns == "penalty" else per_token
-    else:
-        reward = torch.where(mask, -per_token if returns == "penalty" else per_token, 0.0)
-        advantage = reward.flip(-1).cumsum(-1).flip(-1)
-    loss = -torch.where(mask, advantage.detach() * batch.log_prob, 0.0).sum(-1).mean()
-    return loss, "−Σ_t sg(advantage_t) log π_t, mean over responses" + ("" if returns == "advantages" else ", rewards to go")
+def _attributes(function: Callable[..., Any], name: str) -> list[str]:
+    """Which attributes and items of an argument a function reads, `name.kl.coef`, from its source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    found: dict[str, None] = {}
+    for node in ast.walk(tree):
+        path: list[str] = []
+        while isinstance(node, ast.Attribute) or (
+            isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
+        ):
+            path.insert(0, node.attr if isinstance(node, ast.Attribute) else node.slice.value)  # type: ignore[attr-defined]
+            node = node.value
+        if isinstance(node, ast.Name) and node.id == name and path and path[-1] != "get":
+            found[".".join([name, *path])] = None
+    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
 
 
-def _tensor(result: Any) -> Any:
-    """The loss in what a function returns: itself, the first tensor of a tuple, or `loss` of a mapping or an object."""
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, Mapping):
-        key = next((k for k in ("loss", "kl_loss", *result) if k in result and isinstance(result[k], Tensor)), None)
-        return result if key is None else result[key]
-    if isinstance(result, tuple | list):
-        return next((item for item in result if isinstance(item, Tensor)), result)
-    return getattr(result, "loss", result)
+def _dataclasses(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, type]:
+    """Arguments that are a dataclass of the user's made of tensors, or a list of them, by their annotations."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # names that are only there for type checkers
+        hints = {}
+    found = {}
+    for key, parameter in signature.parameters.items():
+        hint = hints.get(key, parameter.annotation)
+        inner = [hint, *typing.get_args(hint)]
+        kind = next((item for item in inner if isinstance(item, type) and dataclasses.is_dataclass(item)), None)
+        if kind is not None and kind is not Batch and any(role_of(item.name) for item in dataclasses.fields(kind)):
+            found[key] = kind
+    return found
 
 
 called = callable_module(__name__, bind)

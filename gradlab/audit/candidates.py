@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_name
-from gradlab.audit.worlds import AuditScenario
-from gradlab.policies import Policy
+from gradlab.audit.parts import REWARDS
+from gradlab.audit.worlds import AuditScenario, tempered
+from gradlab.policies import Policy, Tree
+from gradlab.scenario import Scenario
 from gradlab.solvers import exact
 from gradlab.targets import TARGETS, Objective, Target
 
@@ -102,17 +104,37 @@ WITHOUT_REFERENCE = ("inverse_length", "behaviour_kl", "length", "entropy", "ent
 
 def check(name: str) -> None:
     """Raise `ValueError` for the name of an objective that no audit can find, with the nearest ones."""
-    check_name("target", name, CANDIDATES)
+    check_name("target", name, [*CANDIDATES, *REWARDS])
 
 
 def words(name: str) -> str:
     """How a verdict names an objective: "equals the gradient of …"; a registered one by its statement."""
-    return WORDS[name] if name in WORDS else CANDIDATES[name].statement
+    name, _, temperature = name.partition("@")
+    said = REWARDS[name].words if name in REWARDS else WORDS[name] if name in WORDS else CANDIDATES[name].statement
+    return said + (f" of the policies at temperature {temperature}" if temperature else "")
 
 
 def candidate_gradients(case: AuditScenario) -> dict[str, Tensor]:
-    """The gradient `[p]` of every candidate in a world, by autograd through the definitions."""
-    return {name: _candidate_gradient(name, case) for name in CANDIDATES}
+    """The gradient `[p]` of every candidate in a world, by autograd through the definitions.
+
+    Where the sampler has a temperature, those of policies at that temperature come first, as `name@temperature`.
+    """
+    found = {name: _candidate_gradient(name, case) for name in CANDIDATES}
+    if case.temperature == 1:
+        return found
+    at = {f"{name}@{case.temperature:g}": _tempered_gradient(name, case) for name in CANDIDATES}
+    return at | found
+
+
+@lru_cache(maxsize=512)
+def _tempered_gradient(name: str, case: AuditScenario) -> Tensor:
+    t, scenario = case.temperature, case.scenario
+    assert isinstance(scenario.policy, Tree)
+    assert isinstance(scenario.reference, Tree)
+    cooled = Scenario(
+        tempered(scenario.policy, t), tempered(scenario.reference, t), None if case.base is None else tempered(case.base, t)
+    )
+    return _candidate_gradient(name, AuditScenario(case.name, cooled)) / t
 
 
 @lru_cache(maxsize=2048)

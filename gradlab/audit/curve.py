@@ -39,7 +39,7 @@ class Event:
         return f"{'below' if self.at < 0 else 'above'} {self.at:.4g}"
 
 
-def of_token(subject: Subject, companions: int = 0) -> Response:
+def of_token(subject: Subject, companions: int = 0, vocab: int = 2) -> Response:
     """Coefficient and loss as a function of the log-ratio of the only token of a response, on-policy.
 
     `companions` more responses fill the batch of a loss that needs several; their log-ratios are 0.
@@ -47,19 +47,20 @@ def of_token(subject: Subject, companions: int = 0) -> Response:
 
     def response(log_ratio: float) -> tuple[float, float]:
         companions_tokens = [Tokens.at(0.0)] * companions
-        probe_batch, _ = responses(Tokens.at(log_ratio), *companions_tokens, columns=2)
+        probe_batch, _ = responses(Tokens.at(log_ratio), *companions_tokens, columns=2, vocab=vocab)
         found, value = coefficients(subject, probe_batch)
         return float(found[0, 0]), value
 
     return response
 
 
-def of_weight(subject: Subject, log_ratio: float, companions: int = 0) -> Response:
-    """Coefficient and loss as a function of `log ρ` of a token of a given log-ratio."""
+def of_weight(subject: Subject, log_ratio: float, companions: int = 0, advantage: float = 1.0, vocab: int = 2) -> Response:
+    """Coefficient and loss as a function of `log ρ` of a token of a given log-ratio, in a response with this advantage."""
 
     def response(log_weight: float) -> tuple[float, float]:
-        companions_tokens = [Tokens.at(0.0)] * companions
-        probe_batch, _ = responses(Tokens.at(log_ratio, log_weight=log_weight), *companions_tokens, columns=2)
+        companions_tokens = [Tokens.at(0.0, advantage=-advantage)] * companions
+        token = Tokens.at(log_ratio, log_weight=log_weight, advantage=advantage)
+        probe_batch, _ = responses(token, *companions_tokens, columns=2, vocab=vocab)
         found, value = coefficients(subject, probe_batch)
         return float(found[0, 0]), value
 

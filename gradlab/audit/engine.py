@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +51,11 @@ def count(responses: int, group: int, exchangeable: bool) -> int:
     return math.comb(responses + group - 1, group) if exchangeable else responses**group
 
 
-def check_affordable(subject: Subject, group: int, random: bool, exchangeable: bool) -> None:
+def check_affordable(
+    subject: Subject, group: int, random: bool, exchangeable: bool, cases: Sequence[AuditScenario] | None = None
+) -> None:
     """Raise `ValueError` when the groups of the standard worlds are too many to enumerate, with the largest size that is not."""
-    sizes = [len(case.rollout.weight) for case in standard()]
+    sizes = [len(case.rollout.weight) for case in cases or standard()]
 
     def evaluations(group: int) -> int:
         return sum(count(n, group, exchangeable) for n in sizes) * (REPEATS if random else 1)

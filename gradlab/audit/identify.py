@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradlab.audit.candidates import CANDIDATES, WITHOUT_REFERENCE, candidate_gradients, words
+from gradlab.audit.candidates import WITHOUT_REFERENCE, candidate_gradients, words
 from gradlab.audit.engine import ExpectedGradient
+from gradlab.audit.worlds import AuditScenario
 
 #: Scopes in which a match can hold, from the widest; each says what it excludes.
 SCOPES = {
@@ -32,6 +33,8 @@ STANDARD_ERRORS = 5
 PLACES = {"near": "near", "moderate": "at a moderate distance from", "far": "far from"}
 
 _Fit = tuple[dict[str, float], float]
+#: Name → gradient `[p]` of every objective that a mean is compared with in a world.
+Candidates = Callable[[AuditScenario], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Identification:
 
     def descends(self, target: str) -> bool:
         """Whether it is a positive multiple of the gradient of `target`, everywhere."""
-        return self.scope == "everywhere" and list(self.combination) == [target] and self.combination[target] > 0
+        names = [name.partition("@")[0] for name in self.combination]
+        return self.scope == "everywhere" and names == [target] and next(iter(self.combination.values())) > 0
 
 
 def formula(parts: dict[str, float]) -> str:
@@ -89,8 +93,9 @@ def identify(
     groups: Iterable[tuple[str, Sequence[ExpectedGradient]]],
     tolerance: float,
     rounding: Callable[[ExpectedGradient], float] = lambda _: 0.0,
+    candidates: Candidates = candidate_gradients,
 ) -> Identification:
-    """Find the simplest explanation in the widest scope: zero, one objective, two of them; in words if there is none.
+    """Find the simplest explanation in the widest scope: zero, one objective, up to three of them; in words if there is none.
 
     groups: scope → fields of the worlds in which it has to hold, from the widest scope on. rounding: the norm of the rounding
     error in the mean of a field, asked for where nothing matches to `tolerance`: where terms that nearly cancel make it larger,
@@ -101,7 +106,7 @@ def identify(
         if not all(expected.finite for expected in expected_gradients):
             continue
         if not closest:
-            closest, cosine = _closest(expected_gradients)
+            closest, cosine = _closest(expected_gradients, candidates)
         noise = max(
             STANDARD_ERRORS * expected.error / (float(expected.mean.norm()) or expected.size or 1.0)
             for expected in expected_gradients
@@ -118,13 +123,14 @@ def identify(
                 if silent
                 else "gradients of single responses are not 0, but they cancel"
             )
-            return Identification({"zero": 1.0}, 0.0, scope, "zero", float("nan"), f"is zero: {reason}")
+            where = f" {SCOPES[scope]}" if SCOPES[scope] else ""
+            return Identification({"zero": 1.0}, 0.0, scope, "zero", float("nan"), f"is zero{where}: {reason}")
         fit, within = (
-            _fit(expected_gradients, [bound] * len(expected_gradients)),
+            _fit(expected_gradients, [bound] * len(expected_gradients), candidates),
             "the noise of a random loss" if bound > tolerance else "",
         )
         if fit is None:
-            fit, within, hidden_now = _within_rounding(expected_gradients, bound, rounding)
+            fit, within, hidden_now = _within_rounding(expected_gradients, bound, rounding, candidates)
             hidden = hidden_now if hidden is None else hidden
         if fit is not None:
             combination, error = fit
@@ -142,7 +148,10 @@ def identify(
 
 
 def _within_rounding(
-    expected_gradients: Sequence[ExpectedGradient], bound: float, rounding: Callable[[ExpectedGradient], float]
+    expected_gradients: Sequence[ExpectedGradient],
+    bound: float,
+    rounding: Callable[[ExpectedGradient], float],
+    candidates: Candidates,
 ) -> tuple[_Fit | None, str, str]:
     """What fits to within rounding, and how far that reaches; or, when rounding hides what fits, that in words."""
     norms = [float(expected.mean.norm()) for expected in expected_gradients]
@@ -150,7 +159,7 @@ def _within_rounding(
         error and error / (norm or 1e-300) for error, norm in zip(map(rounding, expected_gradients), norms, strict=True)
     ]
     bounds = [max(bound, STANDARD_ERRORS * r) for r in relative]
-    fit = _fit(expected_gradients, bounds) if max(bounds) > bound else None
+    fit = _fit(expected_gradients, bounds, candidates) if max(bounds) > bound else None
     if fit is None:
         return None, "", ""  # whatever the rounding may have been
     resolved = [
@@ -158,7 +167,7 @@ def _within_rounding(
     ]
     if len(resolved) == len(expected_gradients):
         return fit, f"the rounding of the loss, {max(relative):.0e} of its expected gradient", ""
-    resolved_fit = _fit([expected for expected, _ in resolved], [b for _, b in resolved]) if resolved else None
+    resolved_fit = _fit([expected for expected, _ in resolved], [b for _, b in resolved], candidates) if resolved else None
     hidden = [
         f"{PLACES[expected.case.name]} the reference the rounding of the loss is {r:.2g} times its expected gradient, whose norm is "
         f"{norm:.1e}, and {r * norm / expected.size:.0e} of the gradient of single batches"
@@ -169,8 +178,8 @@ def _within_rounding(
     return None, "", f"is not resolved: {'; '.join(hidden)}{elsewhere}"
 
 
-def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]) -> _Fit | None:
-    """Coefficients of the first single objective, or else pair, that fits all fields jointly, each to its relative bound."""
+def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float], candidates: Candidates) -> _Fit | None:
+    """Coefficients of the first single objective, or else pair, or else three, that fits all fields jointly, each to its relative bound."""
     tolerance = min(bounds)
     # Every world counts alike, whatever the size of its gradient, unless it is less well known.
     relative_weights = [tolerance / bound for bound in bounds]
@@ -180,24 +189,23 @@ def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]
     lengths = [len(expected.mean) for expected in expected_gradients]
     goal = torch.cat([w * expected.mean for w, expected in zip(weights, expected_gradients, strict=True)])
     columns: dict[str, Tensor] = {}
-    for name in CANDIDATES:
-        column = torch.cat(
-            [w * candidate_gradients(expected.case)[name] for w, expected in zip(weights, expected_gradients, strict=True)]
-        )
+    known_gradients = [candidates(expected.case) for expected in expected_gradients]
+    for name in known_gradients[0]:
+        column = torch.cat([w * known[name] for w, known in zip(weights, known_gradients, strict=True)])
         # On-policy and for equal lengths some objectives coincide or vanish; the first one stands for all.
         duplicates = (float((column - known).norm()) <= 1e-12 * float(known.norm()) for known in columns.values())
         if float(column.norm()) > 1e-12 * float(goal.norm()) and not any(duplicates):
             columns[name] = column
     # In one world a pair can fit by accident: any function of the length is a sum of the length and its inverse there.
-    for size in (1, 2) if len(expected_gradients) > 1 else (1,):
+    for size in (1, 2, 3) if len(expected_gradients) > 1 else (1,):
         matches = []
         for names in itertools.combinations(columns, size):
             basis = torch.stack([columns[name] for name in names], -1)
             coefficients = torch.linalg.lstsq(basis, goal[:, None], driver="gelsd").solution[:, 0]
             errors = [float(part.norm()) for part in (goal - basis @ coefficients).split(lengths)]
-            # Both parts have to matter, or a pair would pass for an imprecise single.
+            # All parts have to matter, or a pair would pass for an imprecise single.
             small = (coefficients.abs() * basis.norm(dim=0)).min() <= min(1e3 * tolerance, MIN_SHARE)
-            if max(errors) <= tolerance and not (size == 2 and bool(small)):
+            if max(errors) <= tolerance and not (size > 1 and bool(small)):
                 error = max(e / relative_weight for e, relative_weight in zip(errors, relative_weights, strict=True))
                 matches.append((dict(zip(names, coefficients.tolist(), strict=True)), error))
         if matches:
@@ -205,21 +213,21 @@ def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]
     return None
 
 
-def _closest(expected_gradients: Sequence[ExpectedGradient]) -> tuple[str, float]:
+def _closest(expected_gradients: Sequence[ExpectedGradient], candidates: Candidates) -> tuple[str, float]:
     """The objective with the largest mean cosine, by size."""
     best, largest = "zero", 0.0
-    for name in CANDIDATES:
-        value = cosine(expected_gradients, name)
+    for name in candidates(expected_gradients[0].case):
+        value = cosine(expected_gradients, name, candidates)
         if abs(value) > abs(largest) + 1e-9:
             best, largest = name, value
     return best, largest if best != "zero" else float("nan")
 
 
-def cosine(expected_gradients: Sequence[ExpectedGradient], name: str) -> float:
+def cosine(expected_gradients: Sequence[ExpectedGradient], name: str, candidates: Candidates = candidate_gradients) -> float:
     """Mean cosine with the gradient of an objective; NaN where either is zero."""
     cosines = []
     for expected in expected_gradients:
-        target = candidate_gradients(expected.case)[name]
+        target = candidates(expected.case)[name]
         norms = float(expected.mean.norm()), float(target.norm())
         if not expected.finite or norms[0] <= 1e-12 * expected.size or norms[0] == 0 or norms[1] <= 1e-12:
             return float("nan")

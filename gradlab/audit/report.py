@@ -52,6 +52,13 @@ def _show_one(audited: Audit) -> None:
     console = wide_console()
     console.print(f"on-policy, the expected gradient {audited.on_policy.text}", markup=False, highlight=False)
     console.print(f"off-policy, it {audited.off_policy.text}", markup=False, highlight=False)
+    for part in (audited.kl, audited.policy):
+        if part.absent and part.absent != "not looked at":
+            console.print(f"{part.name}: {part.text}", markup=False, highlight=False)
+    if audited.whole:
+        on, off = (verdict.name for verdict in audited.total)
+        console.print(f"together: {on} on-policy, {off} off-policy", markup=False, highlight=False)
+    _show_binding(audited)
     if audited.form:
         console.print(f"response by response it is {audited.form.name}", markup=False, highlight=False)
     if reduced := audited.subject.configuration.get("reduced"):
@@ -63,6 +70,17 @@ def _show_one(audited: Audit) -> None:
     for probe in audited.probes:
         table.add_row(probe.name, marks[probe.passed], escape(probe.finding), escape(probe.example))
     console.print(table)
+
+
+def _show_binding(audited: Audit) -> None:
+    if not audited.subject.binding:
+        return
+    table = Table(header_style="bold")
+    for heading in ("argument", "is", "how that was decided"):
+        table.add_column(heading, overflow="fold")
+    for bound in audited.subject.binding:
+        table.add_row(escape(bound.argument), escape(bound.role), escape(("guessed: " if bound.guessed else "") + bound.how))
+    wide_console().print(table)
 
 
 def to_json(audits: Sequence[Audit]) -> str:
@@ -79,6 +97,16 @@ def _plain(audited: Audit) -> dict[str, Any]:
     found["configuration"] = {key: str(value) for key, value in audited.subject.configuration.items()}
     for name, row, verdict in verdicts:
         found[name] = {key: row[key] for key in keys} | {"combination": verdict.combination}
+    found["binding"] = [vars(bound) for bound in audited.subject.binding]
+    found["parts"] = {
+        part.name: {"absent": part.absent}
+        | {
+            where: {"verdict": verdict.name, "scale": verdict.scale, "combination": verdict.combination, "text": verdict.text}
+            for where, verdict in (("on_policy", part.on_policy), ("off_policy", part.off_policy))
+            if verdict is not None
+        }
+        for part in (audited.kl, audited.policy)
+    }
     found["probes"] = [vars(probe) for probe in audited.probes]
     found["curve"] = audited.curve[["log_ratio", "coefficient"]].to_dict("list")
     return dict(_finite(found))

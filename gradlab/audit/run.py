@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,30 +12,40 @@ import pandas as pd
 import torch
 
 from gradlab._common.names import several
-from gradlab.audit import checks, curve
+from gradlab.audit import checks
 from gradlab.audit.batch import Subject
 from gradlab.audit.bind import bind
-from gradlab.audit.call import LossError
-from gradlab.audit.candidates import CANDIDATES, check
-from gradlab.audit.engine import REPEATS, ExpectedGradient, check_affordable, expected_gradient, rounding_error
-from gradlab.audit.forms import Form, form
-from gradlab.audit.identify import Identification, cosine, identify
-from gradlab.audit.precision import PRECISIONS, Precision
-from gradlab.audit.probes import probes
-from gradlab.audit.probes.nucleus import nucleus_probe
-from gradlab.audit.probes.setting import Probe, Setting
-from gradlab.audit.worlds import AuditScenario, at_reference, equal_lengths, standard
+from gradlab.audit.call import loss_gradient
+from gradlab.audit.candidates import check
+from gradlab.audit.engine import REPEATS
+from gradlab.audit.examine import KL, POLICY, Part, examine
+from gradlab.audit.forms import Form
+from gradlab.audit.identify import SCOPES, Identification
+from gradlab.audit.parts import REWARDS, kl_part, policy_part, rewarded
+from gradlab.audit.precision import Precision
+from gradlab.audit.probes import NAMES
+from gradlab.audit.probes.setting import Probe
+from gradlab.audit.roles import OF_THE_TASK, role_of
+from gradlab.audit.state import restored, without_factor
+from gradlab.audit.worlds import PADDING, VOCAB, AuditScenario, batch, standard
 from gradlab.measure import one_thread
+
+#: Place of a probe among those that failed, the gravest first.
+_RANK = {name: rank for rank, name in enumerate(NAMES, 1)}
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
     """What a loss descends, on-policy and off-policy, and how it behaves.
 
-    on_policy, off_policy: verdicts. form: the composition with the same gradient at every response, if there is one. cosine:
-    of the expected gradient with that of the sequence reverse KL, mean over the on-policy worlds. probes: questions and
-    answers. group: how many responses were enumerated together. precision: what the loss computes in. curve: coefficient and
-    loss of one token against its log-ratio. cosines: of both expected gradients with every objective.
+    kl: the KL part, what is left at advantages of 0. policy: the policy part, what the task's advantages add. first: probes of the
+    loss as a whole. random: it draws.
+
+    on_policy, off_policy: verdicts of the KL part, or of the policy part where there is no other; their text tells both. total: of
+    both together. form: the composition with the same gradient at every response, if there is one. cosine: of the expected
+    gradient with that of the sequence reverse KL, mean over the on-policy worlds. probes: questions and answers. group: how many
+    responses were enumerated together. precision: what the loss computes in. curve: coefficient and loss of one token against its
+    log-ratio. cosines: of both expected gradients with every objective.
 
     >>> def k2(log_probs, ref_log_probs, mask):
     ...     return (mask * (log_probs - ref_log_probs) ** 2 / 2).sum() / len(mask)
@@ -46,25 +57,106 @@ class Audit:
     """
 
     subject: Subject
-    on_policy: Identification
-    off_policy: Identification
-    form: Form | None
-    cosine: float
-    probes: tuple[Probe, ...]
-    group: int
-    precision: Precision
+    kl: Part
+    policy: Part
+    first: tuple[Probe, ...]
     random: bool
-    curve: pd.DataFrame
-    cosines: pd.DataFrame
+
+    @property
+    def main(self) -> Part:
+        """The part that verdicts are about: that of the KL, or of the policy where there is no KL."""
+        return self.policy if self.kl.absent else self.kl
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are both parts."""
+        return not self.kl.absent and not self.policy.absent
+
+    @property
+    def on_policy(self) -> Identification:
+        """The verdict on-policy."""
+        return self._verdict("on_policy")
+
+    @property
+    def off_policy(self) -> Identification:
+        """The verdict off-policy."""
+        return self._verdict("off_policy")
+
+    def _verdict(self, where: str) -> Identification:
+        found: Identification = getattr(self.main, where)
+        if self.whole:
+            policy: Identification = getattr(self.policy, where)
+            return replace(found, text=f"{found.text} (its KL part); the policy part {policy.text}")
+        if self.kl.absent:
+            return replace(found, text=f"{found.text} (a policy part only; no KL part: {self.kl.absent})")
+        return found
+
+    @property
+    def total(self) -> tuple[Identification, Identification]:
+        """The verdict of both parts together, on-policy and off-policy; nothing where either part has none."""
+        found = []
+        for where in ("on_policy", "off_policy"):
+            parts = [getattr(part, where) for part in (self.policy, self.kl) if not part.absent]
+            if len(parts) == 1:
+                found.append(parts[0])
+                continue
+            policy, kl = parts
+            known = policy.combination and kl.combination
+            combination = {k: c for k, c in {**policy.combination, **kl.combination}.items() if k != "zero"} if known else {}
+            scope = max((policy.scope, kl.scope), key=list(SCOPES).index)
+            text = f"is that of the two parts together: {policy.text}; {kl.text}"
+            found.append(replace(kl, combination=combination, error=max(policy.error, kl.error), scope=scope, text=text))
+        return found[0], found[1]
+
+    @property
+    def form(self) -> Form | None:
+        """The composition with the gradient of the KL part at every response."""
+        return self.kl.form
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the KL part with the sequence reverse KL, on-policy."""
+        return self.kl.cosine
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """Questions and answers, those about the KL part first; with both parts a finding says which it is about."""
+        if not self.whole:
+            return (*self.first, *self.main.probes)
+        return (*self.first, *(replace(p, finding=f"{p.part}: {p.finding}") for p in (*self.kl.probes, *self.policy.probes)))
+
+    @property
+    def group(self) -> int:
+        """How many responses were enumerated together."""
+        return max(part.group for part in (self.kl, self.policy))
+
+    @property
+    def precision(self) -> Precision:
+        """What the loss computes in."""
+        return self.main.precision
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """Coefficient and loss of one token of the KL part against its log-ratio."""
+        return self.kl.curve
+
+    @property
+    def cosines(self) -> pd.DataFrame:
+        """Cosines of the KL part's expected gradients with every objective."""
+        return self.kl.cosines
 
     @property
     def failures(self) -> tuple[Probe, ...]:
         """The probes that failed, the gravest first."""
-        return tuple(probe for probe in self.probes if probe.passed is False)
+        failed = [probe for probe in self.probes if probe.passed is False]
+        return tuple(sorted(failed, key=lambda probe: _RANK.get(probe.name, 0)))
 
-    def probe(self, name: str) -> Probe:
-        """A probe by its name. Raises `KeyError` for an unknown one."""
-        return {probe.name: probe for probe in self.probes}[name]
+    def probe(self, name: str, part: str = "") -> Probe:
+        """A probe by its name, of a part if given, else the one that failed. Raises `KeyError` for an unknown one."""
+        named = [probe for probe in self.probes if probe.name == name and part in ("", probe.part)]
+        if not named:
+            raise KeyError(name)
+        return next((probe for probe in named if probe.passed is False), named[0])
 
     def why_not(self, target: str, off_policy: bool = False) -> str | None:
         """Why the loss does not descend `target`, in one line, or `None` when it does, up to a positive factor.
@@ -72,7 +164,10 @@ class Audit:
         With `off_policy` it has to do so on off-policy data as well. Raises `ValueError` for an unknown target.
         """
         check(target)
-        for where, verdict in (("on-policy", self.on_policy), ("off-policy", self.off_policy))[: 1 + off_policy]:
+        parts = (self.policy.on_policy, self.policy.off_policy) if target in REWARDS and not self.policy.absent else None
+        verdicts = parts or (self.on_policy, self.off_policy)
+        for where, verdict in zip(("on-policy", "off-policy")[: 1 + off_policy], verdicts, strict=False):
+            assert verdict is not None
             if not verdict.descends(target):
                 worst = "".join(f"; {probe.name}: {probe.finding}" for probe in self.failures[:1])
                 return f"{self.subject.name} does not descend {target} {where}: its expected gradient {verdict.text}{worst}"
@@ -90,7 +185,7 @@ class Audit:
                 "cosine": cosine, "closest": verdict.closest, "cosine_closest": verdict.cosine,
                 "form": self.form.name if self.form else "", "group": self.group,
                 "precision": self.precision.name,
-                "failures": ";".join(probe.name for probe in self.failures), "text": verdict.text,
+                "failures": ";".join(dict.fromkeys(probe.name for probe in self.failures)), "text": verdict.text,
             }
             for policy, verdict, cosine in (("on", self.on_policy, self.cosine), ("off", self.off_policy, self._off_cosine))
         ]  # fmt: skip
@@ -110,6 +205,11 @@ def audit(
     returns: str = "loss",
     group: int | None = None,
     top_p: float | None = None,
+    policy: bool = True,
+    quick: bool = False,
+    result: str | int | None = None,
+    vocab: int | None = None,
+    temperature: float | None = None,
 ) -> Audit:
     """Find out which objective the expected gradient of a loss descends, exactly, and every way in which it misbehaves.
 
@@ -118,6 +218,8 @@ def audit(
     argument called `batch` or annotated `Batch` gets the whole `Batch`. returns: `loss`, or `rewards` or `advantages` when
     the KL is in the reward. group: how many responses to enumerate together; left out, 2 if the loss couples them. A loss that
     divides by the standard deviation of a group descends something else at every size, which `cosine` tells: give each size.
+    result, vocab, temperature: which of several results is the loss, tokens of the policies, and what the sampler divides logits by.
+    policy: look at what the task's advantages do as well; without it the KL part alone. quick: verdicts only, without probes.
     top_p: ask also, as the probe `nucleus`, what becomes of it when tokens are drawn from that nucleus of the policy and their
     log-probabilities are reported from before the cut.
 
@@ -133,7 +235,11 @@ def audit(
     >>> found.on_policy.text
     'equals the gradient of the forward KL with frozen prefixes, relative error below 1e-12, scale 1'
     """
-    subject = loss if isinstance(loss, Subject) else bind(loss, name=name, roles=roles, settings=settings, returns=returns)
+    if isinstance(loss, Subject):
+        subject = loss
+    else:
+        binding = {"result": result, "vocab": vocab, "temperature": temperature}
+        subject = bind(loss, name=name, roles=roles, settings=settings, returns=returns, **binding)  # type: ignore[arg-type]
     if group is not None:
         if group < 1:
             raise ValueError(f"group is the number of responses enumerated together, at least 1; got {group}")
@@ -142,114 +248,83 @@ def audit(
         raise ValueError(f"top_p is the probability of the nucleus, above 0 and up to 1; got {top_p:g}")
     # Whatever the caller has switched off, as validation code does.
     with one_thread(), torch.inference_mode(False), torch.enable_grad():
-        return _audit(subject, top_p)
+        return _audit(subject, top_p, policy, quick)
 
 
-def _audit(subject: Subject, top_p: float | None) -> Audit:
-    cases = standard()
+def _audit(subject: Subject, top_p: float | None, policy: bool, quick: bool) -> Audit:
+    cases = standard(subject.vocab or VOCAB, subject.temperature)
     moderate = next(case for case in cases if case.name == "moderate" and case.off_policy)
     random = checks.is_random(subject, moderate)
+    first: tuple[Probe, ...] = ()
+    whole, steady = subject, restored(subject) if random else None
+    if steady is not None and not checks.is_random(steady, moderate):
+        subject, random, first = steady, False, (_state(subject, moderate),)
     if random:
         warnings.warn(f"{subject.name} is random: two calls with one batch differ; its gradients are averaged", stacklevel=3)
     # Checks and probes compare calls with each other, which takes the same draws in both.
     seeded = checks.seeded(subject) if random else subject
-    still_random = random and checks.is_random(seeded, moderate)
-    precision = PRECISIONS[0] if still_random else checks.precision(seeded, moderate)
-    coupled = not still_random and subject.group is None and checks.couples(seeded, moderate, precision.match)
-    group = subject.group or (2 if coupled else 1)
-    exchangeable = not still_random and group > 1 and checks.exchangeable(seeded, moderate, group, precision.match)
-    check_affordable(subject, group, random, exchangeable)
-    expected_gradients = _ExpectedGradients(subject, group, random, exchangeable, precision)
-    on, off = ([expected_gradients.at(case) for case in cases if case.off_policy is is_off] for is_off in (False, True))
-    on_policy, off_policy = (
-        identify(expected_gradients.scopes(is_off), precision.match, expected_gradients.rounding) for is_off in (False, True)
+    kl, task = Part(KL, "not looked at"), Part(POLICY, "not looked at")
+    is_rewarded = (
+        _can_be_rewarded(subject) and not (random and checks.is_random(seeded, moderate)) and rewarded(seeded, moderate)
     )
-    # Weights are missing where off-policy data change what is descended.
-    needs_weight = not on_policy.combination or list(on_policy.combination) != list(off_policy.combination)
-    setting = Setting(
-        seeded,
-        group,
-        precision,
-        on,
-        off,
-        expected_gradients.at(at_reference()),
-        needs_weight,
-        curve.sweep(curve.of_token(seeded, group - 1)),
-    )
-    answers = () if still_random else probes(setting)
-    if top_p is not None and not still_random:
-        answers = (*answers, nucleus_probe(seeded, on, top_p, group, exchangeable, precision))
+    kl = examine(KL, kl_part(subject), kl_part(seeded), random, top_p, quick)
+    unknown = kl.on_policy is not None and not kl.on_policy.combination
+    over = without_factor(whole, moderate) if steady is not None and first and unknown else None
+    if over is not None:  # what multiplies it changes within the call
+        kl = examine(KL, kl_part(over), kl_part(over), False, top_p, quick)
+    if not is_rewarded:
+        task = Part(POLICY, _no_policy(subject))
+    elif policy:
+        task = examine(POLICY, policy_part(subject), policy_part(seeded), random, None, quick)
+        if kl.silent and not task.silent:
+            kl = replace(Part(KL, _no_kl(subject)), curve=kl.curve, cosines=kl.cosines)
     if random:
-        # In another dtype the draws are others: that comparison would tell nothing.
-        answers = tuple(probe for probe in answers if probe.name not in ("float32", "bfloat16"))
-        answers = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"), *answers)
-    return Audit(
-        subject, on_policy, off_policy, _form(expected_gradients, precision.match), cosine(on, "reverse_kl"), answers, group, precision,
-        random, setting.curve, _cosines(on, off),
+        first = (Probe("deterministic", False, "two calls with one batch differ", f"averaged over {REPEATS} calls"),)
+    return Audit(subject, kl, task, first, random)
+
+
+def _can_be_rewarded(subject: Subject) -> bool:
+    return not subject.binding or any(bound.role in OF_THE_TASK for bound in subject.binding)
+
+
+def _state(subject: Subject, case: AuditScenario) -> Probe:
+    """The finding that a loss depends on earlier calls, with what two calls with one batch say."""
+    columns = case.columns(PADDING)
+    x, y = (loss_gradient(subject, *batch(columns, [0, 1])) for _ in range(2))
+    size = float(x[0].norm())
+    factor = float((x[0] * y[0]).sum()) / size**2 if size else math.nan
+    parallel = size > 0 and float((y[0] - factor * x[0]).norm()) <= 1e-6 * float(y[0].norm())
+    how = (
+        f"a factor that changes from call to call, here by {factor:.4g}, as an adaptive coefficient does"
+        if parallel
+        else "its state"
+    )
+    return Probe(
+        "state", False,
+        f"it depends on earlier calls: {how}; every call is given the state it begins with, so that verdicts hold up to that factor"
+        if parallel
+        else f"it depends on earlier calls: {how}; every call is given the state it begins with",
+        f"two calls with one batch: loss {float(x[1]):.6g} → {float(y[1]):.6g}",
     )  # fmt: skip
 
 
-class _ExpectedGradients:
-    """The fields of a loss, computed when first asked for."""
-
-    def __init__(
-        self, subject: Subject, group: int, random: bool, exchangeable: bool = False, precision: Precision = PRECISIONS[0]
-    ) -> None:
-        self.subject, self.group, self.random = subject, group, random
-        self.exchangeable, self.precision = exchangeable, precision
-        self.known: dict[AuditScenario, ExpectedGradient] = {}
-        self.rounded: dict[AuditScenario, float] = {}
-
-    def at(self, case: AuditScenario) -> ExpectedGradient:
-        if case not in self.known:
-            self.known[case] = expected_gradient(self.subject, case, self.group, self.random, self.exchangeable)
-        return self.known[case]
-
-    def rounding(self, known: ExpectedGradient) -> float:
-        """The norm of the rounding error in the mean of a field.
-
-        0 for a loss precise to float64, which is what its answers to small changes have shown, and for one whose randomness is
-        larger.
-        """
-        if self.random or self.precision is PRECISIONS[0]:
-            return 0.0
-        if known.case not in self.rounded:
-            self.rounded[known.case] = rounding_error(
-                self.subject, known, self.group, self.exchangeable, self.precision.perturbation
-            )
-        return self.rounded[known.case]
-
-    def scopes(self, off_policy: bool) -> Iterator[tuple[str, Sequence[ExpectedGradient]]]:
-        """Fields by the scope in which a verdict has to hold, the widest first."""
-        near, moderate, far = (case for case in standard() if case.off_policy is off_policy)
-        equal_length = [case for case in equal_lengths() if case.off_policy is off_policy]
-        for scope, cases in (
-            ("everywhere", [near, moderate, far]), ("not far", [near, moderate]), ("near", [near]),
-            ("equal lengths", equal_length), ("equal lengths, near", equal_length[:2]),
-        ):  # fmt: skip
-            yield scope, [self.at(case) for case in cases]
+def _no_policy(subject: Subject) -> str:
+    given = [bound.argument for bound in subject.binding if bound.role in ("advantages", "rewards", "token_rewards", "returns")]
+    if given:
+        return f"{' and '.join(given)} {'does' if len(given) == 1 else 'do'} not change the gradient"
+    return "no argument is an advantage or a reward" if subject.binding else "advantages and rewards do not change the gradient"
 
 
-def _form(expected_gradients: _ExpectedGradients, tolerance: float) -> Form | None:
-    """The form of single responses, whatever they are combined with; none for a loss that needs a group."""
-    if expected_gradients.group != 1:
-        expected_gradients = _ExpectedGradients(expected_gradients.subject, 1, expected_gradients.random)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a standard deviation of one response, for example
-            return form([expected_gradients.at(case) for case in standard() if case.name != "far"], tolerance)
-    except LossError:
-        return None
-
-
-def _cosines(on: Sequence[ExpectedGradient], off: Sequence[ExpectedGradient]) -> pd.DataFrame:
-    rows = [
-        (policy, target, cosine(expected_gradients, target))
-        for policy, expected_gradients in (("on", on), ("off", off))
-        for target in CANDIDATES
-        if target != "zero"
-    ]
-    return pd.DataFrame(rows, columns=["policy", "target", "cosine"])
+def _no_kl(subject: Subject) -> str:
+    zero = [bound for bound in subject.binding if bound.role in ("0", "0.0") and role_of(bound.argument) == "coefficient"]
+    if zero:
+        name = zero[0].argument
+        return f"the coefficient {name} is 0 by default; --set {name}=0.04 turns it on"
+    if subject.binding and not any(
+        bound.role.startswith("reference") or bound.role == "log_ratio" for bound in subject.binding
+    ):
+        return "no argument is the reference's"
+    return "no gradient reaches the policy where advantages are 0"
 
 
 def frame(audits: Sequence[Audit]) -> pd.DataFrame:

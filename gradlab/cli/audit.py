@@ -7,7 +7,7 @@ from ast import literal_eval
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,10 @@ def audit_command(
     binds: Annotated[list[str] | None, typer.Option("--bind", help="NAME=ROLE: which tensor an argument is.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
     returns: Annotated[Returns, typer.Option("--returns", help="What the function returns.")] = Returns.loss,
+    result: Annotated[str | None, typer.Option("--result", help="KEY or INDEX: which of several results is the loss.")] = None,
+    vocab: Annotated[int | None, typer.Option("--vocab", min=2, max=8, help="Tokens of the policies; 3 if left out.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="What the sampler divides its logits by.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Verdicts only, without probes.")] = False,
     group: Annotated[int | None, typer.Option("--group", min=1, help="Responses enumerated together.")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Ask what log-probabilities of before a cut to this nucleus do.")
@@ -72,13 +76,16 @@ def audit_command(
         )
     if output is not None:
         ensure_writable(output)
-    chosen = _subjects(target or [], installed, binds or [], setting or [], returns.value)
+    chosen = _subjects(
+        target or [], installed, binds or [], setting or [], returns.value,
+        {"result": result, "vocab": vocab, "temperature": temperature},
+    )  # fmt: skip
     chosen = [subject for subject in chosen if only is None or only in subject.name]
     chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    results = spread((joblib.delayed(_attempt)(subject, top_p) for subject in progress), jobs)
+    results = spread((joblib.delayed(_attempt)(subject, top_p, quick) for subject in progress), jobs)
     audits = [result for result in results if isinstance(result, Audit)]
     problems = [result for result in results if isinstance(result, ValueError)]
     if not audits:
@@ -98,16 +105,18 @@ def audit_command(
         raise typer.Exit(1)
 
 
-def _attempt(subject: Subject, top_p: float | None) -> Audit | ValueError:
+def _attempt(subject: Subject, top_p: float | None, quick: bool) -> Audit | ValueError:
     from gradlab.audit.run import audit
 
     try:
-        return audit(subject, top_p=top_p)
+        return audit(subject, top_p=top_p, quick=quick)
     except ValueError as error:
         return error
 
 
-def _subjects(given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str) -> list[Subject]:
+def _subjects(
+    given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str, options: dict[str, Any]
+) -> list[Subject]:
     """What to audit: functions by their address, frameworks by name."""
     from gradlab.audit import adapters
     from gradlab.audit.batch import Subject
@@ -120,7 +129,7 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
             f"({', '.join(adapters.ADAPTERS)}), or --installed for all that are here"
         )
     named = [address for address in given if ":" not in address and not address.endswith(".py") and "." not in address]
-    if (installed or len(named) == len(given)) and (unused := _unused(binds, setting, returns)):
+    if (installed or len(named) == len(given)) and (unused := _unused(binds, setting, returns, options)):
         raise ValueError(
             f"{unused}: this is about the arguments of a function of yours; the losses of a framework are bound already"
         )
@@ -140,14 +149,17 @@ def _subjects(given: list[str], installed: bool, binds: list[str], setting: list
         loaded = load(address)
         name = address.rpartition(":")[2]
         subjects.append(
-            loaded if isinstance(loaded, Subject) else bind(loaded, name=name, roles=roles, settings=settings, returns=returns)
+            loaded
+            if isinstance(loaded, Subject)
+            else bind(loaded, name=name, roles=roles, settings=settings, returns=returns, **options)
         )
     return subjects
 
 
-def _unused(binds: list[str], setting: list[str], returns: str) -> str:
+def _unused(binds: list[str], setting: list[str], returns: str, options: dict[str, Any]) -> str:
     """The options that say what a function's arguments are, of those that were given."""
     given = {"--bind": binds, "--set": setting, "--returns": returns != Returns.loss.value}
+    given |= {f"--{key}": value is not None for key, value in options.items()}
     return ", ".join(option for option, value in given.items() if value)
 
 

@@ -45,7 +45,7 @@ def grpo(
     loss: Tensor = LigerFusedLinearGRPOFunction.ppo_loss_fn(
         per_token_logps=batch.log_prob,
         attention_mask=batch.mask,
-        advantages=batch.rewards,
+        advantages=batch.response_advantages,
         full_attention_mask=batch.mask,
         ref_per_token_logps=batch.reference_log_prob,
         old_per_token_logps=batch.behaviour_log_prob,

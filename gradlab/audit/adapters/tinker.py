@@ -30,7 +30,7 @@ def subjects() -> list[Subject]:
 
 
 def in_reward(batch: Batch, *, kl_discount_factor: float) -> Tensor:
-    """`incorporate_kl_penalty` on advantages of 0, then `−Σ ratio · advantage`: a scalar. Float32 inside.
+    """`incorporate_kl_penalty` on the task's advantages, then `−Σ ratio · advantage`: a scalar. Float32 inside.
 
     The second step runs in Tinker's service, which is not installed anywhere; it is written here as its documentation states
     the loss `importance_sampling`, a sum over all tokens of the batch.
@@ -46,7 +46,7 @@ def in_reward(batch: Batch, *, kl_discount_factor: float) -> Tensor:
             "target_tokens": torch.tensor(tokens),
             "logprobs": log_prob,
             "mask": torch.ones(n),
-            "advantages": torch.zeros(n),
+            "advantages": batch.advantages[i, :n].float(),
         }
         inputs = {name: tinker.TensorData.from_torch(column) for name, column in columns.items()}
         # The first position is the prompt, which tells the responses apart.

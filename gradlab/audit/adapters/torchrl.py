@@ -46,7 +46,7 @@ def subjects() -> list[Subject]:
 
 
 def kl_to_ref(batch: Batch, *, loss: str) -> Tensor:
-    """The whole loss with `kl_to_ref_coeff=1`, of which advantages of 0 leave the regulariser: a scalar."""
+    """The whole loss with `kl_to_ref_coeff=1`: a scalar."""
     reference = {("next", "ref_log_probs", "full"): batch.reference_log_prob}
     out = _loss(batch, loss, batch.advantages, reference, kl_to_ref_coeff=1.0)
     total: Tensor = out.loss_objective + out.loss_kl_to_ref
@@ -67,7 +67,7 @@ def in_reward(batch: Batch, *, trajectory_return: str | None) -> Tensor:
             {
                 ("log_probs", "full"): batch.behaviour_log_prob[i, :n],
                 ("ref_log_probs", "full"): batch.reference_log_prob[i, :n],
-                "reward": batch.advantages[i, :n, None],
+                "reward": batch.token_rewards[i, :n, None],
             }
         )
         # A response is one step of the environment, with a reward for every token.

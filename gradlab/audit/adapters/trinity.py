@@ -46,7 +46,7 @@ def subjects() -> list[Subject]:
 
 
 def as_loss(batch: Batch, *, kl_loss_fn: str, loss_agg_mode: str) -> Tensor:
-    """`calculate_kl_loss` of a registered function with `kl_coef=1`, added to a policy loss of advantages 0: a scalar."""
+    """`calculate_kl_loss` of a registered function with `kl_coef=1`: a scalar."""
     from trinity.algorithm.kl_fn import KL_FN
 
     kl = KL_FN.get(kl_loss_fn)(kl_coef=1.0)
@@ -54,7 +54,7 @@ def as_loss(batch: Batch, *, kl_loss_fn: str, loss_agg_mode: str) -> Tensor:
         batch.log_prob, batch.reference_log_prob, batch.mask, loss_agg_mode, old_logprob=batch.behaviour_log_prob
     )[0]
     # `none` is a constant: there is something to differentiate only in the policy loss that it is added to.
-    return loss - (batch.advantages * batch.log_prob).sum()
+    return loss + 0.0 * batch.log_prob.sum()
 
 
 def in_reward(batch: Batch, *, kl_penalty_fn: str, advantage_fn: str, policy_loss_fn: str, loss_agg_mode: str) -> Tensor:
@@ -67,7 +67,7 @@ def in_reward(batch: Batch, *, kl_penalty_fn: str, advantage_fn: str, policy_los
         "responses": batch.tokens,
         "attention_mask": batch.mask,
         "response_mask": batch.mask,
-        "token_level_scores": batch.advantages,
+        "token_level_scores": batch.token_rewards,
         "old_log_probs": batch.behaviour_log_prob,
         "ref_log_prob": batch.reference_log_prob,
     }

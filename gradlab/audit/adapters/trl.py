@@ -84,7 +84,7 @@ def grpo(
     )
     inputs = {
         **_responses(batch),
-        "advantages": batch.rewards,
+        "advantages": batch.response_advantages,
         "old_per_token_logps": batch.behaviour_log_prob,
         "ref_per_token_logps": batch.reference_log_prob,
         "num_items_in_batch": torch.tensor(len(batch.mask)) if large_batch else batch.mask.sum(),

@@ -136,7 +136,7 @@ def in_reward(
 
     columns = {
         "response_mask": batch.mask,
-        "token_level_scores": batch.advantages,
+        "token_level_scores": batch.token_rewards,
         "old_log_probs": batch.behaviour_log_prob,
         "ref_log_prob": batch.reference_log_prob,
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from gradlab.audit.probes import policy
 from gradlab.audit.probes.coefficient import asymmetry, clamps, finite
 from gradlab.audit.probes.direction import depends_on_sample, dtype, reaches_policy, reference, sign, stationary_at_reference
 from gradlab.audit.probes.setting import Probe, Setting
@@ -31,8 +32,22 @@ QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
     "float32": lambda s: dtype(s, torch.float32),
     "bfloat16": lambda s: dtype(s, torch.bfloat16),
 }
+#: The questions to the policy part, the gravest first.
+POLICY_QUESTIONS: dict[str, Callable[[Setting], Probe]] = {
+    "gradient": policy.reaches_policy,
+    "sign": policy.sign,
+    "mask": policy.mask,
+    "reference": policy.reference,
+    "weight": policy.weight,
+    "padding": padding,
+    "batch": policy.composition,
+    "length": policy.length,
+    "utility": policy.utility,
+    "float32": QUESTIONS["float32"],
+    "bfloat16": QUESTIONS["bfloat16"],
+}
 #: What probes are called, in that order.
-NAMES = tuple(QUESTIONS)
+NAMES = tuple(dict.fromkeys([*QUESTIONS, *POLICY_QUESTIONS]))
 
 
 def probes(setting: Setting) -> tuple[Probe, ...]:
@@ -40,3 +55,11 @@ def probes(setting: Setting) -> tuple[Probe, ...]:
     # What is NaN in the padding alone is a leak, which the mask's probe tells.
     broken = not bool(setting.at(Tokens.at(0.5, 0.3, -0.2))[0, :3].isfinite().all())
     return tuple(question(setting) for name, question in QUESTIONS.items() if not broken or name == "finite")
+
+
+def policy_probes(setting: Setting) -> tuple[Probe, ...]:
+    """The answers to all questions to a policy part; only the first where no gradient reaches the policy."""
+    first = policy.reaches_policy(setting)
+    if first.passed is False:
+        return (first,)
+    return tuple(first if name == "gradient" else question(setting) for name, question in POLICY_QUESTIONS.items())

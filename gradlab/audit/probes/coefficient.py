@@ -18,7 +18,7 @@ def finite(s: Setting) -> Probe:
         return Probe("finite", True, finding, f"ℓ = {worst['log_ratio']:g}: coefficient {worst['coefficient']:.3g}")
     places = " and ".join(f"ℓ {event.where}" for event in broken)
     at = 1.01 * broken[0].at
-    seen, loss = curve.of_token(s.subject, s.group - 1)(at)
+    seen, loss = curve.of_token(s.subject, s.group - 1, s.vocab)(at)
     return Probe("finite", False, f"NaN or infinite for {places}", f"ℓ = {at:.4g}: coefficient {seen:.4g}, loss {loss:.4g}")
 
 
@@ -36,7 +36,7 @@ def clamps(s: Setting) -> Probe:
         if some:
             parts.append(f"{what} {curve.binding(some)}")
     first = found[0]
-    just = curve.of_token(s.subject, s.group - 1)(first.at * 1.001)[0]
+    just = curve.of_token(s.subject, s.group - 1, s.vocab)(first.at * 1.001)[0]
     example = f"ℓ = {first.at * 1.001:.4g}: coefficient {just:.4g}, just inside {first.level:.4g}"
     return Probe("clamps", False, "; ".join(parts), example)
 
@@ -54,7 +54,7 @@ def _saturation(s: Setting) -> str:
 
 
 def _events(s: Setting) -> list[curve.Event]:
-    return curve.events(curve.of_token(s.subject, s.group - 1), s.curve, s.precision)
+    return curve.events(curve.of_token(s.subject, s.group - 1, s.vocab), s.curve, s.precision)
 
 
 def asymmetry(s: Setting) -> Probe:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from gradlab.audit import curve
 from gradlab.audit.batch import Subject
 from gradlab.audit.engine import ExpectedGradient
 from gradlab.audit.precision import Precision
@@ -19,6 +21,8 @@ from gradlab.audit.synthetic import Tokens, coefficients, responses
 class Probe:
     """The answer to one question: `passed` is `None` where it does not apply; `finding` says what was seen, `example` how.
 
+    `part` is the part of a whole loss that was asked.
+
     >>> probe = gl.audit.Probe("padding", True, "the gradient of padding is 0", "")
     >>> probe.passed
     True
@@ -28,6 +32,7 @@ class Probe:
     passed: bool | None
     finding: str
     example: str
+    part: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,16 @@ class Setting:
     off_policy: Sequence[ExpectedGradient]
     at_reference: ExpectedGradient
     needs_weight: bool
-    curve: pd.DataFrame
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """Coefficient and loss of one token against its log-ratio."""
+        return curve.sweep(curve.of_token(self.subject, self.group - 1, self.vocab))
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of synthetic policies: two, or as many as the loss needs."""
+        return self.subject.vocab or 2
 
     def at(self, *rows: Tokens, columns: int = 5, padding_seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """Coefficients `[B, T]` of a batch; a lone response gets the companions that the loss needs."""
@@ -51,8 +65,11 @@ class Setting:
         self, *rows: Tokens, columns: int = 5, padding_seed: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, float]:
         """Coefficients `[B, T]` of a batch, and the loss."""
-        companions = [Tokens.at(0.1, -0.2)] * (self.group - len(rows))
-        probe_batch, _ = responses(*rows, *companions, columns=columns, padding_seed=padding_seed, dtype=dtype)
+        # Companions differ: a group whose members are all alike is a special case for whatever divides by its spread.
+        companions = [Tokens.at(0.1 + 0.05 * k, -0.2, advantage=-rows[0].advantage) for k in range(self.group - len(rows))]
+        probe_batch, _ = responses(
+            *rows, *companions, columns=columns, padding_seed=padding_seed, dtype=dtype, vocab=self.vocab
+        )
         return coefficients(self.subject, probe_batch)
 
     def same(self, x: Tensor, y: Tensor) -> bool:
@@ -73,7 +90,9 @@ def value_slopes(s: Setting, row: Tokens) -> tuple[Tensor, Tensor]:
                     return [x + by * (u == t) for u, x in enumerate(numbers)]
 
                 weight = shifted(row.log_weight, step) if with_weight else row.log_weight
-                return s.coefficients(Tokens(shifted(row.log_prob, step), shifted(row.log_ratio, step), weight))[1]
+                return s.coefficients(Tokens(shifted(row.log_prob, step), shifted(row.log_ratio, step), weight, row.advantage))[
+                    1
+                ]
 
             slopes.append((value(h) - value(-h)) / (2 * h))
         slopes_by_case.append(torch.tensor(slopes, dtype=torch.float64))

@@ -20,28 +20,30 @@ def weight(s: Setting) -> Probe:
     base = s.at(Tokens.at(*RATIOS))[0, :3]
     if not bool((base != 0).any()):
         return Probe("weight", None, "there is no gradient to weight", "")
-    moved = torch.stack([s.at(_off_policy(u))[0, :3] for u in range(3)], -1)  # [t, u]: token t when ρ_u moves
-    growth = (moved / base[:, None]).log() / MOVE
-    reached = (moved - base[:, None]).abs() > s.precision.slack * base.abs()[:, None]
-    example = f"ρ = e^{MOVE:g} at the last token: coefficients {_row(base)} → {_row(moved[:, 2])}"
+    shifted = torch.stack([s.at(moved(u))[0, :3] for u in range(3)], -1)  # [t, u]: token t when ρ_u moves
+    growth = (shifted / base[:, None]).log() / MOVE
+    reached = (shifted - base[:, None]).abs() > s.precision.slack * base.abs()[:, None]
+    example = f"ρ = e^{MOVE:g} at the last token: coefficients {row(base)} → {row(shifted[:, 2])}"
     if not bool(reached.any()):
         if not s.needs_weight:
             return Probe("weight", True, "no importance weight, and none is needed: off-policy it descends the same", example)
         return Probe("weight", False, "no importance weight: off-policy data are used as if they were on-policy", example)
-    level = _level(reached)
-    parts = [level, _detached(s), *_bounds(s)]
+    reach = level(reached)
+    parts = [reach, detached(s), *_bounds(s)]
     mean = 1 / 3
-    if level.startswith("sequence") and bool(((growth - mean).abs() < 0.01).any()):
+    if reach.startswith("sequence") and bool(((growth - mean).abs() < 0.01).any()):
         parts[0] = "sequence level, as the geometric mean of the ratios"
     finding = "; ".join(part for part in parts if part)
     return Probe("weight", len(parts) == 2, finding, example)
 
 
-def _off_policy(u: int) -> Tokens:
+def moved(u: int) -> Tokens:
+    """Three tokens of which one is a little likelier than the sampler had it."""
     return Tokens.at(*RATIOS, log_weight=[MOVE * (t == u) for t in range(3)])
 
 
-def _level(reached: Tensor) -> str:
+def level(reached: Tensor) -> str:
+    """The level of a ratio, by which tokens `[t, u]` the ratio of each reaches."""
     diagonal, lower = torch.eye(3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()
     if not bool((reached & ~diagonal).any()):
         return "token level"
@@ -50,11 +52,11 @@ def _level(reached: Tensor) -> str:
     return "sequence level"
 
 
-def _detached(s: Setting) -> str:
+def detached(s: Setting) -> str:
     """Whether the ratio carries gradient, from the slope of the value with the behaviour held or moved along."""
-    row = Tokens.at(*RATIOS, log_weight=[MOVE, -MOVE, 2 * MOVE])
-    c = s.at(row)[0, :3]
-    with_ratio, without = value_slopes(s, row)
+    tokens = Tokens.at(*RATIOS, log_weight=[MOVE, -MOVE, 2 * MOVE])
+    c = s.at(tokens)[0, :3]
+    with_ratio, without = value_slopes(s, tokens)
     if near(s, c, with_ratio):
         return "differentiated"
     if near(s, c, without):
@@ -66,7 +68,7 @@ def _bounds(s: Setting) -> list[str]:
     """Where the weight stops growing or its gradient dies, for pulls of either sign."""
     descriptions: dict[str, None] = {}
     for log_ratio in (0.5, -0.5):
-        response = curve.of_weight(s.subject, log_ratio, s.group - 1)
+        response = curve.of_weight(s.subject, log_ratio, s.group - 1, vocab=s.vocab)
         frame = curve.sweep(response, limit=6.0, step=0.25)
         for event in curve.events(response, frame, s.precision):
             effect = {"dead": "no gradient", "flat": "truncated", "not finite": "not finite"}.get(event.kind)
@@ -76,5 +78,6 @@ def _bounds(s: Setting) -> list[str]:
     return list(descriptions)
 
 
-def _row(x: Tensor) -> str:
+def row(x: Tensor) -> str:
+    """Coefficients of one response, for an example."""
     return "(" + ", ".join(f"{float(c):.4g}" for c in x) + ")"
