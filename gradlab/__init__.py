@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gradlab.questions import (
         asymmetry,
         choice,
+        clips,
         combined,
         language,
         lengths,
@@ -87,6 +88,7 @@ __all__ = [
     "backprop",
     "choice",
     "claims",
+    "clips",
     "combined",
     "components",
     "exact",
@@ -156,6 +158,7 @@ _MODULES = {
         for name in (
             "asymmetry",
             "choice",
+            "clips",
             "combined",
             "language",
             "lengths",

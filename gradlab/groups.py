@@ -14,7 +14,7 @@ An advantage that is linear needs no classes: with `d` a response's value less i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +55,7 @@ def _one_prompt(loss: PolicyLoss, rollout: Rollout, pullback: Pullback) -> Momen
     if loss.linear and len(basis) == 2 and len(torch.unique(values)) > 2:
         return _hoeffding(loss, rollout, values, basis, pullback)
     levels, classes = torch.unique(values, return_inverse=True)
-    assert loss.group is not None
-    if len(levels) > CLASSES or _work(len(levels), loss.group) > LAW:
-        instead = "" if loss.linear else " with an advantage that is not linear"
-        raise ValueError(
-            f"groups of {loss.group} out of {len(levels)} different values{instead} are too many to list; estimate from samples "
-            "(samples=…), or give a reward of few values, a smaller group, or combine the KL after or in a term of its own"
-        )
+    _check_classes(loss, len(levels))
     weight = torch.zeros(len(levels), dtype=torch.float64).index_add(0, classes, rollout.weight)
     law = _law(loss, rollout, levels, weight)
     return _of_classes(loss, rollout, classes, law, basis, pullback, len(levels))
@@ -139,16 +133,45 @@ def _rewards_of(counts: Tensor, levels: Tensor) -> Tensor:
 
 def _law(loss: PolicyLoss, rollout: Rollout, levels: Tensor, weight: Tensor) -> Law:
     assert loss.group is not None
-    of = advantages.within_group(loss.advantage, std=loss.std, epsilon=loss.epsilon, k=loss.k)
-
-    def advantage(groups: Tensor) -> Tensor:
-        return normalised(loss, rollout, of(groups))[..., 0]
-
+    advantage = _first(loss, rollout)
     others = compositions(loss.group - 1, len(levels))
     single = torch.stack([advantage(_joined([own], others, levels)) for own in levels])
     pairs = compositions(loss.group - 2, len(levels))
     pair = torch.stack([torch.stack([advantage(_joined([own, other], pairs, levels)) for other in levels]) for own in levels])
     return Law(single, probabilities(others, weight), pair, probabilities(pairs, weight))
+
+
+def given_others(loss: PolicyLoss, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The advantage of every response given the others of its group, `[n, m]`, and the probabilities of these others, `[m]`.
+
+    Of a loss that compares no group, its advantages `[n, 1]` with probability 1. Raises `ValueError` where there are too many groups.
+    """
+    values = own_values(loss, rollout)
+    if not loss.grouped:
+        return normalised(fixed(loss, rollout), rollout, values)[:, None], torch.ones(1, dtype=torch.float64)
+    levels, classes = torch.unique(values, return_inverse=True)
+    _check_classes(loss, len(levels))
+    assert loss.group is not None
+    weight = torch.zeros(len(levels), dtype=torch.float64).index_add(0, classes, rollout.weight)
+    others, advantage = compositions(loss.group - 1, len(levels)), _first(fixed(loss, rollout), rollout)
+    single = torch.stack([advantage(_joined([own], others, levels)) for own in levels])
+    return single[classes], probabilities(others, weight)
+
+
+def _first(loss: PolicyLoss, rollout: Rollout) -> Callable[[Tensor], Tensor]:
+    """The advantage of the first response of every group, `[m]` of rewards `[m, G]`."""
+    of = advantages.within_group(loss.advantage, std=loss.std, epsilon=loss.epsilon, k=loss.k)
+    return lambda groups: normalised(loss, rollout, of(groups))[..., 0]
+
+
+def _check_classes(loss: PolicyLoss, count: int) -> None:
+    assert loss.group is not None
+    if count > CLASSES or _work(count, loss.group) > LAW:
+        instead = "" if loss.linear else " with an advantage that is not linear"
+        raise ValueError(
+            f"groups of {loss.group} out of {count} different values{instead} are too many to list; estimate from samples "
+            "(samples=…), or give a reward of few values, a smaller group, or combine the KL after or in a term of its own"
+        )
 
 
 def _joined(first: Sequence[Tensor], counts: Tensor, levels: Tensor) -> Tensor:

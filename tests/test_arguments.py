@@ -50,6 +50,7 @@ def frames(name: str) -> pd.DataFrame:
         "running": lambda: gl.tails.running(["k3"], GAUSSIANS, [4, 8], 6),
         "parts": lambda: gl.language.parts(["k2-loss"], WORDS),
         "contributions": lambda: gl.combined.contributions({"a": WHOLE, "b": WHOLE}, [REWARDED], [0.1, 0.2]),
+        "removed": lambda: gl.clips.removed({"a": gl.PolicyLoss("mean", 3, ratio="token", clip=0.2)}, [REWARDED]),
         "settled": lambda: gl.claims.verify({}, only=["value-k1"]),
     }[name]()
 
@@ -247,6 +248,21 @@ CALLS = {
         other="a",
         scenarios=[REWARDED],
     ),
+    "clips.removed": call(
+        gl.clips.removed,
+        {"losses": [{}, None, {"a": WHOLE}], "scenarios": [[ON]]},
+        losses={"a": gl.PolicyLoss("mean", 3, ratio="token", clip=0.2)},
+        scenarios=[REWARDED],
+    ),
+    "clips.after_steps": call(
+        gl.clips.after_steps,
+        {"lag": NOT_POSITIVE, "policy": [CHAIN], "direction": [[0.0]]},
+        policy=BANDIT,
+        direction=torch.ones(len(BANDIT.parameters), dtype=torch.float64) * torch.arange(len(BANDIT.parameters)),
+        lag=0.1,
+    ),
+    "clips.free": call(gl.clips.free, loss=WHOLE),
+    "clips.sides": call(gl.clips.sides, frame=frames("removed"), other="a", by=["family"]),
     "combined.contributions": call(
         gl.combined.contributions,
         {"losses": [{}, None, {"a": gl.PolicyLoss("mean", 3)}], "coefficients": [0.0, -1.0, None]},
@@ -537,6 +553,8 @@ WRONG: dict[str, list[Any]] = {
     "traces": [],
     "records": [],
     "recipe": [],
+    "direction": NOT_ARRAYS,
+    "loss": [None, 3, "a", K2],
 }
 #: The same where the name says too little: function and parameter.
 BY_CALL: dict[tuple[str, str], list[Any]] = {
@@ -623,7 +641,20 @@ def test_what_cannot_be_taken_is_a_value_error_that_says_what_was_given(name: st
     assert not faults, f"{name}:\n" + "\n".join(faults)
 
 
-FRAMES = ("errors", "ranked", "shares", "times", "runs", "against", "variances", "running", "parts", "settled", "contributions")
+FRAMES = (
+    "errors",
+    "ranked",
+    "shares",
+    "times",
+    "runs",
+    "against",
+    "variances",
+    "running",
+    "parts",
+    "settled",
+    "contributions",
+    "removed",
+)
 
 
 def public() -> set[str]:

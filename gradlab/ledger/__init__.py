@@ -5,6 +5,7 @@ from gradlab.ledger import (
     asymmetry,
     bandits,
     choice,
+    clips,
     coefficients,
     combined,
     distance,
@@ -38,6 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
     *training.CLAIMS,
     *combined.CLAIMS,
     *choice.CLAIMS,
+    *clips.CLAIMS,
 )
 
 #: Claims of the user's, each named by its id and its scope.

@@ -72,6 +72,12 @@ PUBLISHED: dict[str, tuple[str, str]] = {
         "the choice of a KL estimator changes what a whole loss ascends",
         f"implied by {_P} and by the debates it settles",
     ),
+    "clip": (
+        "a clip stops the updates that have gone far enough, and leaves the objective's gradient",
+        f"Schulman et al., arXiv 1707.06347; for a KL in the advantage and in a head after {_P}",
+    ),
+    "clip-higher": ("a higher upper bound leaves rare tokens room to grow", "DAPO, arXiv 2503.14476 §3.1"),
+    "clip-weight": ("a clipped weight in place of a clipped loss keeps the gradient of every token", "CISPO, arXiv 2506.13585"),
 }
 
 _REVERSE, _FROZEN = "an unbiased gradient of the reverse KL", "an unbiased gradient of the reverse KL with frozen prefixes"
@@ -211,4 +217,11 @@ STATEMENTS: dict[str, str] = {
     "kl-choice": "in place of k2 it changes the expected gradient of the whole loss by less than 1 %",
     "kl-choice.visible": "k3 in place of k2 does not show in a batch of 100,000 responses",
     "kl-choice.size": "the gradient of k2 is less than a tenth of the reward's",
+    "clip.kl": "in the median scenario, the clip moves the gradient of the KL's part by less than 10 %",
+    "clip.kl-side": "more than half of what the clip removes of the KL's pulls is on over-sampled tokens",
+    "clip.reward": "in the median scenario, the clip moves the gradient of the reward's part by less than 10 %",
+    "clip.reward-side": "more than half of what the clip removes of the reward's pulls is on over-sampled tokens",
+    "clip-higher": "DAPO's bounds remove less than half of what PPO's remove of the reward's pulls",
+    "clip-higher.rare": "more than half of what PPO's upper bound removes of the reward's pulls is on tokens less likely than 0.2",
+    "clip-weight": "CISPO removes less than 1 % of the reward's pulls",
 }

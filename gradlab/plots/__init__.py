@@ -7,6 +7,7 @@ from gradlab.plots.asymmetry import dropped_sides, restoring, sides, tail_indice
 from gradlab.plots.audit import audited_curves, matches
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.choice import estimator_choice
+from gradlab.plots.clips import clips
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -40,6 +41,7 @@ __all__ = [
     "catalogue",
     "chi2",
     "clipped_kl",
+    "clips",
     "coefficients",
     "compositions",
     "credit",

@@ -16,6 +16,7 @@ from gradlab.plots.audit import audited_curves
 from gradlab.plots.bandits import field, objectives, tokens
 from gradlab.plots.canvas import Figure
 from gradlab.plots.choice import estimator_choice
+from gradlab.plots.clips import clips
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
@@ -223,6 +224,7 @@ _OWN = {
     "14_weight": _alone(kl_weights, "14_weight"),
     "14_lag": _alone(clipped_kl, "14_lag"),
     "15_choice": _alone(estimator_choice, "15_choice"),
+    "18_clips": Drawing(clips, ("18_clips", "18_sides")),
 }  # fmt: skip
 
 #: Every figure of the analyses by its name; what is registered stands behind gradlab's own.
