@@ -1,6 +1,8 @@
 """Running an analysis script whole, under --quick, in this process."""
 
+import os
 import runpy
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 import gradlab as gl
+from gradlab.study.resume import Record, Requirements, imported
 
 ROOT = Path(gl.__file__).parent.parent
 
@@ -40,10 +43,19 @@ class Run:
 
 
 def run(script: str, folder: Path) -> Run:
-    """Run `analyses/<script>.py --quick` with its output in `folder`."""
-    arguments = sys.argv
-    sys.argv = [script, "--quick", "--output", str(folder)]
+    """Run `analyses/<script>.py --quick` with its output in `folder`.
+
+    The results are copied to the folder that the environment variable `GRADLAB_TEST_FIGURES` names, with a record, so that
+    `gradlab reproduce --quick` into that folder need not make them a second time.
+    """
+    arguments, path = sys.argv, ROOT / "analyses" / f"{script}.py"
+    sys.argv = [str(path), "--quick", "--output", str(folder)]
     try:
-        return Run(runpy.run_path(str(ROOT / "analyses" / f"{script}.py")), folder)
+        ran = Run(runpy.run_path(str(path)), folder)
     finally:
         sys.argv = arguments
+    if kept := os.environ.get("GRADLAB_TEST_FIGURES"):
+        output = Path(kept)
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+        Record(path, output, {"quick": True, "seed": 0, **Requirements.of(path).versions}).save(imported())
+    return ran

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import runpy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import test_adapters
 import torch
-from analysis_runs import Run
+from analysis_runs import Run, run
 
 import gradlab as gl
 from gradlab.audit import adapters, candidates, shipped
@@ -168,10 +167,7 @@ def results(tmp_path_factory):
     if missing:
         pytest.skip(missing)
     folder = tmp_path_factory.mktemp("shipped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [str(SCRIPT), "--quick", "--output", str(folder)])
-        names = runpy.run_path(str(SCRIPT))
-    return folder, names["verdicts"].set_index(["id", "scope"])
+    return folder, run(SCRIPT.stem, folder).names["verdicts"].set_index(["id", "scope"])
 
 
 def test_claims_about_shipped_code_are_settled(results):
