@@ -30,7 +30,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Entropy of every rando
 #: Seconds between two lines about long work, where no bar can be drawn.
 PULSE = 60.0
 #: The analyses that take longest, to be started first: the last one to end should be a short one.
-LONGEST = ("13", "04", "11", "10", "12", "07")
+LONGEST = ("13", "15", "04", "14", "11", "10", "12", "07")
 
 
 def analyses() -> dict[str, Path]:
