@@ -37,6 +37,7 @@ STREAMS = {
     "smollm2.reinforce": 27,
     "language": 28,
     "analysis.14.bandits": 33,
+    "metrics": 40,
     "analysis.05": 29,
     "analysis.11.questions": 30,
     "records.changes": 31,

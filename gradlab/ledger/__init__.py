@@ -11,6 +11,7 @@ from gradlab.ledger import (
     distance,
     fixed_points,
     language,
+    metrics,
     off_policy,
     sequences,
     shipped,
@@ -39,6 +40,7 @@ CLAIMS: tuple[Claim, ...] = (
     *training.CLAIMS,
     *combined.CLAIMS,
     *choice.CLAIMS,
+    *metrics.CLAIMS,
     *clips.CLAIMS,
 )
 

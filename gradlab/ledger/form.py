@@ -45,6 +45,7 @@ DRAWN_IN = {
     "14_exponents": "14_weight",
     "14_equal": "14_weight",
     "14_heads": "14_lag",
+    "16_exact": "16_metrics",
     "18_sides": "18_clips",
 }
 

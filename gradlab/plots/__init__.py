@@ -15,6 +15,7 @@ from gradlab.plots.distance import batches, catalogue, crossovers, distances, ra
 from gradlab.plots.figures import FIGURES, Drawing
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
+from gradlab.plots.metrics import logged
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.records import run_estimators, run_kl, run_steps, run_weights
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
@@ -60,6 +61,7 @@ __all__ = [
     "kl_weights",
     "lags",
     "language_models",
+    "logged",
     "matches",
     "named_tokens",
     "normalisers",

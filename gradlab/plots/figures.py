@@ -23,6 +23,7 @@ from gradlab.plots.compositions import compositions, weighted, winners
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
+from gradlab.plots.metrics import logged
 from gradlab.plots.off_policy import lags, truncation, worth
 from gradlab.plots.sequences import baselines, credit, gap, growth, normalisers, shifted
 from gradlab.plots.shipped import shipped_kinds, shipped_settings
@@ -224,6 +225,7 @@ _OWN = {
     "14_weight": _alone(kl_weights, "14_weight"),
     "14_lag": _alone(clipped_kl, "14_lag"),
     "15_choice": _alone(estimator_choice, "15_choice"),
+    "16_metrics": _alone(logged, "16_metrics"),
     "18_clips": Drawing(clips, ("18_clips", "18_sides")),
 }  # fmt: skip
 
