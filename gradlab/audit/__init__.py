@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gradlab.audit.batch import Batch, Bound, Subject
     from gradlab.audit.bind import called as bind
     from gradlab.audit.call import LossError
+    from gradlab.audit.changes import called as changes
     from gradlab.audit.examine import Part
     from gradlab.audit.identify import Identification
     from gradlab.audit.load import called as load
@@ -27,6 +28,7 @@ __all__ = [
     "Subject",
     "audit",
     "bind",
+    "changes",
     "frame",
     "load",
 ]

@@ -83,6 +83,19 @@ def _show_binding(audited: Audit) -> None:
     wide_console().print(table)
 
 
+def show_changes(rows: pd.DataFrame, before: str, after: str, audits: int) -> None:
+    """Print what `gl.audit.changes` found, or that nothing changed in so many audits."""
+    if not len(rows):
+        wide_console().print(f"nothing changed in {audits} audit{'s' if audits != 1 else ''}", highlight=False)
+        return
+    table = Table(header_style="bold")
+    for heading in ("loss", "what", before, after):
+        table.add_column(escape(heading), overflow="fold")
+    for row in rows.itertuples(index=False):
+        table.add_row(*map(escape, row))
+    wide_console().print(table)
+
+
 def to_json(audits: Sequence[Audit]) -> str:
     """Every audit as JSON: an array with subject, verdicts, form, probes; NaN and infinities are null."""
     return json.dumps([_plain(audited) for audited in audits], ensure_ascii=False, indent=2, allow_nan=False)
@@ -98,10 +111,11 @@ def _plain(audited: Audit) -> dict[str, Any]:
     for name, row, verdict in verdicts:
         found[name] = {key: row[key] for key in keys} | {"combination": verdict.combination}
     found["binding"] = [vars(bound) for bound in audited.subject.binding]
+    asked = ("scale", "scope", "combination", "closest", "cosine", "text")
     found["parts"] = {
         part.name: {"absent": part.absent}
         | {
-            where: {"verdict": verdict.name, "scale": verdict.scale, "combination": verdict.combination, "text": verdict.text}
+            where: {"verdict": verdict.name} | {key: getattr(verdict, key) for key in asked}
             for where, verdict in (("on_policy", part.on_policy), ("off_policy", part.off_policy))
             if verdict is not None
         }

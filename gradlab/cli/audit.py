@@ -45,6 +45,11 @@ def audit_command(
     only: Annotated[str | None, typer.Option("--only", help="Configurations whose name contains this.")] = None,
     expect: Annotated[str | None, typer.Option("--expect", help="Exit 1 unless the gradient is that of this target.")] = None,
     off_policy: Annotated[bool, typer.Option("--off-policy", help="Expect it off-policy, too.")] = False,
+    passes: Annotated[list[str] | None, typer.Option("--passes", help="Exit 1 if this probe fails; may be repeated.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="An audit.json of before: exit 1 if anything in it changed.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write a JUnit report to this file.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=-1, help="Worker processes; -1 uses every core.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
@@ -61,11 +66,12 @@ def audit_command(
     import joblib
     from tqdm import tqdm
 
-    from gradlab._common.names import check_jobs
+    from gradlab._common.files import ensure_writable, ensure_writable_file
+    from gradlab._common.names import check_jobs, check_name
     from gradlab._common.parallel import spread
-    from gradlab.audit import candidates, report
+    from gradlab.audit import candidates, changes, report
+    from gradlab.audit.probes import NAMES
     from gradlab.audit.run import Audit
-    from gradlab.study.report import ensure_writable
 
     check_jobs(jobs)
     if expect is not None:
@@ -74,8 +80,13 @@ def audit_command(
         raise ValueError(
             "--off-policy says where the gradient is expected to be that of a target; give the target with --expect"
         )
+    for name in passes or ():
+        check_name("probe", name, NAMES)
     if output is not None:
         ensure_writable(output)
+    if junit is not None:
+        ensure_writable_file(junit)
+    kept = None if baseline is None else changes.read(baseline)
     chosen = _subjects(
         target or [], installed, binds or [], setting or [], returns.value,
         {"result": result, "vocab": vocab, "temperature": temperature},
@@ -87,22 +98,43 @@ def audit_command(
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
     results = spread((joblib.delayed(_attempt)(subject, top_p, quick) for subject in progress), jobs)
     audits = [result for result in results if isinstance(result, Audit)]
-    problems = [result for result in results if isinstance(result, ValueError)]
+    problems = {subject.name: result for subject, result in zip(chosen, results, strict=True) if isinstance(result, ValueError)}
+    unmet: dict[str, list[str]] = {}
+    for audited in audits:
+        reasons = [audited.why_not(expect, off_policy)] if expect is not None else []
+        reasons += [_failed(audited, name) for name in passes or ()]
+        unmet.setdefault(audited.subject.name, []).extend(filter(None, reasons))
+    if kept is not None:
+        kept = [record for record in kept if record["subject"] not in problems and (only is None or only in record["subject"])]
+        rows = changes.changes(kept, audits)
+        for name, sentence in zip(rows["subject"], changes.sentences(rows), strict=True):
+            unmet.setdefault(name, []).append(sentence)
+    if junit is not None:
+        from gradlab.audit import junit as report_of_tests
+
+        report_of_tests.write(junit, audits, unmet, {name: str(problem) for name, problem in problems.items()})
     if not audits:
-        raise problems[0]
+        raise next(iter(problems.values()))
     if json:
         print(report.to_json(audits))
     else:
         report.show(audits)
     if output is not None:
         print(f"the page is {report.write(audits, output)}", file=sys.stderr)
-    reasons = [audited.why_not(expect, off_policy) for audited in audits] if expect is not None else []
-    for reason in filter(None, reasons):
+    reasons = [reason for named in unmet.values() for reason in named]
+    for reason in reasons:
         print(f"gradlab: {reason}", file=sys.stderr)
     if problems:  # the others are shown all the same: one version of one framework may well have changed
-        raise ValueError(f"{len(problems)} of {len(results)} could not be audited: {'; '.join(map(str, problems))}")
-    if any(reasons):
+        told = "; ".join(map(str, problems.values()))
+        raise ValueError(f"{len(problems)} of {len(results)} could not be audited: {told}")
+    if reasons:
         raise typer.Exit(1)
+
+
+def _failed(audited: Audit, name: str) -> str | None:
+    """Why the probe `name` does not pass, in one line, or `None` when it does or does not apply."""
+    failed = [probe for probe in audited.failures if probe.name == name]
+    return f"{audited.subject.name} fails the probe {name}: {failed[0].finding}" if failed else None
 
 
 def _attempt(subject: Subject, top_p: float | None, quick: bool) -> Audit | ValueError:

@@ -16,6 +16,7 @@ import typer
 from gradlab._common.provenance import __version__
 from gradlab.cli.audit import audit_command
 from gradlab.cli.docs import docs_command
+from gradlab.cli.drift import drift_command
 from gradlab.cli.explore import explore_command
 from gradlab.cli.figure import figure_command
 from gradlab.cli.inspect import inspect_command
@@ -85,6 +86,7 @@ def claims_command(
 app.command(name="measure")(measure_command)
 app.command(name="train")(train_command)
 app.command(name="audit")(audit_command)
+app.command(name="drift")(drift_command)
 app.command(name="utility")(utility_command)
 app.command(name="figure")(figure_command)
 app.command(name="docs")(docs_command)
