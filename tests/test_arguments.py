@@ -51,6 +51,7 @@ def frames(name: str) -> pd.DataFrame:
         "parts": lambda: gl.language.parts(["k2-loss"], WORDS),
         "contributions": lambda: gl.combined.contributions({"a": WHOLE, "b": WHOLE}, [REWARDED], [0.1, 0.2]),
         "removed": lambda: gl.clips.removed({"a": gl.PolicyLoss("mean", 3, ratio="token", clip=0.2)}, [REWARDED]),
+        "bounds": lambda: gl.corrections.bounds([gl.corrections.setting("stale", 0.1)], [2, 4]),
         "settled": lambda: gl.claims.verify({}, only=["value-k1"]),
     }[name]()
 
@@ -263,6 +264,23 @@ CALLS = {
     ),
     "clips.free": call(gl.clips.free, loss=WHOLE),
     "clips.sides": call(gl.clips.sides, frame=frames("removed"), other="a", by=["family"]),
+    "corrections.setting": call(gl.corrections.setting, {"kl": NOT_POSITIVE}, mismatch="stale", kl=0.1, seed=0),
+    "corrections.counts": call(gl.corrections.counts, {"length": [0], "vocab": [1]}, length=2, vocab=2),
+    "corrections.as_loss": call(gl.corrections.as_loss, name="token"),
+    "corrections.moments": call(
+        gl.corrections.moments,
+        {"names": [["prefix"]], "settings": [None, [None]], "lengths": [0, None], "signals": [["no such"]]},
+        names=["none"],
+        settings=[gl.corrections.setting("stale", 0.1)],
+        lengths=[2],
+    ),
+    "corrections.bounds": call(
+        gl.corrections.bounds,
+        {"settings": [None, [None]], "lengths": [1, None]},
+        settings=[gl.corrections.setting("stale", 0.1)],
+        lengths=[2],
+    ),
+    "corrections.growth": call(gl.corrections.growth, frame=frames("bounds")),
     "combined.contributions": call(
         gl.combined.contributions,
         {"losses": [{}, None, {"a": gl.PolicyLoss("mean", 3)}], "coefficients": [0.0, -1.0, None]},
@@ -463,6 +481,7 @@ ELSEWHERE = {
     "backprop.units_per_pass",
     "claims.Claim",
     "claims.Condition",
+    "corrections.Setting",
     "policies.LanguageModel",
     "policies.Responses",
     "policies.Tabular",
@@ -554,6 +573,10 @@ WRONG: dict[str, list[Any]] = {
     "records": [],
     "recipe": [],
     "direction": NOT_ARRAYS,
+    "mismatch": NOT_NAMES,
+    "settings": [],
+    "lengths": [],
+    "signals": [],
     "loss": [None, 3, "a", K2],
 }
 #: The same where the name says too little: function and parameter.

@@ -42,6 +42,8 @@ STREAMS = {
     "analysis.11.questions": 30,
     "records.changes": 31,
     "records.corrections": 32,
+    "corrections": 42,
+    "analysis.19.rewards": 43,
     "audit.rewards": 34,
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradlab.estimators import advantages, loss_rules
 from gradlab.estimators.advantages import ADVANTAGES
+from gradlab.estimators.corrections import bounded
 from gradlab.estimators.estimator import Estimator, kernel_values, normaliser, reward_coefficients
 from gradlab.rollout import Rollout
 
@@ -305,10 +306,7 @@ def log_ratio(loss: PolicyLoss, rollout: Rollout) -> Tensor:
 def correction(loss: PolicyLoss, rollout: Rollout) -> Tensor:
     """`c`, what the loss multiplies its terms by for `π_old/μ`, `[n, t]` or `[n, 1]`."""
     found = level(loss.correction, rollout.log_correction, rollout).exp()
-    if loss.correction_mask is not None:
-        low, high = loss.correction_mask
-        found = torch.where((found >= low) & (found <= high), found, 0.0)
-    return found if loss.correction_truncate is None else found.clamp(max=loss.correction_truncate)
+    return bounded(found, loss.correction_truncate, loss.correction_mask)
 
 
 def kept(loss: PolicyLoss, rollout: Rollout) -> Tensor:

@@ -8,6 +8,7 @@ from gradlab.ledger import (
     clips,
     coefficients,
     combined,
+    corrections,
     distance,
     fixed_points,
     language,
@@ -42,6 +43,7 @@ CLAIMS: tuple[Claim, ...] = (
     *choice.CLAIMS,
     *metrics.CLAIMS,
     *clips.CLAIMS,
+    *corrections.CLAIMS,
 )
 
 #: Claims of the user's, each named by its id and its scope.

@@ -47,6 +47,9 @@ DRAWN_IN = {
     "14_heads": "14_lag",
     "16_exact": "16_metrics",
     "18_sides": "18_clips",
+    "19_best": "19_corrections",
+    "19_bounds": "19_corrections",
+    "19_growth": "19_corrections",
 }
 
 

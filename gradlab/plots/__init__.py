@@ -11,6 +11,7 @@ from gradlab.plots.clips import clips
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
+from gradlab.plots.corrections import chain_corrections, rollout_corrections
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.figures import FIGURES, Drawing
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
@@ -40,6 +41,7 @@ __all__ = [
     "baselines",
     "batches",
     "catalogue",
+    "chain_corrections",
     "chi2",
     "clipped_kl",
     "clips",
@@ -69,6 +71,7 @@ __all__ = [
     "rare_token",
     "ratios",
     "restoring",
+    "rollout_corrections",
     "run_estimators",
     "run_kl",
     "run_steps",

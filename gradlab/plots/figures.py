@@ -20,6 +20,7 @@ from gradlab.plots.clips import clips
 from gradlab.plots.coefficients import coefficients
 from gradlab.plots.combined import clipped_kl, kl_weights
 from gradlab.plots.compositions import compositions, weighted, winners
+from gradlab.plots.corrections import chain_corrections, rollout_corrections
 from gradlab.plots.distance import batches, catalogue, crossovers, distances, ratios, slopes
 from gradlab.plots.fixed_points import ascents, fixed_points, weaker
 from gradlab.plots.language import engine_noise, language_models, side_shares
@@ -227,6 +228,8 @@ _OWN = {
     "15_choice": _alone(estimator_choice, "15_choice"),
     "16_metrics": _alone(logged, "16_metrics"),
     "18_clips": Drawing(clips, ("18_clips", "18_sides")),
+    "19_corrections": Drawing(rollout_corrections, ("19_corrections", "19_best", "19_bounds")),
+    "19_chains": _alone(chain_corrections, "19_chains"),
 }  # fmt: skip
 
 #: Every figure of the analyses by its name; what is registered stands behind gradlab's own.

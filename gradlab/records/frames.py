@@ -190,7 +190,9 @@ def corrections_frame(totals: Totals, level: float, seed: int) -> pd.DataFrame:
     for name, correction in CORRECTIONS.items():
         bias = mean(r[f"{name} bias"], r["length"], r["cluster"], level, positive=True)
         noise = r[f"{name} square"].sum() / r["length"].sum()
-        above, below = (r[f"{name} {side}"].sum() / r["length"].sum() if correction.raw else 0.0 for side in ("above", "below"))
+        above, below = (
+            r[f"{name} {side}"].sum() / r["length"].sum() if correction.bounds else 0.0 for side in ("above", "below")
+        )
         sums |= {f"{name} {what}": np.bincount(index, r[f"{name} {what}"]) for what in ("bias", "square")}
         row = {
             "correction": name, "statement": correction.statement, "removed_above": above, "removed_below": below, "bias": bias.value,
