@@ -10,6 +10,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -180,6 +181,54 @@ print(time.process_time() - started, (peak() - before) / (8 * (len(catalogue) + 
     line("  peak memory relative to what is stated", memory, "x", "(aim: at most 2)")
 
 
+def written(folder: Path, steps: int) -> int:
+    """Write a made-up run, a file for every step of 1,024 responses of a thousand tokens in the mean; returns how many tokens."""
+    rng, tokens = np.random.default_rng(0), 0
+    usual = rng.normal(-1.2, 0.8, 32_000)
+    for step in range(steps):
+        lengths = np.minimum(rng.geometric(1e-3, 1024), 8192)
+        n = int(lengths.sum())
+        ids, reward = np.minimum(rng.zipf(1.3, n) - 1, len(usual) - 1), rng.random(1024)
+        log_p = -np.abs(usual[ids] + rng.normal(0, 0.7, n)) - 1e-9
+        near, far = (np.minimum(log_p + rng.normal(0, spread, n), -1e-12) for spread in (0.01, 0.15))
+        groups, cuts = [f"{step}-{i // 8}" for i in range(1024)], np.cumsum(lengths)[:-1]
+        columns = {"token_id": ids, "logprob": log_p, "behaviour_logprob": near, "ref_logprob": far}
+        rows = {name: np.split(values, cuts) for name, values in columns.items()}
+        records = gl.Records.from_arrays(step=step, group_id=groups, reward=reward, advantage=reward - 0.5, **rows)
+        records.write(folder / f"step-{step:05d}.parquet")
+        tokens += n
+    return tokens
+
+
+def inspecting() -> None:
+    """A run's files looked into, in a process of its own: seconds of one core and peak memory."""
+    code = """
+import resource, sys, time, torch, gradlab as gl
+torch.set_num_threads(1)
+records = gl.read_rollouts(sys.argv[1])
+gl.inspect(gl.Records.from_arrays(logprob=[[-1.0]] * 64, ref_logprob=[[-1.1]] * 64, step=list(range(64))))
+started = time.process_time()
+gl.inspect(records)
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    found = {}
+    for steps in (4, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = written(Path(folder), steps)
+            run = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True)
+            found[steps] = tokens, *map(float, run.stdout.split())
+    (few, short, small), (many, long, large) = found.values()
+    line(
+        f"gl.inspect of {many / 1e6:.0f} million tokens in parquet files, a core, per million",
+        1e6 * long / many,
+        "s",
+        "(aim: 2)",
+    )
+    line(f"  time per token relative to that of {few / 1e6:.0f} million", long / short * few / many, "x", "(aim: 1)")
+    line("  peak memory", large, "MB", "")
+    line(f"  relative to that of {few / 1e6:.0f} million", large / small, "x", "(aim: at most 1.2)")
+
+
 def on_workers() -> None:
     """The same frame on two worker processes of joblib and of a local dask cluster."""
     trees = [gl.Tree.random(vocab=6, length=5, seed=seed) for seed in range(16)]
@@ -297,6 +346,7 @@ def main() -> None:
     ):
         whole_losses(what, policy)
 
+    inspecting()
     on_workers()
     drawing()
 

@@ -235,6 +235,18 @@ def test_parts_files_and_processes_give_what_memory_gives(lagging, tmp_path):
         same(whole, gl.inspect(lagging))
 
 
+def test_a_row_group_of_any_size_is_read_some_tokens_at_a_time(lagging, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = lagging.write(tmp_path / "run.parquet")
+    whole = parquet.read_table(path)
+    parquet.write_table(whole, tmp_path / "one.parquet", row_group_size=len(whole))
+    monkeypatch.setattr("gradlab.records.parquet.TOKENS", 512)
+    blocks = list(gl.read_rollouts(tmp_path / "one.parquet"))
+    assert 256 < max(len(block.mask) for block in blocks) <= 512
+    assert sum(map(len, blocks)) == len(whole) == 1152
+    pd.testing.assert_frame_equal(gl.read_rollouts(tmp_path / "one.parquet").tokens(), lagging.tokens())
+
+
 def test_a_dask_cluster_gives_what_memory_gives(lagging, tmp_path):
     distributed = pytest.importorskip("distributed")
     pytest.importorskip("pyarrow")

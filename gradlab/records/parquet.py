@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: How to get what this module needs; quoted by the error about it.
 INSTALL = "pip install 'gradlab-kl[records]'"
-#: Rows of a file of one row per token that are read together.
-TOKENS = 2**18
+#: Numbers of one column that are read together, and bytes of a file that are.
+TOKENS, BUFFER = 2**18, 2**20
 
 
 def arrow() -> Any:
@@ -84,7 +84,7 @@ def columns_of(paths: Iterable[Path]) -> tuple[tuple[str, ...], list[str]]:
 
 
 def blocks(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[Block]:
-    """The responses of parquet files, of one row per response or one per token, a row group at a time."""
+    """The responses of parquet files, of one row per response or one per token: some `TOKENS` at a time, of one row group."""
     for path in paths:
         yield from _blocks(path, columns)
 
@@ -104,7 +104,7 @@ def pieces(paths: Iterable[Path], columns: Sequence[str]) -> list[tuple[int, Cal
 def _file(path: Path) -> Any:
     pa = arrow()
     try:
-        return pa.parquet.ParquetFile(path)
+        return pa.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is no whole parquet file: {str(error).strip().splitlines()[0]}; a file that a job was killed over has no end. "
@@ -125,11 +125,19 @@ def _blocks(path: Path, columns: Sequence[str], groups: Sequence[int] | None = N
     try:
         if _has_lists(file, columns):
             for group in range(file.num_row_groups) if groups is None else groups:
-                yield of_table(file.read_row_group(group, columns=there))
+                size = _rows_together(file.metadata.row_group(group))
+                for batch in file.iter_batches(size, row_groups=[group], columns=there):
+                    yield of_table(pa.Table.from_batches([batch]))
         else:
             yield from _joined(file.iter_batches(TOKENS, columns=there))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged: {str(error).strip().splitlines()[0]}") from None
+
+
+def _rows_together(group: Any) -> int:
+    """How many rows of a row group hold `TOKENS` numbers in their longest lists."""
+    most = max(group.column(i).num_values for i in range(group.num_columns))
+    return max(1, int(group.num_rows * TOKENS // max(most, 1)))
 
 
 def of_table(read: pa.Table) -> Block:

@@ -263,12 +263,13 @@ def _of_pair(found: Survey, block: Block, base: str, other: str) -> None:
     found.add(other, "both", block.sums(usable))
     x, y = (np.where(usable, z, 0.0) for z in (a, b))
     moments = found.moments.setdefault((base, other), np.zeros((FOLDS, len(SHIFTS), 2, 6)))
-    fold = (block.first + block.owner) % FOLDS
+    fold = (block.first + np.arange(len(block))) % FOLDS
     for s, shift in enumerate(SHIFTS):
         there = usable & _beside(usable, block.owner, shift)
-        for k, z in enumerate((y, np.roll(y, -shift))):
-            for m, product in enumerate((np.ones(len(x)), x, z, x * x, z * z, x * z)):
-                moments[:, s, k, m] += np.bincount(fold[there], weights=product[there], minlength=FOLDS)
+        u = x * there
+        for k, z in enumerate((y * there, np.roll(y, -shift) * there)):
+            for m, product in enumerate((there, u, z, u * u, z * z, u * z)):
+                moments[:, s, k, m] += np.bincount(fold, weights=block.sums(product), minlength=FOLDS)
     sign = np.sign(block["advantage"]) if "advantage" in block else np.full(len(a), np.nan)
     rows = np.stack([a, b, sign], -1)[usable]
     found.gaps.setdefault((base, other), Thinned(3)).add(rows, (block.first + block.owner)[usable], block.place[usable])
