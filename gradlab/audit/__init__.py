@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gradlab.audit.changes import called as changes
     from gradlab.audit.examine import Part
     from gradlab.audit.identify import Identification
+    from gradlab.audit.jax_loss import JaxLoss
     from gradlab.audit.load import called as load
     from gradlab.audit.probes.setting import Probe
     from gradlab.audit.run import Audit, audit, frame
@@ -22,6 +23,7 @@ __all__ = [
     "Batch",
     "Bound",
     "Identification",
+    "JaxLoss",
     "LossError",
     "Part",
     "Probe",
@@ -38,6 +40,7 @@ _HOMES = {
     "LossError": "call",
     "Part": "examine",
     "Identification": "identify",
+    "JaxLoss": "jax_loss",
     **dict.fromkeys(["Audit", "audit", "frame"], "run"),
     "Probe": "probes.setting",
 }

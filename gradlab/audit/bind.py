@@ -17,7 +17,7 @@ import torch
 
 from gradlab._common.lazy import callable_module
 from gradlab._common.names import check_name
-from gradlab.audit import trial
+from gradlab.audit import jax_loss, trial
 from gradlab.audit.batch import Batch, Bound, Subject
 from gradlab.audit.call import LossError
 from gradlab.audit.load import version
@@ -59,15 +59,25 @@ def bind(
     function = getattr(function, "_torchdynamo_orig_callable", function)  # compiling for tiny batches would take minutes
     label = name or str(getattr(function, "__name__", type(function).__name__))
     flat = dict(settings or {})
+    if jax_loss.is_jax(function):
+        function = jax_loss.JaxLoss(function, every=result is not None)
     call = _Call.of(function, label, dict(roles or {}), nested(flat), returns, result)
     tokens = trial.vocabulary(call.plain_value, label) if vocab is None else vocab
     own = call.temperature()
     home = type(function) if isinstance(function, torch.nn.Module) else function
     package, number = version(str(getattr(home, "__module__", "") or ""))
-    subject = _fitting(call, tokens)
+    try:
+        subject = _fitting(call, tokens)
+    except LossError as error:
+        call = dataclasses.replace(call, function=jax_loss.instead(call.function, label, error, result is not None))
+        subject = _fitting(call, tokens)
     configuration = {**flat, **({} if returns == "loss" else {"returns": returns}), **subject.configuration}
     sampled = own if temperature is None else temperature
     at = (Bound("temperature", f"{sampled:g}", "the data are sampled at it"),) if sampled != 1 else ()
+    if lifted := getattr(home, "__lifted__", ""):
+        at = (*at, Bound("file", "lifted", lifted))
+    if isinstance(call.function, jax_loss.JaxLoss):
+        at = (*at, Bound("arrays", "JAX's", "the function computes with them; gradients are by jax.vjp"))
     return dataclasses.replace(
         subject,
         package=package,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from gradlab.audit.batch import Batch, Subject
+
+IN_NUMPY = (
+    "computes in numpy, which keeps no gradients, so that there is none to audit; write it with torch, or with jax.numpy, whose "
+    "functions have the same names"
+)
+#: Called at every evaluation of a loss, for whoever shows how far an audit is.
+watched: list[Callable[[], object]] = []
 
 _OURS = str(Path(__file__).parents[1])
 
@@ -52,6 +60,8 @@ def evaluate(subject: Subject, batch: Batch) -> Tensor:
     Raises `LossError` when the loss raises, and `ValueError` when it does not return a scalar tensor of floating point or
     changes its inputs in place.
     """
+    for watch in watched:
+        watch()
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     versions = {name: tensor._version for name, tensor in tensors.items()}
     try:
@@ -65,6 +75,8 @@ def evaluate(subject: Subject, batch: Batch) -> Tensor:
             f"{subject.name} changes its input {', '.join(changed)} in place, so whatever reads it next gets other numbers and "
             "no gradient can be trusted; work on a copy (x = x - y instead of x -= y)"
         )
+    if type(loss).__module__ == "numpy":
+        raise ValueError(f"{subject.name} {IN_NUMPY}")
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"{subject.name} is not differentiable: it returned {type(loss).__name__}, not a tensor; leave out .item(), float() "

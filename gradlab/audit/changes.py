@@ -153,7 +153,9 @@ def _probes(record: Record) -> dict[str, Mapping[str, Any]]:
 def _probe_text(probe: Mapping[str, Any]) -> str:
     if not probe:
         return "not asked"
-    return f"{ {True: 'pass', False: 'FAIL'}.get(probe['passed'], 'n/a') }: {probe['finding']}"
+    mark = {True: "pass", False: "FAIL"}.get(probe["passed"], "n/a")
+    finding = str(probe["finding"]).removeprefix(str(probe.get("part")) + ": ")
+    return f"{mark}: {finding}"
 
 
 def _bindings(old: Record, new: Record) -> list[tuple[str, str, str]]:
@@ -174,7 +176,7 @@ def _curve(old: Record, new: Record) -> list[tuple[str, str, str]]:
         y, z = before[x], after[x]
         same = y == z if y is None or z is None else math.isclose(y, z, rel_tol=FACTOR, abs_tol=least)
         if abs(x) <= REACH and not same:
-            return [(f"coefficient of a token at ℓ = {x:g}", _number(y), _number(z))]
+            return [(f"coefficient of a token at ℓ = {x + 0.0:g}", _number(y), _number(z))]
     return []
 
 

@@ -38,7 +38,7 @@ def show(audits: Sequence[Audit]) -> None:
         on, off = audited.rows()
         cells = (
             on["subject"], on["verdict"], number(on["scale"]), number(on["cosine"]), off["verdict"], number(off["cosine"]),
-            on["failures"].replace(";", ", ") or "none",
+            on["failures"].replace(";", ", ") or ("none" if audited.probes else "not asked"),
         )  # fmt: skip
         table.add_row(*map(escape, cells))
     console = wide_console()
@@ -66,6 +66,8 @@ def _show_one(audited: Audit) -> None:
     table = Table(header_style="bold")
     for heading in ("probe", "", "finding", "example"):
         table.add_column(heading, overflow="fold")
+    if not audited.probes:
+        return
     marks = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "[dim]n/a[/]"}
     for probe in audited.probes:
         table.add_row(probe.name, marks[probe.passed], escape(probe.finding), escape(probe.example))

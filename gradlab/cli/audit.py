@@ -33,6 +33,9 @@ def audit_command(
     installed: Annotated[bool, typer.Option("--installed", help="Audit every framework that is installed.")] = False,
     binds: Annotated[list[str] | None, typer.Option("--bind", help="NAME=ROLE: which tensor an argument is.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
+    stub: Annotated[
+        list[str] | None, typer.Option("--stub", help="An imported name that the loss never calls: it is not needed then.")
+    ] = None,
     returns: Annotated[Returns, typer.Option("--returns", help="What the function returns.")] = Returns.loss,
     result: Annotated[str | None, typer.Option("--result", help="KEY or INDEX: which of several results is the loss.")] = None,
     vocab: Annotated[int | None, typer.Option("--vocab", min=2, max=8, help="Tokens of the policies; 3 if left out.")] = None,
@@ -89,14 +92,14 @@ def audit_command(
     kept = None if baseline is None else changes.read(baseline)
     chosen = _subjects(
         target or [], installed, binds or [], setting or [], returns.value,
-        {"result": result, "vocab": vocab, "temperature": temperature},
+        {"result": result, "vocab": vocab, "temperature": temperature}, stub or [],
     )  # fmt: skip
     chosen = [subject for subject in chosen if only is None or only in subject.name]
     chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
-    results = spread((joblib.delayed(_attempt)(subject, top_p, quick) for subject in progress), jobs)
+    results = spread((joblib.delayed(_attempt)(subject, top_p, quick, jobs == 1) for subject in progress), jobs)
     audits = [result for result in results if isinstance(result, Audit)]
     problems = {subject.name: result for subject, result in zip(chosen, results, strict=True) if isinstance(result, ValueError)}
     unmet: dict[str, list[str]] = {}
@@ -137,17 +140,31 @@ def _failed(audited: Audit, name: str) -> str | None:
     return f"{audited.subject.name} fails the probe {name}: {failed[0].finding}" if failed else None
 
 
-def _attempt(subject: Subject, top_p: float | None, quick: bool) -> Audit | ValueError:
+def _attempt(subject: Subject, top_p: float | None, quick: bool, watch: bool) -> Audit | ValueError:
+    from tqdm import tqdm
+
+    from gradlab.audit import call
     from gradlab.audit.run import audit
 
-    try:
-        return audit(subject, top_p=top_p, quick=quick)
-    except ValueError as error:
-        return error
+    # Unknown how many there will be; what takes less than three seconds needs no bar.
+    with tqdm(desc=subject.name, unit=" calls", delay=3, leave=False, disable=None if watch else True) as bar:
+        call.watched.append(bar.update)
+        try:
+            return audit(subject, top_p=top_p, quick=quick)
+        except ValueError as error:
+            return error
+        finally:
+            call.watched.remove(bar.update)
 
 
 def _subjects(
-    given: list[str], installed: bool, binds: list[str], setting: list[str], returns: str, options: dict[str, Any]
+    given: list[str],
+    installed: bool,
+    binds: list[str],
+    setting: list[str],
+    returns: str,
+    options: dict[str, Any],
+    stubs: list[str],
 ) -> list[Subject]:
     """What to audit: functions by their address, frameworks by name."""
     from gradlab.audit import adapters
@@ -161,7 +178,9 @@ def _subjects(
             f"({', '.join(adapters.ADAPTERS)}), or --installed for all that are here"
         )
     named = [address for address in given if ":" not in address and not address.endswith(".py") and "." not in address]
-    if (installed or len(named) == len(given)) and (unused := _unused(binds, setting, returns, options)):
+    if (installed or len(named) == len(given)) and (
+        unused := _unused(binds, setting, returns, {**options, "stub": stubs or None})
+    ):
         raise ValueError(
             f"{unused}: this is about the arguments of a function of yours; the losses of a framework are bound already"
         )
@@ -178,7 +197,7 @@ def _subjects(
         if ":" not in address:
             subjects += adapters.subjects([address])
             continue
-        loaded = load(address)
+        loaded = load(address, stubs)
         name = address.rpartition(":")[2]
         subjects.append(
             loaded
