@@ -157,7 +157,11 @@ def of_results(log_probs, ref_log_probs, mask):
     return {"kl": total.detach(), "total_loss": total}
 
 
-@pytest.mark.parametrize("function", [Module(), of_mapping, of_attributes, of_labels, of_padding, of_results], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [Module(), of_mapping, of_attributes, of_labels, of_padding, of_results],
+    ids=lambda f: getattr(f, "__name__", type(f).__name__),
+)
 def test_conventions_of_users_are_understood(function):
     found = gl.audit(function)
     assert found.on_policy.descends("reverse_kl_frozen_prefix")
