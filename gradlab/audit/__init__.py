@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from gradlab.audit.bind import called as bind
     from gradlab.audit.call import LossError
     from gradlab.audit.changes import called as changes
+    from gradlab.audit.configured import Configured, Switch, Term
+    from gradlab.audit.configured import called as configured
     from gradlab.audit.examine import Part
     from gradlab.audit.identify import Identification
     from gradlab.audit.jax_loss import JaxLoss
@@ -22,15 +24,19 @@ __all__ = [
     "Audit",
     "Batch",
     "Bound",
+    "Configured",
     "Identification",
     "JaxLoss",
     "LossError",
     "Part",
     "Probe",
     "Subject",
+    "Switch",
+    "Term",
     "audit",
     "bind",
     "changes",
+    "configured",
     "frame",
     "load",
 ]
@@ -38,6 +44,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(["Batch", "Bound", "Subject"], "batch"),
     "LossError": "call",
+    **dict.fromkeys(["Configured", "Switch", "Term"], "configured"),
     "Part": "examine",
     "Identification": "identify",
     "JaxLoss": "jax_loss",

@@ -7,7 +7,7 @@ from ast import literal_eval
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -31,6 +31,15 @@ def audit_command(
         typer.Argument(help="package.module:function, path/to/file.py:function, or a framework such as trl; several at will."),
     ] = None,
     installed: Annotated[bool, typer.Option("--installed", help="Audit every framework that is installed.")] = False,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", help="A YAML or JSON configuration of verl, TRL or OpenRLHF.")
+    ] = None,
+    framework: Annotated[
+        str | None,
+        typer.Option(
+            "--framework", help="Whose configuration it is, where that cannot be told: verl, trl, trl-rloo, openrlhf."
+        ),
+    ] = None,
     binds: Annotated[list[str] | None, typer.Option("--bind", help="NAME=ROLE: which tensor an argument is.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: a literal for an argument.")] = None,
     stub: Annotated[
@@ -90,12 +99,15 @@ def audit_command(
     if junit is not None:
         ensure_writable_file(junit)
     kept = None if baseline is None else changes.read(baseline)
-    chosen = _subjects(
+    described = _configured(config or [], framework, sys.stderr if json else sys.stdout)
+    chosen = described if config and not target and not installed else described + _subjects(
         target or [], installed, binds or [], setting or [], returns.value,
         {"result": result, "vocab": vocab, "temperature": temperature}, stub or [],
     )  # fmt: skip
     chosen = [subject for subject in chosen if only is None or only in subject.name]
     chosen = chosen if group is None else [replace(subject, group=group) for subject in chosen]
+    if not chosen and config:
+        return
     if not chosen:
         raise ValueError(f"nothing to audit: no configuration {'is named like ' + repr(only) if only else 'was given'}")
     progress = tqdm(chosen, desc="audit", unit="loss", disable=None if len(chosen) > 1 else True)
@@ -138,6 +150,16 @@ def _failed(audited: Audit, name: str) -> str | None:
     """Why the probe `name` does not pass, in one line, or `None` when it does or does not apply."""
     failed = [probe for probe in audited.failures if probe.name == name]
     return f"{audited.subject.name} fails the probe {name}: {failed[0].finding}" if failed else None
+
+
+def _configured(paths: list[Path], framework: str | None, stream: TextIO) -> list[Subject]:
+    """The live terms of configurations, which are told of at once."""
+    from gradlab.audit.configured import configured
+
+    found = [configured(path, framework) for path in paths]
+    for item in found:
+        print("\n".join(item.lines), file=stream)
+    return [subject for item in found for subject in item.subjects]
 
 
 def _attempt(subject: Subject, top_p: float | None, quick: bool, watch: bool) -> Audit | ValueError:
