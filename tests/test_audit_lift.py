@@ -193,3 +193,32 @@ def kl_loss(logprob, ref_logprob):
     )
     audited = gl.audit(load(f"{tmp_path / 'losses.py'}:kl_loss"), quick=True)
     assert audited.on_policy.descends("reverse_kl_frozen_prefix")
+
+
+def test_a_dataclass_that_an_argument_is_annotated_with_comes_along(tmp_path):
+    (tmp_path / "losses.py").write_text(
+        """
+from dataclasses import dataclass
+import torch
+import absent_cluster
+from absent_configuration import Config
+
+@dataclass
+class Inputs:
+    trainer_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    loss_mask: torch.BoolTensor
+    weights: torch.Tensor | None = None
+
+@dataclass
+class Other(Config):
+    pass
+
+def kl_loss(inputs: Inputs, other: Other | None = None):
+    kept = inputs.loss_mask & (inputs.trainer_logprobs < 1)
+    return (0.5 * (inputs.trainer_logprobs - inputs.ref_logprobs) ** 2 * kept).sum()
+"""
+    )
+    audited = gl.audit(load(f"{tmp_path / 'losses.py'}:kl_loss"), quick=True)
+    assert audited.on_policy.descends("reverse_kl_frozen_prefix")
+    assert "Inputs, kl_loss" in audited.subject.binding[-1].how

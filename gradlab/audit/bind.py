@@ -370,6 +370,7 @@ def _dataclasses(function: Callable[..., Any], signature: inspect.Signature) -> 
     found = {}
     for key, parameter in signature.parameters.items():
         hint = hints.get(key, parameter.annotation)
+        hint = getattr(function, "__globals__", {}).get(hint, hint) if isinstance(hint, str) else hint
         inner = [hint, *typing.get_args(hint)]
         kind = next((item for item in inner if isinstance(item, type) and dataclasses.is_dataclass(item)), None)
         if kind is not None and kind is not Batch and any(role_of(item.name) for item in dataclasses.fields(kind)):

@@ -52,6 +52,8 @@ def lift(path: Path, name: str, stubs: Collection[str] = ()) -> Lifted:
     if not file.defines(name):
         raise ValueError(f"no function {name!r} in {path.name}")
     found = file.lifted([name])[name]
+    if not lifting.missing:
+        file.annotate(name)
     if lifting.missing:
         tops = [module.partition(".")[0] for module in lifting.missing.values()]
         install = ", ".join(dict.fromkeys(top for top in tops if top not in file.package)) or "what it needs"
@@ -149,6 +151,17 @@ class _File:
 
     def defines(self, name: str) -> bool:
         return any(True for _ in self._binding(name))
+
+    def annotate(self, name: str) -> None:
+        """Define the classes of the file that the arguments of a function are annotated with, where that can be done."""
+        for statement in self._binding(name):
+            arguments = ast.walk(statement.args) if isinstance(statement, ast.FunctionDef) else ()
+            for node in arguments:
+                if isinstance(node, ast.Name) and any(isinstance(s, ast.ClassDef) for s in self._binding(node.id)):
+                    self.lifted([node.id])
+                    if self.lifting.missing:
+                        self.lifting.missing.clear()
+                        del self.module.__dict__[node.id]
 
     def _run(self, name: str) -> None:
         if name in self.module.__dict__ or name in _BUILTINS:

@@ -109,7 +109,11 @@ def built(kind: type, batch: UserBatch) -> Any:
     for item in dataclasses.fields(kind):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if item.init and (item.name in batch or required):
-            given[item.name] = batch[item.name]
+            value = batch[item.name]
+            wants_bool = (
+                isinstance(value, torch.Tensor) and batch.read.get(item.name) == "mask" and "bool" in str(item.type).lower()
+            )
+            given[item.name] = value.bool() if wants_bool else value
     return kind(**given)
 
 

@@ -35,7 +35,8 @@ def audits(place: str, arguments: Sequence[str] = (), requirements: bool = False
         if not arguments:
             raise ValueError(f"say what to audit in {place}: gradlab drift BEFORE AFTER path/to/file.py:function")
         return _run(place, arguments, Path(place))
-    chosen = list(arguments) if arguments and not arguments[0].startswith("-") else [*framework(place), *arguments]
+    named = arguments and (not arguments[0].startswith("-") or "--config" in arguments)
+    chosen = list(arguments) if named else [*framework(place), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         _install(place, Path(folder), requirements)
         return _run(place, chosen, Path(folder), installed=True)
