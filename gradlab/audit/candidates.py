@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradlab._common.names import check_name
+from gradlab.audit import divergences
 from gradlab.audit.parts import REWARDS
 from gradlab.audit.worlds import AuditScenario, tempered
 from gradlab.policies import Policy, Tree
@@ -104,11 +105,14 @@ WITHOUT_REFERENCE = ("inverse_length", "behaviour_kl", "length", "entropy", "ent
 
 def check(name: str) -> None:
     """Raise `ValueError` for the name of an objective that no audit can find, with the nearest ones."""
-    check_name("target", name, [*CANDIDATES, *REWARDS])
+    if not divergences.is_divergence(name):
+        check_name("target", name, [*CANDIDATES, *REWARDS])
 
 
 def words(name: str) -> str:
     """How a verdict names an objective: "equals the gradient of …"; a registered one by its statement."""
+    if divergences.is_divergence(name):
+        return divergences.words(name)
     name, _, temperature = name.partition("@")
     said = REWARDS[name].words if name in REWARDS else WORDS[name] if name in WORDS else CANDIDATES[name].statement
     return said + (f" of the policies at temperature {temperature}" if temperature else "")

@@ -6,10 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from gradlab.audit.candidates import WITHOUT_REFERENCE, candidate_gradients, words
+from gradlab.audit.divergences import FAMILIES, Family, gradient, of_family, top
 from gradlab.audit.engine import ExpectedGradient
 from gradlab.audit.worlds import AuditScenario
 
@@ -27,6 +30,8 @@ SCOPES = {
 MAX_NOISE_ERROR, MAX_ROUNDING_ERROR = 0.1, 0.02
 #: The least that either of two objectives has to contribute, where 1e3 tolerances are more.
 MIN_SHARE = 0.3
+#: Parameters of a family that are tried, and the sine of an angle from which on its gradient is looked at more closely.
+GRID, PARALLEL = 25, 0.2
 #: A mean is known to within this many standard errors or rounding errors.
 STANDARD_ERRORS = 5
 #: Where the worlds are.
@@ -181,13 +186,8 @@ def _within_rounding(
 def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float], candidates: Candidates) -> _Fit | None:
     """Coefficients of the first single objective, or else pair, or else three, that fits all fields jointly, each to its relative bound."""
     tolerance = min(bounds)
-    # Every world counts alike, whatever the size of its gradient, unless it is less well known.
-    relative_weights = [tolerance / bound for bound in bounds]
-    weights = [
-        s / max(float(f.mean.norm()), tolerance * f.size) for s, f in zip(relative_weights, expected_gradients, strict=True)
-    ]
+    relative_weights, weights, goal = _joint(expected_gradients, bounds)
     lengths = [len(expected.mean) for expected in expected_gradients]
-    goal = torch.cat([w * expected.mean for w, expected in zip(weights, expected_gradients, strict=True)])
     columns: dict[str, Tensor] = {}
     known_gradients = [candidates(expected.case) for expected in expected_gradients]
     for name in known_gradients[0]:
@@ -210,6 +210,56 @@ def _fit(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]
                 matches.append((dict(zip(names, coefficients.tolist(), strict=True)), error))
         if matches:
             return min(matches, key=lambda match: match[1]) if size == 1 else matches[0]
+        if size == 1 and len(expected_gradients) > 1 and candidates is candidate_gradients:
+            divergence = _divergence(expected_gradients, bounds)
+            if divergence is not None:
+                return divergence
+    return None
+
+
+def _joint(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]) -> tuple[list[float], list[float], Tensor]:
+    """Relative and absolute weights of the worlds, and what is to be explained in all of them, one after the other."""
+    tolerance = min(bounds)
+    # Every world counts alike, whatever the size of its gradient, unless it is less well known.
+    relative_weights = [tolerance / bound for bound in bounds]
+    weights = [
+        s / max(float(f.mean.norm()), tolerance * f.size) for s, f in zip(relative_weights, expected_gradients, strict=True)
+    ]
+    return relative_weights, weights, torch.cat([w * f.mean for w, f in zip(weights, expected_gradients, strict=True)])
+
+
+def _divergence(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence[float]) -> _Fit | None:
+    """A divergence with a parameter, or over the likeliest tokens, that fits all fields jointly."""
+    _, weights, goal = _joint(expected_gradients, bounds)
+    cases = [expected.case for expected in expected_gradients]
+
+    def far(family: Family, parameter: float) -> float:
+        """Sine of the angle between what is to be explained and a member's gradient."""
+        column = torch.cat([w * of_family(family, parameter, case) for w, case in zip(weights, cases, strict=True)])
+        norm = float(column @ column)
+        return float((goal - (float(goal @ column) / norm) * column).norm() / goal.norm()) if norm > 0 else 1.0
+
+    def fits(name: str) -> _Fit | None:
+        # A name of its own: `_fit` looks for further divergences among the objectives of an audit only.
+        return _fit(expected_gradients, bounds, lambda case: {name: gradient(name, case)})
+
+    for name in top(cases[0].vocab):
+        if (found := fits(name)) is not None:
+            return found
+    for family in FAMILIES.values():
+        grid = np.linspace(family.low, family.high, GRID)
+        values = [far(family, float(parameter)) for parameter in grid]
+        best = int(np.argmin(values))
+        if values[best] > PARALLEL:
+            continue
+        around = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, GRID - 1)])
+        parameter = float(
+            minimize_scalar(lambda p, f=family: far(f, p), bounds=around, method="bounded", options={"xatol": 1e-12}).x
+        )
+        # People write few digits.
+        for digits in (1, 2, 3, 4, 6, 9):
+            if (found := fits(f"{family.name}({parameter:.{digits}g})")) is not None:
+                return found
     return None
 
 

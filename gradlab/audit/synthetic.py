@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,3 +93,15 @@ def coefficients(subject: Subject, probe_batch: Batch) -> tuple[Tensor, float]:
     if logits is not None:
         total = total + logits[..., 0] / -torch.expm1(probe_batch.log_prob.detach())
     return total.double(), float(loss.detach())
+
+
+def sums_over_tokens(subject: Subject, probe_batch: Batch) -> bool:
+    """Whether a loss sums over the vocabulary: its gradient is that of the logits, and another drawn token changes nothing."""
+    loss = evaluate(subject, probe_batch)
+    if not loss.requires_grad:
+        return False
+    direct, logits = torch.autograd.grad(loss, [probe_batch.log_prob, probe_batch.logits], allow_unused=True)
+    if direct is not None or logits is None:
+        return False
+    other = evaluate(subject, replace(probe_batch, tokens=torch.ones_like(probe_batch.tokens)))
+    return bool((loss - other).detach().abs() <= torch.finfo(loss.dtype).eps * loss.detach().abs())

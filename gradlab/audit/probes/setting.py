@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gradlab.audit import curve
-from gradlab.audit.batch import Subject
+from gradlab.audit.batch import Batch, Subject
 from gradlab.audit.engine import ExpectedGradient
 from gradlab.audit.precision import Precision
-from gradlab.audit.synthetic import Tokens, coefficients, responses
+from gradlab.audit.synthetic import Tokens, coefficients, responses, sums_over_tokens
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,17 @@ class Setting:
         self, *rows: Tokens, columns: int = 5, padding_seed: int = 0, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, float]:
         """Coefficients `[B, T]` of a batch, and the loss."""
+        return coefficients(self.subject, self._batch(*rows, columns=columns, padding_seed=padding_seed, dtype=dtype))
+
+    def sums_over_tokens(self, row: Tokens) -> bool:
+        """Whether the loss sums over the vocabulary, whatever was drawn."""
+        return sums_over_tokens(self.subject, self._batch(row, columns=5, padding_seed=0, dtype=torch.float64))
+
+    def _batch(self, *rows: Tokens, columns: int, padding_seed: int, dtype: torch.dtype) -> Batch:
         # Companions differ: a group whose members are all alike is a special case for whatever divides by its spread.
         companions = [Tokens.at(0.1 + 0.05 * k, -0.2, advantage=-rows[0].advantage) for k in range(self.group - len(rows))]
-        probe_batch, _ = responses(
-            *rows, *companions, columns=columns, padding_seed=padding_seed, dtype=dtype, vocab=self.vocab
-        )
-        return coefficients(self.subject, probe_batch)
+        given = (*rows, *companions)
+        return responses(*given, columns=columns, padding_seed=padding_seed, dtype=dtype, vocab=self.vocab)[0]
 
     def same(self, x: Tensor, y: Tensor) -> bool:
         """Whether two tensors agree to rounding."""

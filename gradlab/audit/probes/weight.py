@@ -27,6 +27,9 @@ def weight(s: Setting) -> Probe:
     if not bool(reached.any()):
         if not s.needs_weight:
             return Probe("weight", True, "no importance weight, and none is needed: off-policy it descends the same", example)
+        if s.sums_over_tokens(Tokens.at(*RATIOS)):
+            finding = "no importance weight; none is needed for tokens, which are summed over, but prefixes are the sampler's"
+            return Probe("weight", True, finding, example)
         return Probe("weight", False, "no importance weight: off-policy data are used as if they were on-policy", example)
     reach = level(reached)
     parts = [reach, detached(s), *_bounds(s)]
