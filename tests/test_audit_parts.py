@@ -235,7 +235,7 @@ def test_a_top_k_gets_one_token_more_than_it_takes():
 
     found = gl.audit(loss)
     assert found.subject.vocab == 4
-    assert not found.on_policy.combination
+    assert found.on_policy.combination == {"top3_reference_forward_kl_raw": pytest.approx(1.0, rel=1e-9)}
     with pytest.raises(ValueError, match="--set topk=2"):
         gl.audit(lambda logits, ref_logits: logits.topk(20).values.sum())
 
