@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from gradlab.audit.candidates import WITHOUT_REFERENCE, candidate_gradients, words
@@ -254,7 +254,9 @@ def _divergence(expected_gradients: Sequence[ExpectedGradient], bounds: Sequence
             continue
         around = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, GRID - 1)])
         parameter = float(
-            minimize_scalar(lambda p, f=family: far(f, p), bounds=around, method="bounded", options={"xatol": 1e-12}).x
+            scipy.optimize.minimize_scalar(
+                lambda p, f=family: far(f, p), bounds=around, method="bounded", options={"xatol": 1e-12}
+            ).x
         )
         # People write few digits.
         for digits in (1, 2, 3, 4, 6, 9):
