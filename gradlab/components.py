@@ -76,9 +76,7 @@ def components(
                     mean = exact.moments(loss, scenario).mean.numpy()
                     columns = _exact(mean, exact.covariance(loss, scenario).diag().sqrt().numpy(), truth)
                 else:
-                    batches = runs[e].batch_means
-                    assert batches is not None
-                    columns = _sampled(batches.numpy().T, None, truth, samples, level)
+                    columns = _sampled(runs[e].batch_means.numpy().T, None, truth, samples, level)
                 for j, parameter in enumerate(scenario.policy.parameter_names):
                     row = {"estimator": name, "target": target, "parameter": parameter}
                     rows.append({**_common(scenario, samples), **row, **{key: column[j] for key, column in columns.items()}})

@@ -45,8 +45,7 @@ def exact_moments(loss: PolicyLoss, rollout: Rollout, pullback: Pullback) -> Mom
     """
     check_policies(loss, rollout)
     loss = fixed(loss, rollout)
-    assert loss.group is not None
-    return over_prompts([_one_prompt(loss, part, pullback) for part in rollout.by_prompt()], loss.group)
+    return over_prompts([_one_prompt(loss, part, pullback) for part in rollout.by_prompt()], loss.group_size)
 
 
 def _one_prompt(loss: PolicyLoss, rollout: Rollout, pullback: Pullback) -> Moments:
@@ -132,11 +131,10 @@ def _rewards_of(counts: Tensor, levels: Tensor) -> Tensor:
 
 
 def _law(loss: PolicyLoss, rollout: Rollout, levels: Tensor, weight: Tensor) -> Law:
-    assert loss.group is not None
     advantage = _first(loss, rollout)
-    others = compositions(loss.group - 1, len(levels))
+    others = compositions(loss.group_size - 1, len(levels))
     single = torch.stack([advantage(_joined([own], others, levels)) for own in levels])
-    pairs = compositions(loss.group - 2, len(levels))
+    pairs = compositions(loss.group_size - 2, len(levels))
     pair = torch.stack([torch.stack([advantage(_joined([own, other], pairs, levels)) for other in levels]) for own in levels])
     return Law(single, probabilities(others, weight), pair, probabilities(pairs, weight))
 
@@ -151,9 +149,8 @@ def given_others(loss: PolicyLoss, rollout: Rollout) -> tuple[Tensor, Tensor]:
         return normalised(fixed(loss, rollout), rollout, values)[:, None], torch.ones(1, dtype=torch.float64)
     levels, classes = torch.unique(values, return_inverse=True)
     _check_classes(loss, len(levels))
-    assert loss.group is not None
     weight = torch.zeros(len(levels), dtype=torch.float64).index_add(0, classes, rollout.weight)
-    others, advantage = compositions(loss.group - 1, len(levels)), _first(fixed(loss, rollout), rollout)
+    others, advantage = compositions(loss.group_size - 1, len(levels)), _first(fixed(loss, rollout), rollout)
     single = torch.stack([advantage(_joined([own], others, levels)) for own in levels])
     return single[classes], probabilities(others, weight)
 
@@ -165,8 +162,7 @@ def _first(loss: PolicyLoss, rollout: Rollout) -> Callable[[Tensor], Tensor]:
 
 
 def _check_classes(loss: PolicyLoss, count: int) -> None:
-    assert loss.group is not None
-    if count > CLASSES or _work(count, loss.group) > LAW:
+    if count > CLASSES or _work(count, loss.group_size) > LAW:
         instead = "" if loss.linear else " with an advantage that is not linear"
         raise ValueError(
             f"groups of {loss.group} out of {count} different values{instead} are too many to list; estimate from samples "
@@ -186,8 +182,7 @@ def _joined(first: Sequence[Tensor], counts: Tensor, levels: Tensor) -> Tensor:
 def _of_classes(
     loss: PolicyLoss, rollout: Rollout, classes: Tensor, law: Law, basis: list[Coefficients], pullback: Pullback, count: int
 ) -> Moments:
-    size = loss.group
-    assert size is not None
+    size = loss.group_size
     linear = loss.combine != "after" or len(basis) == 2
     if linear:
         shares, paired = (_shares(each, len(basis)) for each in (law.single, law.pair))
@@ -240,8 +235,7 @@ def _hoeffding(loss: PolicyLoss, rollout: Rollout, values: Tensor, basis: list[C
     With `d = x − E x`, `s` the gradient for advantage 1 and `q` the part alone, a response's is `a (d − D) s + q`, `D` the mean of the
     others' `d`, which is independent of it. Of a pair, each one's `D` holds the other's `d` once.
     """
-    size, weight = loss.group, rollout.weight
-    assert size is not None
+    size, weight = loss.group_size, rollout.weight
     of = advantages.within_group(loss.advantage, std=loss.std, epsilon=loss.epsilon, k=loss.k)
     first = torch.zeros(1, size, dtype=torch.float64)
     first[0, 0] = 1.0

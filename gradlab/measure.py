@@ -392,7 +392,7 @@ def _blocks(moments: Sequence[Moments]) -> list[list[int]]:
     for e, run in enumerate(moments):
         # Runs on a wide table are compared by the cells that they have in common, and are never held in full.
         cells = run.batches.cells if isinstance(run.batches, Sums) and run.batches.scattered else None
-        batches = 1 if cells is not None else len(run.batch_means) if run.batch_means is not None else 0
+        batches = 1 if cells is not None else len(run.batch_means)
         alike.setdefault((batches * run.mean.numel(), id(cells), run.batch_traces is None), []).append(e)
     return [
         list(part)
@@ -405,7 +405,7 @@ def _blocks(moments: Sequence[Moments]) -> list[list[int]]:
 def _intervals(runs: Sequence[Moments], targets: Array, level: float) -> dict[str, intervals.Interval]:
     """Intervals `[e, g]` of bias, cosine and noise."""
     scattered = [run.batches for run in runs if isinstance(run.batches, Sums) and run.batches.scattered]
-    means = [] if scattered else [run.batch_means.numpy() for run in runs if run.batch_means is not None]
+    means = [] if scattered else [run.batch_means.numpy() for run in runs]
     if (scattered[0].shape[0] if scattered else len(means[0])) < intervals.MINIMUM_BATCHES:
         # Too few to say anything: the widest intervals there are, around what has no estimate.
         no_estimate = np.where(targets.any(-1), 0.0, np.nan) + np.zeros((len(runs), 1))
@@ -429,13 +429,9 @@ def _against_sampled_target(moments: Moments, target: Moments, level: float) -> 
     Squared bias is the U-statistic of the draws' differences, the target's norm one of its own; their intervals, each at half
     the error, bound the quotient (Bonferroni). The cosine's interval is a delete-one-batch jackknife.
     """
-    assert moments.samples is not None
-    assert moments.batch_means is not None
-    assert target.batch_means is not None
-    n = moments.samples
     if len(moments.batch_means) < intervals.MINIMUM_BATCHES:
-        raise ValueError(f"{n} responses are too few where the target is estimated, too; take at least 128")
-    run, truth = (intervals.Batches.of(each.batch_means.numpy()) for each in (moments, target) if each.batch_means is not None)
+        raise ValueError(f"{moments.samples} responses are too few where the target is estimated, too; take at least 128")
+    run, truth = (intervals.Batches.of(each.batch_means.numpy()) for each in (moments, target))
     difference = intervals.Batches(run.mean - truth.mean, run.deviations - truth.deviations)
     origin, half = np.zeros(len(run.mean)), (1 + level) / 2
     gap, size = intervals.squared_distance(difference, origin, half), intervals.squared_distance(truth, origin, half)
@@ -446,7 +442,7 @@ def _against_sampled_target(moments: Moments, target: Moments, level: float) -> 
     row: dict[str, Any] = {
         "via": "sampled",
         "method": f"{moments.method}, target estimated",
-        "samples": n,
+        "samples": moments.samples,
         "gradient_norm": float(np.sqrt(max(norm, 0.0))),
         "target_norm": float(np.sqrt(max(float(size.estimate), 0.0))),
         "trace_cov": moments.trace_cov,

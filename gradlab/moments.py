@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,8 +72,10 @@ class Moments:
     distances: tuple[float, float] | None = None
 
     @cached_property
-    def batch_means(self) -> Tensor | None:
-        """Mean gradients of the batches in full, `[b, p]`; `None` for exact moments."""
+    def batch_means(self) -> Tensor:
+        """Mean gradients of the batches in full, `[b, p]`; exact moments have none, `[0, p]`."""
+        if self.batches is None:
+            return self.mean.new_empty(0, len(self.mean))
         return self.batches.dense()[0] if isinstance(self.batches, Sums) else self.batches
 
 
@@ -207,14 +210,14 @@ def gathered(
     return Gradients(rollout, score, tuple(direct), dict(cotangents or {}))
 
 
-def is_grouped(loss: Loss) -> bool:
+def is_grouped(loss: Loss) -> TypeGuard[Estimator | PolicyLoss]:
     """Whether a loss compares responses to one prompt with each other, so that a single one has no gradient of its own."""
     return isinstance(loss, Estimator | PolicyLoss) and loss.grouped
 
 
 def unit_of(loss: Loss) -> int:
     """How many responses to one prompt a loss takes together."""
-    return (loss.group or 1) if isinstance(loss, Estimator | PolicyLoss) and loss.grouped else 1
+    return loss.group_size if isinstance(loss, Estimator | PolicyLoss) and loss.grouped else 1
 
 
 def cotangent(loss: Loss, rollout: Rollout) -> Tensor:
@@ -343,7 +346,7 @@ def group_moments(
         ungrouped = replace(estimator, baseline=None, group=None)
         if ungrouped not in statistics:
             statistics[ungrouped] = [_covariance_statistics(ungrouped, parts, rows, pullback) for parts in prompts]
-        by_loss[e] = over_prompts([of_group(estimator, *each, method) for each in statistics[ungrouped]], estimator.group or 1)
+        by_loss[e] = over_prompts([of_group(estimator, *each, method) for each in statistics[ungrouped]], estimator.group_size)
     return by_loss
 
 
@@ -359,8 +362,7 @@ def over_prompts(parts: list[Moments], group: int) -> Moments:
 
 def of_group(estimator: Estimator, covariance: Tensor, zeta1: Tensor, zeta2: Tensor, method: str) -> Moments:
     """Moments of a group baseline from `Cov(c, s)` `[p]` and Hoeffding's `ζ₁`, `ζ₂`, see `group_moments`."""
-    size = estimator.group
-    assert size is not None
+    size = estimator.group_size
     variance = 2 / (size * (size - 1)) * (2 * (size - 2) * zeta1 + zeta2)
     shrink = 1 - 1 / size if estimator.baseline == "group_mean" else 1.0
     return Moments(shrink * covariance, max(float(shrink**2 * size * variance), 0.0), method=method)

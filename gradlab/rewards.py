@@ -71,7 +71,7 @@ class TableReward:
     -0.333
     """
 
-    policy: Policy
+    policy: Tabular
     table: Tensor
 
     def __init__(self, policy: Policy, table: Tensor | Iterable[Any]) -> None:
@@ -93,7 +93,6 @@ class TableReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """The reward of every token, `[n, t]`."""
-        assert not isinstance(self.policy, Gaussian | LanguageModel)
         return self.table[self.policy.contexts(rollout.tokens), rollout.tokens]
 
 

@@ -100,6 +100,11 @@ class Estimator:
         return self.baseline in ("group_mean", "leave_one_out")
 
     @property
+    def group_size(self) -> int:
+        """How many responses to one prompt the estimator takes together: its group, or 1."""
+        return self.group or 1
+
+    @property
     def name(self) -> str:
         """A compact name made of the fields that differ from their defaults, such as `k1-reward-to_go-sequence-weight`."""
         parts = [self.kernel, self.placement]
@@ -237,8 +242,7 @@ def to_go(values: Tensor) -> Tensor:
 
 
 def _group_baseline(estimator: Estimator, rollout: Readings, values: Tensor) -> Tensor:
-    size = estimator.group
-    assert size is not None
+    size = estimator.group_size
     if not rollout.sampled or len(values) % size:
         raise ValueError(
             f"{estimator.baseline} compares the {size} responses to one prompt: it needs a sampled rollout of a multiple of "

@@ -104,6 +104,11 @@ class PolicyLoss:
         return not isinstance(self.advantage, str) or ADVANTAGES[self.advantage].grouped
 
     @property
+    def group_size(self) -> int:
+        """How many responses to one prompt the loss takes together: its group, or 1."""
+        return self.group or 1
+
+    @property
     def batch(self) -> bool:
         """Whether the loss divides by the spread of a batch."""
         return isinstance(self.advantage, str) and ADVANTAGES[self.advantage].batch
@@ -208,12 +213,11 @@ def batch_constants(loss: PolicyLoss, rollout: Rollout) -> Constants:
     if loss.advantage == "batch_std":
         mean = weight @ values
         return float(mean), float((weight @ (values - mean).square()).sqrt())
-    assert loss.group is not None
     prompts = torch.zeros(len(weight), dtype=torch.long) if rollout.prompts is None else rollout.prompts
     blank = weight.new_zeros(int(prompts.max()) + 1)
     mass, total = (blank.index_add(0, prompts, each) for each in (weight, weight * values))
     centred = values - (total / mass.clamp(min=torch.finfo(mass.dtype).tiny))[prompts]
-    return 0.0, float(((1 - 1 / loss.group) * (weight @ centred.square())).sqrt())
+    return 0.0, float(((1 - 1 / loss.group_size) * (weight @ centred.square())).sqrt())
 
 
 def fixed(loss: PolicyLoss, rollout: Rollout) -> PolicyLoss:
@@ -236,8 +240,7 @@ def response_advantages(loss: PolicyLoss, rollout: Rollout) -> Tensor:
     """
     values = own_values(loss, rollout)
     if loss.grouped:
-        size = loss.group
-        assert size is not None
+        size = loss.group_size
         if not rollout.sampled or len(values) % size:
             raise ValueError(
                 f"advantage {loss.advantage!r} compares the {size} responses to one prompt: it needs a sampled rollout of a multiple of "

@@ -45,13 +45,13 @@ def perturbation(policy: P, scale: float | None, kl: float | None, seed: int) ->
     The same seed gives the same direction at every scale. Raises `ValueError` when not exactly one of `scale` and `kl` is
     given, when it is negative or not finite, and `UnreachableKL` when no scale up to 10⁴ reaches the KL.
     """
-    if (scale is None) == (kl is None):
+    given = [(name, size) for name, size in (("scale", scale), ("kl", kl)) if size is not None]
+    if len(given) != 1:
         raise ValueError(f"perturbed() takes exactly one of scale and kl, got scale={scale!r}, kl={kl!r}")
-    size = kl if scale is None else scale
-    check_real("kl" if scale is None else "scale", size)
-    assert size is not None
+    [(name, size)] = given
+    check_real(name, size)
     if not (np.isfinite(size) and size >= 0):
-        raise ValueError(f"perturbed() needs a finite {'kl' if scale is None else 'scale'} of at least 0, got {size!r}")
+        raise ValueError(f"perturbed() needs a finite {name} of at least 0, got {size!r}")
     rng = generator(seed, "policies.perturbed")
     noise = torch.from_numpy(rng.standard_normal(len(policy.parameters)))
     if scale is not None or size == 0:

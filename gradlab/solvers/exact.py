@@ -184,7 +184,7 @@ def _on_table(losses: Sequence[Loss], scenario: Scenario[Tabular]) -> list[Momen
             f"more than the {MOMENT_BYTES / 2**30:.2g} GiB allowed; give fewer estimators at a time, or samples=…"
         )
     n, moments_by_loss = policy.vocab**policy.length, dict[int, Moments]()
-    if isinstance(policy, Bandit | Tree):
+    if is_of(scenario, Bandit) or is_of(scenario, Tree):
         summed = {e: loss for e, loss in enumerate(losses) if isinstance(loss, Estimator)}
         made, lost = prefixes.moments(list(summed.values()), scenario, "enumeration")
         moments_by_loss |= zip(summed, made, strict=True)
@@ -218,7 +218,6 @@ def covariance(estimator: Loss, scenario: Scenario) -> Float64[Tensor, "p p"]:
         raise ValueError(f"the covariance is of one estimator, got {estimator!r}")
     as_losses(estimator)
     if is_grouped(estimator):
-        assert isinstance(estimator, Estimator | PolicyLoss)
         raise ValueError(
             f"{estimator.name} compares responses, so a single one has no gradient of its own; gl.exact.moments gives the "
             "trace of its covariance"

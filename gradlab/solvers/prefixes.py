@@ -28,13 +28,15 @@ from gradlab.policies.families import CATEGORICAL
 from gradlab.policies.softmax import rows
 from gradlab.scenario import Scenario
 
+#: What has a row of logits for every prefix.
+Prefixed = Scenario[Bandit] | Scenario[Tree]
 #: Doubles of an array over estimators, prefixes and tokens: those of small trees are worked on together.
 TOGETHER = 2**17
 #: Tokens of responses that are listed at a time.
 LISTED = 2**16
 
 
-def moments(estimators: Sequence[Estimator], scenario: Scenario, method: str) -> tuple[list[Moments], list[int]]:
+def moments(estimators: Sequence[Estimator], scenario: Prefixed, method: str) -> tuple[list[Moments], list[int]]:
     """Exact moments on a `Tree` or `Bandit`, and which of them lost digits: their traces are small differences of large numbers.
 
     Estimators that compare responses are averaged over all groups.
@@ -199,11 +201,8 @@ class View:
 class Paths:
     """The prefixes of a tree `[r]` with their next tokens `[n = r·v]`, breadth-first: token `i` leads to prefix `i + 1`."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Prefixed) -> None:
         policy, reference, sampler = scenario.policy, scenario.reference, scenario.sampler
-        assert isinstance(policy, Tree | Bandit)
-        assert isinstance(reference, Tree | Bandit)
-        assert isinstance(sampler, Tree | Bandit)
         self.table, self.reference = _lasting(policy.table), _lasting(reference.table)
         self.behaviour = self.table if sampler is policy else _lasting(sampler.table)
         self.large = policy.table.numel() > TOGETHER  # what estimators share would take more memory than their results
