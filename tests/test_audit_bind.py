@@ -22,16 +22,17 @@ NAMES = {
     "log_prob": (
         "log_probs", "logprob", "logprobs", "log_prob", "logp", "logps", "per_token_logps", "new_log_probs", "cur_log_prob",
         "current_logprobs", "policy_log_probs", "action_log_probs", "curr_logprobs", "actor_logprobs", "student_log_probs",
-        "new_logps", "token_log_probs",
+        "new_logps", "token_log_probs", "lp", "pi_lp", "policy_lps",
     ),
     "reference_log_prob": (
         "ref_log_probs", "ref_logprob", "ref_per_token_logps", "reference_logps", "log_probs_base", "base_log_probs",
         "logprobs_reference", "ref_log_prob", "sft_log_probs", "init_logprobs", "teacher_log_probs", "ref_logp",
+        "ref_lp", "teacher_lps",
     ),
     "behaviour_log_prob": (
         "old_log_probs", "old_logprob", "old_per_token_logps", "log_probs_old", "behavior_log_prob", "behaviour_logps",
         "sampling_logprobs", "rollout_log_probs", "inference_logprobs", "generation_logprobs", "prev_logprobs", "vllm_logps",
-        "mu_logprobs", "old_logp", "sampling_per_token_logps",
+        "mu_logprobs", "old_logp", "sampling_per_token_logps", "old_lp", "rollout_lps",
     ),
     "mask": (
         "mask", "loss_mask", "eos_mask", "response_mask", "completion_mask", "attention_mask", "action_mask", "token_mask",
@@ -63,7 +64,7 @@ def test_names_in_common_use_are_understood(name, role):
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "kl", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy"]
+    "name", ["x", "kl", "kl_estimator", "config", "temperature", "epsilon", "loss_agg_mode", "eps", "tau", "entropy", "help"]
 )
 def test_names_that_say_nothing_are_not_guessed(name):
     assert role_of(name) is None

@@ -57,7 +57,7 @@ _PATTERNS = (
     (r"^((micro|mini)?batch|data|inputs?|samples?|experiences?|tensordict|td|rollouts?|modelinputs)$", "batch"),
     (r"log(prob|p|its?p?r?ob)?s?ratios?|^logrs?$|^logratios?$", "log_ratio"),
     (r"logits?", "logits"),
-    (r"logp|logprob|loglikelihood|^lp$|logπ|^logps?$", "log_prob"),
+    (r"logp|logprob|loglikelihood|^(pi|policy|new|ref|teacher|old|rollout|sampler)?lps?$|logπ|^logps?$", "log_prob"),
     (r"^(is|importance|iw|rho|ratio)(weights?|ratios?|sampling(weights?|ratios?))?s?$", "importance_ratio"),
     (r"masks?$|^masks?", "mask"),
     (r"^adv|advantages?$", "advantages"),
